@@ -1,0 +1,38 @@
+# Each target sets up what it needs: `make repro` works in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: repro test test-all check bench setup recipe
+
+repro: setup  ## run every stage that is out of date
+	python stages/check_params.py
+	dvc repro
+	python bench/cache_check.py
+
+test: setup  ## the fast tests, under 10 minutes
+	pytest -m "not slow"
+
+test-all: setup  ## every test
+	pytest
+
+check: setup  ## style, types and the pipeline's contract, under a minute
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest tests/test_pipeline_contract.py
+
+bench: setup  ## measure the budgets
+	python bench/pipeline.py
+
+recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
+	cp recipes/$(NAME).yaml params.yaml
+
+setup: $(BIN)/.installed
+
+$(BIN)/.installed: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Terroir needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@

@@ -1,0 +1,130 @@
+"""Write the model card of a phase: what it was trained on, how well it does, and the digests that prove it.
+
+Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged
+Writes: reports/PHASE/model_card.md   in the form of a Hugging Face model card
+Params: none
+
+Example of the data table, one line a source:
+
+    | source | licence | records | dropped | duplicates | train | eval | tokens | share |
+    | laws   | unknown | 1,000   | 12      | 3          | 940   | 45   | 2.9 M  | 100 % |
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kit import arrow, stage
+from kit.params import Phase, phase_sources, read_params
+
+
+def data_rows(phase: str, sources: list[str]) -> list[dict[str, Any]]:
+    """Return one row per source: origin, licence, owner and the conserved counts of each stage."""
+    rows = []
+    for source in sources:
+        about = arrow.read_json(Path("data/clean", phase, source, "source.json"))
+        ledger = arrow.manifest(Path("data/clean", phase, source, "ledger"))["counts"]
+        dedup = arrow.manifest(Path("data/dedup", phase, source))["counts"]
+        tokens = arrow.manifest(Path("data/tokens", phase, source))["counts"]
+        rows.append(
+            {
+                "source": source,
+                **{name: about[name] for name in ("license", "owner", "origin", "language")},
+                "bytes": sum(file["bytes"] for file in about["files"].values()),
+                "records": ledger["rows"],
+                "dropped": ledger["rows"] - ledger["kept"],
+                "duplicates": dedup["dropped"],
+                "train": dedup["train"],
+                "eval": dedup["eval"],
+                "tokens": tokens["train"] + tokens["eval"],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return rows with equal keys as a Markdown table; whole numbers with thousands separators."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def card(phase: str, base: str, rows: list[dict[str, Any]], evaluation: dict[str, Any], digests: dict[str, str]) -> str:
+    """Return the text of the model card."""
+    total = Counter({name: sum(row[name] for row in rows) for name in ("records", "train", "eval", "tokens")})
+    models = [{"model": name, **evaluation[name]} for name in ("base", "trained", "merged")]
+    scale = ", ".join(f"{name} {value:.3f}" for name, value in sorted(evaluation["scale"].items()))
+    languages = sorted({row["language"] for row in rows} - {"unknown"})
+    licenses = sorted({row["license"] for row in rows})
+    origins = [{name: row[name] for name in ("source", "license", "owner", "origin", "language")} for row in rows]
+    funnel = [
+        {name: value for name, value in row.items() if name not in ("license", "owner", "origin", "language")}
+        for row in rows
+    ]
+    answers = "\n\n".join(f"> {a['prompt']}\n\n```text\n{a['answer'].strip()}\n```" for a in evaluation["answers"])
+    chained = PurePosixPath(base).parts
+    lineage = (
+        f" It goes on from phase `{chained[1]}`; see [its card](../{chained[1]}/model_card.md)."
+        if chained[-1] == "merged"
+        else ""
+    )
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["terroir"]}
+    front |= {"language": languages} if languages else {}
+    return "\n".join(
+        [
+            "---",
+            *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(front.items())),
+            "---",
+            f"# {phase}",
+            "",
+            f"Trained by Terroir from `{base}`. Its text: {total['tokens']:,} tokens in "
+            f"{total['train'] + total['eval']:,} documents, of which {total['eval']:,} are held out.{lineage}",
+            "",
+            "## Data",
+            "",
+            table(origins),
+            "",
+            "Nothing leaves without a count: records = dropped + duplicates + train + eval.",
+            "",
+            table(funnel),
+            "",
+            f"Licences of the sources: {', '.join(licenses)}. Check them before the model is given away.",
+            "",
+            "## Evaluation on the held-out documents",
+            "",
+            table(models),
+            "",
+            f"Scale, bits per byte of the same text: {scale}.",
+            "",
+            *(["## Answers to the fixed prompts", "", answers, ""] if answers else []),
+            "## Digests (SHA-256)",
+            "",
+            table([{"path": f"`{path}`", "digest": f"`{value}`"} for path, value in sorted(digests.items())]),
+            "",
+        ]
+    )
+
+
+def main(phase: str) -> None:
+    base = read_params(f"phases.{phase}", Phase).base
+    inputs = [f"data/{name}/{phase}" for name in ("clean", "dedup", "tokens", "blocks")]
+    inputs += [f"metrics/{phase}", f"models/{phase}/merged"]
+    with stage.run("describe_model", phase, inputs, [f"reports/{phase}"]) as run:
+        (folder,) = run.outputs
+        rows = data_rows(phase, phase_sources(phase, Path("data/clean", phase)))
+        for row in rows:
+            parts = {name: row[name] for name in ("dropped", "duplicates", "train", "eval")}
+            run.balance(f"records of {row['source']}", row["records"], **parts)
+        evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
+        text = card(phase, base, rows, evaluation, run.digests)
+        (folder / "model_card.md").write_text(text, encoding="utf-8")
+        run.count(sources=len(rows), records=sum(row["records"] for row in rows))
+
+
+if __name__ == "__main__":
+    stage.cli(main, __doc__)

@@ -1,0 +1,154 @@
+"""Models and blocks for the stages that compute: loaded the same way, so that the same inputs give the same bits.
+
+    start(seed=0)                              # before anything else of torch
+    model = load_model(Path("models/configs/llama_small"), vocabulary.size, vocabulary.special_ids)
+    blocks = Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
+    blocks[[0, 7]]   ->   {"input_ids": int64 (2, block_size), "labels": int64 (2, block_size)}
+
+Imports torch and transformers at the top: a stage imports this module inside its `main`, so `--help` stays light.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # every model is a folder of this repository, nothing is fetched while computing
+# bitsandbytes asks for a kernel from the Hub; transformers renames arguments that peft still uses. Neither is a mistake
+# of the user, and a warning that is always there hides the one that matters.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` gives no loss
+CPU_THREADS = 2  # sums are split over the threads, so their number is part of a CPU result and is not left to the host
+
+
+def start(seed: int) -> None:
+    """Seed torch and numpy, fix the number of CPU threads, ask torch for deterministic kernels."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(CPU_THREADS)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def device() -> torch.device:
+    """Return the first CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_base(base: Path) -> None:
+    """Raise SystemExit when `base` is no folder with a config.json."""
+    if not (base / "config.json").is_file():
+        raise SystemExit(
+            f"{base} has no config.json: `base` is a folder with a config.json alone (random weights) or with a whole "
+            "model, e.g. models/configs/llama_small or models/PHASE/merged."
+        )
+
+
+def has_weights(base: Path) -> bool:
+    """Return whether a model folder holds weights, or a config.json alone."""
+    return any(base.glob("*.safetensors"))
+
+
+def load_model(
+    base: Path, size: int, special_ids: dict[str, int], quantization: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Return the model of `base` in float32: its weights, or random ones (seeded) when it is a config.json alone.
+
+    Random weights get `size` embeddings and the `special_ids` of the tokenizer in their config; weights must have a row
+    for each of the tokenizer's `size` entries. `quantization`: arguments of transformers' BitsAndBytesConfig.
+    """
+    check_base(base)
+    if not has_weights(base):
+        if quantization:
+            raise SystemExit(f"{base} has no weights to quantise; leave `quantization` out for training from scratch.")
+        config = AutoConfig.from_pretrained(base, vocab_size=size, **special_ids)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    options: dict[str, Any] = {}
+    if quantization:
+        from transformers import BitsAndBytesConfig
+
+        options = {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": device()}}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight at its first use in eval mode; from then on
+        # no gradient passes through the layer, so one evaluation would silently cripple the training after it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < size:
+        raise SystemExit(
+            f"{base} has embeddings for {rows:,} tokens but the tokenizer has {size:,}; "
+            "set train_tokenizer.mode to reuse."
+        )
+    return model
+
+
+class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The blocks of one split, memory-mapped; labels are derived: the ids, or IGNORED where nothing is learned."""
+
+    def __init__(self, columns: pa.Table, tokens: int) -> None:
+        """`columns`: the table of a blocks folder; `tokens`: the count of its manifest, what lies beyond is padding."""
+        self.tokens = tokens
+        self.block_size = columns.schema.field("input_ids").type.list_size
+        chunks = [chunk.flatten().to_numpy() for chunk in columns["input_ids"].chunks]
+        self._chunks = [chunk.reshape(-1, self.block_size) for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+        # Arrow packs these as bits; unpacked they cost 1 byte a token, and only where a prompt is masked.
+        self._learn: np.ndarray | None = None
+        if "learn" in columns.schema.names:
+            flat = columns["learn"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            self._learn = flat.reshape(-1, self.block_size)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return blocks as one batch: `input_ids` and `labels`, int64 of shape (len(indices), block_size)."""
+        rows = np.asarray(indices)
+        chunk = np.searchsorted(self._starts, rows, side="right") - 1
+        ids = np.stack([self._chunks[c][row - self._starts[c]] for c, row in zip(chunk, rows, strict=True)])
+        input_ids = torch.from_numpy(ids.astype(np.int64))
+        labels = input_ids.clone()
+        if self._learn is not None:
+            labels[~torch.from_numpy(self._learn[rows])] = IGNORED
+        # Tokens beyond the manifest's count fill up the last block.
+        position = torch.from_numpy(rows)[:, None] * self.block_size + torch.arange(self.block_size)
+        labels[position >= self.tokens] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
+
+@torch.no_grad()
+def mean_loss(model: Any, blocks: Blocks, batch_size: int) -> float:
+    """Return the mean loss over all learned tokens of `blocks`, nats per token: each token counts once."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for first in range(0, len(blocks), batch_size):
+        batch = blocks.__getitems__(list(range(first, min(first + batch_size, len(blocks)))))
+        labels = batch["labels"].to(device())[:, 1:]
+        logits = model(input_ids=batch["input_ids"].to(device())).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
+        tokens += int((labels != IGNORED).sum())
+    model.train(training)
+    if not tokens:
+        raise ValueError("the held-out blocks have no learned token to evaluate.")
+    return total / tokens

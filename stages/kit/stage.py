@@ -1,0 +1,334 @@
+"""The contract that every stage keeps: an output is whole, belongs to the inputs that were read, or is not there.
+
+    with stage.run("clean", "laws", inputs=["data/raw/laws"], outputs=["data/clean/pretrain/laws"]) as run:
+        (folder,) = run.outputs              # an empty temporary folder beside the target
+        ...                                  # write into it
+        run.balance("records", read=10, kept=8, dropped=2)
+        run.count(records=10, kept=8)
+
+In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, inputs digested
+again (DVC hashes them only after the command, so an edit meanwhile would tie the new input to the old output), fsync,
+rename, run record. A stage that is killed, fails or fills the disk leaves the previous output as it was.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+STAGES = Path(__file__).resolve().parents[1]
+WORK = Path(".work")
+RECORDS = Path("metrics/runs")
+T = TypeVar("T")
+
+
+def cli(main: Callable[[str], None], doc: str | None) -> None:
+    """Run a stage's `main` on the name given on the command line; `--help` prints `doc`.
+
+    Validates the whole of params.yaml first. A mistake of the user ends in one sentence and exit status 1; an error
+    inside a library keeps its traceback.
+    """
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        script = Path(sys.argv[0]).name
+        print(f"usage: python stages/{script} NAME\n\n{(doc or '').strip()}")
+        raise SystemExit(0 if "-h" in sys.argv or "--help" in sys.argv else 2)
+    die_with_parent()
+    # By name at run time: the check can only refuse and never changes a result, so it is no dependency of a stage.
+    importlib.import_module("check_params").check()
+    name = f"{Path(sys.argv[0]).stem}@{sys.argv[1]}"
+    try:
+        main(sys.argv[1])
+    except ValueError as error:
+        if STAGES not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parents:
+            raise
+        raise SystemExit(f"{name}: {error}") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit(
+            f"{name}: no space left on the disk while writing; the previous output is unchanged: "
+            "free some space (`dvc gc --workspace` drops unused cache) and run again."
+        ) from None
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies: a killed `dvc repro` must not leave a second writer."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def workers() -> int:
+    """Return the number of worker processes: TERROIR_WORKERS, or the cores of this machine. No result depends on it."""
+    text = os.environ.get("TERROIR_WORKERS", "")
+    if text and not (text.isdigit() and int(text) > 0):
+        raise SystemExit(f"TERROIR_WORKERS is {text!r}: set it to a whole number of processes, 1 or more.")
+    return int(text) if text else len(os.sched_getaffinity(0))
+
+
+class Run:
+    """What a stage holds while it works: temporary outputs, the key of its inputs, counts for the record."""
+
+    def __init__(self, stage: str, item: str, inputs: list[Path], outputs: list[Path]) -> None:
+        self.stage, self.item = stage, item
+        self.inputs, self.targets = inputs, outputs
+        self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
+        self.digests = {str(path): digest(path) for path in inputs}
+        self.counts: dict[str, int] = {}
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """DVC's name of the stage, e.g. `clean@laws`."""
+        return f"{self.stage}@{self.item}" if self.item else self.stage
+
+    def count(self, **counts: int) -> None:
+        """Note numbers of things for the closing line and the run record."""
+        self.counts.update(counts)
+
+    def metric(self, **metrics: float) -> None:
+        """Note measures of quality, which `dvc metrics show` lists, too."""
+        self.metrics.update(metrics)
+
+    def balance(self, unit: str, read: int, **parts: int) -> None:
+        """Raise when `read` is not the sum of `parts`: nothing is published that has lost a record, byte or token."""
+        if read != sum(parts.values()):
+            shares = " + ".join(f"{count} {part}" for part, count in parts.items())
+            raise ValueError(f"{read} {unit} were read but {shares} came out; nothing was published (this is a bug).")
+
+    def key(self, params: Any) -> str:
+        """Return a digest of everything that decides the result: inputs, code, library versions and `params`."""
+        parts = [self.digests, code_digest(STAGES / f"{self.stage}.py"), versions(), params]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def work_folder(self, params: Any) -> Path:
+        """Return `.work/<stage>/<key>/`, the place of checkpoints: another input, code or parameter, another folder."""
+        folder = WORK / self.name / self.key(params)[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def progress(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+        """Yield `items`, showing a bar on a terminal and a line every 15 seconds in a log."""
+        if sys.stderr.isatty():
+            from rich.progress import track
+
+            yield from track(items, description=self.name, total=total)
+            return
+        started = spoken = time.monotonic()
+        for done, item in enumerate(items):
+            if time.monotonic() - spoken > 15:
+                spoken = time.monotonic()
+                print(f"{self.name}: {done:,} of {total:,} {unit}, {spoken - started:.0f} s", flush=True)
+            yield item
+
+
+@contextlib.contextmanager
+def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterator[Run]:
+    """Run the body of a stage under the contract above. `inputs` and `outputs` are paths relative to the root."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as locks:
+        for output in outputs:
+            locks.enter_context(_lock(Path(output)))
+        current = Run(stage, item, [Path(path) for path in inputs], [Path(path) for path in outputs])
+        for target, temporary in zip(current.targets, current.outputs, strict=True):
+            _recover(target)
+            _remove(temporary)
+            temporary.mkdir(parents=True)
+        try:
+            yield current
+            for path, before in current.digests.items():
+                if digest(Path(path)) != before:
+                    raise SystemExit(
+                        f"{current.name}: {path} changed while it was being read; nothing was published: "
+                        "let the change finish and run again."
+                    )
+            for temporary in current.outputs:
+                _sync(temporary)
+            for target, temporary in zip(current.targets, current.outputs, strict=True):
+                _publish(temporary, target)
+        finally:
+            for temporary in current.outputs:
+                _remove(temporary)
+        _record(current, time.monotonic() - started)
+    shown = ", ".join(
+        f"{_plain(value)} {name.replace('_', ' ')}" for name, value in {**current.counts, **current.metrics}.items()
+    )
+    print(f"{current.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the sorted (relative path, SHA-256) pairs of a folder.
+
+    Raises SystemExit when the path is missing or the folder holds no file.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    if not files:
+        state = "is empty" if path.is_dir() else "does not exist"
+        raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
+    with ThreadPoolExecutor(max_workers=min(8, workers())) as pool:
+        pairs = [[p.relative_to(path).as_posix(), d] for p, d in zip(files, pool.map(digest, files), strict=True)]
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def code_files(script: Path) -> list[Path]:
+    """Return `script` and every module under stages/ that it imports, at any depth, sorted."""
+    found: set[Path] = set()
+    waiting = [script.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            candidates = (STAGES / f"{name.replace('.', '/')}.py" for name in names)
+            waiting.extend(candidate for candidate in candidates if candidate.is_file())
+    return sorted(found)
+
+
+def code_digest(script: Path) -> str:
+    """Return the SHA-256 over the stage's code and all it imports from stages/."""
+    parts = [[p.relative_to(STAGES).as_posix(), digest(p)] for p in code_files(script)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries imported so far that can shape a result."""
+    shaping = (
+        "accelerate",
+        "bitsandbytes",
+        "numpy",
+        "peft",
+        "pyarrow",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    )
+    found = {name: importlib.metadata.version(name) for name in shaping if name in sys.modules}
+    return {"python": ".".join(map(str, sys.version_info[:3])), **found}
+
+
+def _record(current: Run, seconds: float) -> None:
+    """Write metrics/runs/<stage>@<item>.json: what went in, by which code, how long and how large.
+
+    Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
+    metrics, the time and the memory.
+    """
+    peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    record = {
+        **current.metrics,
+        "counts": [current.counts],
+        "seconds": round(seconds, 2),
+        "peak_memory_mib": peak_kib // 1024,
+        "inputs": [f"{path} sha256:{value}" for path, value in sorted(current.digests.items())],
+        "outputs": [f"{target} sha256:{digest(target)}" for target in current.targets],
+        "code": [f"sha256:{code_digest(STAGES / f'{current.stage}.py')}"],
+        "git": _git_state(),
+        "versions": [f"{name} {version}" for name, version in versions().items()],
+    }
+    path = RECORDS / f"{current.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _git_state() -> list[str]:
+    """Return [commit, "clean" or "dirty"], or [] outside a Git repository."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode:
+        return []
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "stages", "params.yaml", "dvc.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [commit.stdout.strip(), "dirty" if status.stdout.strip() else "clean"]
+
+
+@contextlib.contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    folder = WORK / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / str(output).replace("/", "%")).open("a+") as file:
+        for attempt in range(20):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # The writer may be a stage whose `dvc repro` was killed a moment ago: it is about to end.
+                if attempt == 19:
+                    file.seek(0)
+                    raise SystemExit(
+                        f"{output} is being written by process {file.read().strip() or 'unknown'}; "
+                        "wait until it ends, or stop it, and run again."
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    old = target.with_name(f".tmp-old-{target.name}")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    _remove(old)
+
+
+def _recover(target: Path) -> None:
+    """Bring back the previous output when a run was killed between the two renames of `_publish`."""
+    old = target.with_name(f".tmp-old-{target.name}")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

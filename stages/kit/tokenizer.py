@@ -1,0 +1,54 @@
+"""A tokenizer folder, read without transformers: the tokenizer and the special tokens that its settings name.
+
+vocabulary = Vocabulary(Path("models/tokenizers/pretrain"))
+vocabulary.special    ->  {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+vocabulary.id("<s>")  ->  0
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+ROLES = ("bos_token", "eos_token", "pad_token")
+
+
+class Vocabulary:
+    """What tokenizer.json and tokenizer_config.json say.
+
+    Raises SystemExit when a file is missing or no eos_token is named: no document would have an end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for name in FILES[:2]:
+            if not (folder / name).is_file():
+                raise SystemExit(f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one).")
+        self.folder = folder
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.size = int(self.tokenizer.get_vocab_size())
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        # A special token stands there as a string or as a dict with its content.
+        named = {role: settings[role] for role in ROLES if settings.get(role)}
+        self.special = {role: t["content"] if isinstance(t, dict) else str(t) for role, t in named.items()}
+        self.special_texts = [token["content"] for token in added if token["special"]]
+        if "eos_token" not in self.special:
+            raise SystemExit(
+                f"{folder}/tokenizer_config.json names no eos_token, so no document would have an end; name one there, "
+                "or set train_tokenizer.mode to train."
+            )
+
+    def id(self, token: str) -> int:
+        """Return the id of a token. Raises ValueError when there is none."""
+        identity = self.tokenizer.token_to_id(token)
+        if identity is None:
+            raise ValueError(f"{self.folder} has no token {token!r}, though its settings or chat template name it.")
+        return int(identity)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids under the names of a model's config.json: bos_token_id, eos_token_id, pad_token_id."""
+        return {f"{role}_id": self.id(token) for role, token in self.special.items()}
