@@ -9,7 +9,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 repro: setup  ## run every stage that is out of date
 	python stages/check_params.py
 	dvc repro
-	python bench/cache_check.py
+	@dvc data status --json | python -c 'import json, sys; lost = json.load(sys.stdin).get("not_in_cache"); \
+		sys.exit(lost and "not in the DVC cache: " + ", ".join(lost) + "; was the disk full? free space, then run dvc commit")'
 
 test: setup  ## the fast tests, under 10 minutes
 	pytest -m "not slow"

@@ -80,8 +80,8 @@ def merge_file(file: Path, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]],
             first, last = entry["data_offsets"]
             raw = bytearray(data[begin + first : begin + last])
             weight = torch.frombuffer(raw, dtype=kinds[entry["dtype"]]).view(entry["shape"])
-            # In the order and dtype of peft's own merge, so that both give the same bits.
-            weight += (b.to(weight.dtype) @ a.to(weight.dtype)) * scaling
+            # As peft 0.21 merges: the sum in float32, rounded once to the weight's dtype. So both give the same bits.
+            weight += (b.float() @ a.float()) * scaling
             data[begin + first : begin + last] = bytes(raw)
         data.flush()
     return changed
@@ -155,7 +155,7 @@ def main(phase: str) -> None:
     with stage.run("merge_lora", phase, [str(base), str(trained), str(blocks)], [f"models/{phase}/merged"]) as run:
         (folder,) = run.outputs
         for path in sorted(trained.iterdir()):
-            if not path.name.startswith("adapter_") and path.name != "training.json":
+            if not path.name.startswith("adapter_") and path.name not in ("training.json", "README.md"):
                 shutil.copyfile(path, folder / path.name)
         if (trained / "adapter_config.json").is_file():
             run.count(merged_tensors=merge(base, trained, folder))

@@ -82,12 +82,56 @@ class InOrder(Sampler[int]):
         return map(self.order.block, range(self.length))
 
 
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices of the layers, AdamW for all other parameters, as one optimizer to Trainer.
+
+    Muon: Jordan et al., 2024; the update is scaled to AdamW's size (Liu et al., "Muon is Scalable", 2025, equation 4),
+    so both go by one learning rate.
+    """
+
+    def __init__(self, model: Any, params: Params) -> None:
+        outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+        inner: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
+        for parameter in model.parameters():
+            matrix = parameter.ndim == 2 and id(parameter) not in outer
+            (inner if matrix else rest).append(parameter)
+        options = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
+        betas = (params.adam_beta1, params.adam_beta2)
+        self.parts = {
+            "muon": torch.optim.Muon(inner, adjust_lr_fn="match_rms_adamw", **options),
+            "adamw": torch.optim.AdamW(rest, betas=betas, lr=params.learning_rate, weight_decay=0.0, fused=True),
+        }
+        # The groups are shared with the parts: what a scheduler writes here, they see.
+        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Take one step of each part."""
+        for part in self.parts.values():
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each part under its name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+
 class BlockTrainer(Trainer):
     """Trainer that feeds blocks in their frozen order and evaluates token by token."""
 
-    def __init__(self, order: BlockOrder, n_blocks: int, **options: Any) -> None:
+    def __init__(self, order: BlockOrder, n_blocks: int, params: Params, **options: Any) -> None:
         super().__init__(**options)
-        self.order, self.n_blocks = order, n_blocks
+        self.order, self.n_blocks, self.params = order, n_blocks, params
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.params.optim == "muon":
+            self.optimizer: Any = MuonWithAdamW(self.model, self.params)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # All steps are one epoch to Trainer: epochs are arithmetic of the order, and no step is cut short between them.
@@ -157,6 +201,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
+        optim="adamw_torch_fused",
         gradient_accumulation_steps=params.global_batch_size // params.per_device_train_batch_size,
         eval_strategy="steps",
         eval_on_start=True,
@@ -173,6 +218,7 @@ def train(
                 "max_steps",
                 "global_batch_size",
                 "gradient_checkpointing",
+                "optim",
                 "lora",
                 "quantization",
             }
@@ -181,6 +227,7 @@ def train(
     trainer = BlockTrainer(
         order=order,
         n_blocks=steps * params.global_batch_size,
+        params=params,
         model=model,
         args=arguments,
         train_dataset=blocks,
@@ -195,15 +242,18 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     if steps % params.eval_steps:
         trainer.evaluate()
-    history = {("eval" if "eval_loss" in row else "train", row["step"]): row for row in trainer.state.log_history}
     return {
-        "train": [_row(row, "loss", "learning_rate", "grad_norm") for row in history.values() if "loss" in row],
-        "eval": [_row(row, "eval_loss") for row in history.values() if "eval_loss" in row],
+        "train": _curve(trainer.state.log_history, "loss", "learning_rate", "grad_norm"),
+        "eval": _curve(trainer.state.log_history, "eval_loss"),
     }
 
 
-def _row(row: dict[str, float], *names: str) -> dict[str, float]:
-    return {"step": row["step"], **{name.removeprefix("eval_"): row[name] for name in names}}
+def _curve(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:
+    """Return one row per step of those that hold `names`; a resumed run evaluates its first step twice."""
+    rows = {
+        row["step"]: {name.removeprefix("eval_"): row[name] for name in names} for row in history if names[0] in row
+    }
+    return [{"step": step, **rows[step]} for step in sorted(rows)]
 
 
 def last_losses(curves: Curves) -> dict[str, float]:

@@ -62,6 +62,11 @@ class Params(BaseModel):
     global_batch_size: int = Field(16, ge=1, description="blocks in an optimizer step")
     per_device_train_batch_size: int = Field(16, ge=1, description="blocks computed at once; the rest is accumulated")
     per_device_eval_batch_size: int = Field(16, ge=1, description="blocks computed at once in evaluation")
+    optim: Literal["adamw_torch_fused", "muon"] = Field(
+        "adamw_torch_fused",
+        description="muon: orthogonalised updates for the weight matrices, AdamW for embeddings and norms; "
+        "for training from random weights",
+    )
     learning_rate: float = Field(gt=0, description="the highest of the schedule")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="course of the learning rate after the warm-up"
@@ -93,6 +98,8 @@ class Params(BaseModel):
                 f"save_steps {self.save_steps} is no multiple of logging_steps {self.logging_steps}: "
                 "a resumed run could not continue the curve"
             )
+        if self.optim == "muon" and self.lora:
+            raise ValueError("optim muon is for weights trained from random ones; use adamw_torch_fused with `lora`")
         if self.quantization and not self.lora:
             raise ValueError("a quantised base cannot be trained itself: add `lora`")
         return self

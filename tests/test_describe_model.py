@@ -1,0 +1,42 @@
+"""describe_model: the card tells the licence, the funnel and the digests, and its numbers add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from describe_model import card, table
+
+ROW: dict[str, Any] = {
+    "source": "laws",
+    "license": "CC0-1.0",
+    "owner": "the state",
+    "origin": "gazette",
+    "language": "zh",
+    "bytes": 1234567,
+    "records": 10,
+    "dropped": 1,
+    "duplicates": 2,
+    "train": 6,
+    "eval": 1,
+    "tokens": 5000,
+}
+EVALUATION: dict[str, Any] = {
+    **{name: {"bits_per_byte": 2.5, "loss": 6.0, "perplexity": 400.0} for name in ("base", "trained", "merged")},
+    "scale": {"order0": 4.9, "gzip": 3.1, "xz": 2.9},
+    "answers": [{"prompt": "Q?", "answer": "A."}],
+}
+
+
+def test_a_table() -> None:
+    assert table([{"a": 1234, "b": "x"}]) == "| a | b |\n|---|---|\n| 1,234 | x |"
+
+
+def test_the_card() -> None:
+    text = card("chat", "models/pretrain/merged", [ROW], EVALUATION, {"models/chat/merged": "ab" * 32})
+    assert text.startswith("---\n")
+    assert '\nlanguage: ["zh"]\n' in text
+    assert "| laws | CC0-1.0 | the state | gazette | zh |" in text
+    assert "| laws | 1,234,567 | 10 | 1 | 2 | 6 | 1 | 5,000 |" in text
+    assert "see [its card](../pretrain/model_card.md)" in text
+    assert f"| `models/chat/merged` | `{'ab' * 32}` |" in text
+    assert "> Q?" in text and "A." in text
