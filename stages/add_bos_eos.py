@@ -52,7 +52,8 @@ class Marker:
     def __init__(self, tokenizer: Path) -> None:
         vocabulary = Vocabulary(tokenizer)
         self.folder = tokenizer
-        self.bos, self.eos = vocabulary.special.get("bos_token"), vocabulary.special["eos_token"]
+        self.special = vocabulary.special
+        self.bos, self.eos = self.special.get("bos_token"), self.special["eos_token"]
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)))
@@ -60,9 +61,13 @@ class Marker:
         self._template = None
         if template.is_file():
             # The options with which `transformers` renders a template; anything else moves line breaks.
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            extensions = ["jinja2.ext.loopcontrols"]
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
             environment.globals["raise_exception"] = _refuse
-            self._template = environment.from_string(template.read_text(encoding="utf-8"))
+            try:
+                self._template = environment.from_string(template.read_text(encoding="utf-8"))
+            except TemplateError as error:
+                raise ValueError(f"{template} is no template that can be rendered here: {error}") from None
 
     def document(self, text: str) -> list[Segment]:
         """Return BOS, the text, EOS, all of it learned; no BOS when the tokenizer has none."""
@@ -99,10 +104,11 @@ class Marker:
     def _render(self, messages: list[dict[str, str]]) -> str:
         assert self._template
         try:
+            # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
             return self._template.render(
-                messages=messages, bos_token=self.bos, eos_token=self.eos, add_generation_prompt=False
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(f"the chat template refuses a conversation: {error}.") from None
 
     def _template_text(self, text: str, after_answer: bool) -> Iterator[Segment]:
@@ -154,6 +160,8 @@ def main(name: str) -> None:
     with stage.run("add_bos_eos", name, inputs, [f"data/marked/{phase}/{name}"]) as run:
         (folder,) = run.outputs
         marker = Marker(tokenizer)
+        if arrow.table(documents, ["doc_id"]) != arrow.table(decisions, ["doc_id"]):
+            raise SystemExit(f"{decisions} decides about other documents than {documents} holds; run `dvc repro`.")
         splits = arrow.table(decisions, ["split"])["split"].to_pylist()
         read, dropped, characters = 0, 0, 0
         with arrow.Writer(folder, MARKED, batch_rows=256) as out:

@@ -130,6 +130,8 @@ def parse(record: Record, params: Params) -> str | list[dict[str, str]]:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {record.line}, column {error.colno} is not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        raise ValueError(f"line {record.line} is JSON beyond what Python reads ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"line {record.line} is JSON but not an object with named fields")
     if params.format == "jsonl":
@@ -209,17 +211,27 @@ def documents_schema(params: Params) -> pa.Schema:
 
 
 def raw_files(root: Path, params: Params) -> list[str]:
-    """Return the files to read, relative to `root`, sorted. Raises SystemExit for a file of another kind."""
-    if root.is_file():
-        return [root.name]
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    names = [name for name in names if not any(fnmatch(part, p) for part in name.split("/") for p in params.ignore)]
+    """Return the files to read, relative to `root`, sorted; the file's own name when `root` is one.
+
+    Raises SystemExit for a file of another kind, and for what is neither file nor folder, e.g. a link to a folder.
+    """
+    folder, names = root.parent, [root.name]
+    if root.is_dir():
+        folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
+        names = [name for name in names if not any(fnmatch(part, p) for part in name.split("/") for p in params.ignore)]
+        names = [name for name in names if (folder / name).is_symlink() or not (folder / name).is_dir()]
     for name in names:
+        if not (folder / name).is_file():
+            raise SystemExit(
+                f"{folder / name} is a link to a folder, or to nothing; put the files there, or name it in `ignore`."
+            )
         if not name.lower().endswith(SUFFIXES[params.format]):
             raise SystemExit(
-                f"{root / name}: format {params.format} reads {' and '.join(SUFFIXES[params.format])} files; "
+                f"{folder / name}: format {params.format} reads {' and '.join(SUFFIXES[params.format])} files; "
                 "move it elsewhere or name it in `ignore`, so that nothing is left out in silence."
             )
+        if name != name.encode(errors="replace").decode():
+            raise SystemExit(f"{folder / name}: the file's name is not UTF-8, so the ledger cannot name it; rename it.")
     if not names:
         raise SystemExit(f"{root} holds no file to read; put {' or '.join(SUFFIXES[params.format])} files there.")
     return names

@@ -11,7 +11,8 @@ Example, sources a and b of one phase:
     dedup/b: dropped, train         rule exact_duplicate, twin a/1, similarity 1.0
 
 Sources are taken in the order of their names. Which split a document falls into depends on its content and the seed
-alone: the same text is never on both sides, and new documents move no old one.
+alone: the same text is never on both sides, and new documents move no old one (save the one document that stands in
+for an empty split of a tiny phase).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for evaluation")
-    seed: int = Field(0, ge=0, description="another seed holds out other documents")
+    seed: int = Field(0, ge=0, lt=2**64, description="another seed holds out other documents")
 
 
 def split_point(doc_id: bytes, seed: int) -> float:
@@ -54,14 +55,14 @@ def split_point(doc_id: bytes, seed: int) -> float:
     True
     """
     key = hashlib.sha256(seed.to_bytes(8, "little") + doc_id).digest()[:7]
-    return int.from_bytes(key, "little") / 2**56  # 56 bits: exact as a float
+    return (int.from_bytes(key, "little") >> 3) / 2**53  # 53 bits: exact as a float
 
 
 def decide(doc_ids: dict[str, list[bytes]], params: Params) -> dict[str, pa.Table]:
     """Return one table of decisions per source. `doc_ids`: the ids of each source's documents, in order.
 
-    When no document falls into the eval share, the one nearest to it is held out. Raises ValueError when there are
-    fewer than two different documents, because then nothing can be held out.
+    No split stays empty: when no document falls into the eval share, the one nearest to it is held out; when all do,
+    the last one is trained on. Raises ValueError when there are fewer than two different documents.
     """
     first: dict[bytes, str] = {}
     for source, ids in doc_ids.items():
@@ -70,14 +71,16 @@ def decide(doc_ids: dict[str, list[bytes]], params: Params) -> dict[str, pa.Tabl
     if len(first) < 2:
         raise ValueError("the phase has fewer than two different documents, so none can be held out; add text.")
     points = {identity: split_point(identity, params.seed) for identity in first}
-    threshold = max(params.eval_fraction, min(points.values()) + 2**-56)
+    ranked = sorted(points, key=points.__getitem__)
+    number = sum(point < params.eval_fraction for point in points.values())
+    held_out = set(ranked[: min(max(number, 1), len(ranked) - 1)])
     tables = {}
     for source, ids in doc_ids.items():
         rows: list[dict[str, Any]] = []
         for row, identity in enumerate(ids):
             twin = first[identity]
             if twin == f"{source}/{row}":
-                rows.append({"doc_id": identity, "split": "eval" if points[identity] < threshold else "train"})
+                rows.append({"doc_id": identity, "split": "eval" if identity in held_out else "train"})
             else:
                 reason = {"rule": "exact_duplicate", "twin": twin, "similarity": 1.0}
                 rows.append({"doc_id": identity, "split": "dropped", **reason})

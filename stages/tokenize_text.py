@@ -50,13 +50,16 @@ class Encoder:
         for segments in documents:
             pieces = [[self.vocabulary.id(s["text"])] if s["special"] else next(encoded).ids for s in segments]
             ids = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
-            found, expected = int(np.isin(ids, self.specials).sum()), sum(s["special"] for s in segments)
-            if found != expected:
+            lengths = [len(piece) for piece in pieces]
+            wrong = np.isin(ids, self.specials) != np.repeat([s["special"] for s in segments], lengths)
+            if wrong.any():
+                token = self.tokenizer.id_to_token(int(ids[wrong][0]))
                 raise ValueError(
-                    f"{found} special ids came out of {expected} special segments; the tokenizer is unfit."
+                    f"{self.vocabulary.folder} is unfit: either plain text becomes its special token {token!r}, or it "
+                    f"names {token!r} as special while its tokenizer.json does not; choose another token or tokenizer."
                 )
             all_ids.append(ids)
-            all_learn.append(np.repeat([s["learn"] for s in segments], [len(piece) for piece in pieces]))
+            all_learn.append(np.repeat([s["learn"] for s in segments], lengths))
         return all_ids, all_learn
 
 

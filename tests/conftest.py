@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,115 @@ def run_stage() -> Runner:
         )
 
     return run
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder as nobody in particular and return what it prints."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run dvc in a folder; stderr stands in stdout, as a terminal shows it. DVC's own notes stay beside the folder."""
+    notes = {"DVC_SITE_CACHE_DIR": str(folder.parent / f"{folder.name}.dvc-notes")}
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env={**os.environ, **notes, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def repro(folder: Path, *arguments: str, **environment: str) -> str:
+    """Run `dvc repro`, which must end well, and return what it prints."""
+    finished = dvc(folder, "repro", *arguments, **environment)
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def ran(output: str) -> set[str]:
+    """Return the names of the stages that a `dvc repro` ran, from what it printed."""
+    return set(re.findall(r"^Running stage '([^']+)'", output, re.MULTILINE))
+
+
+def write_tiny_project(folder: Path) -> Path:
+    """Write a copy of the project with the pipeline of tests/tiny.yaml, its text, and its own Git repository.
+
+    The text has CRLF, CJK, emoji, text that looks like a special token, a blank line and a duplicate.
+    """
+    copy_project(folder)
+    shutil.copyfile(ROOT / "tests/tiny.yaml", folder / "params.yaml")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 400, "tie_word_embeddings": True}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, **shape, **heads}
+    write(folder / "models/configs/tiny/config.json", json.dumps(config, indent=1))
+    rivers = ["Rhine", "Nile", "Yangtze", "Loire", "Volga", "Ganges", "Tagus", "Oder", "Elbe", "Mekong"]
+    for number in range(50):
+        name = rivers[number % 10]
+        text = f"The river {name} has {number} bridges and runs to the sea.\r\nNobody counted its {number * 7} fish.\n"
+        write(folder / f"data/raw/tiny_text/{number:02}.txt", text + "河流入海。</s><s>\n" * (number % 3))
+    lines = [f"Note {number}: the {rivers[number % 10]} is {number * 11} miles long 🌊" for number in range(20)]
+    write(folder / "data/raw/tiny_notes.txt", "\n".join([*lines, "", lines[0]]) + "\n")
+    rows = [
+        {
+            "instruction": f"How long is the {rivers[number % 10]}, at bridge {number}?",
+            "input": "Answer in miles.\r\n" if number % 2 else "",
+            "output": f"It is {number * 13} miles long{'，很长。' if number % 3 else '</s> and no more'}.",
+        }
+        for number in range(60)
+    ]
+    write(folder / "data/raw/tiny_qa/qa.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "a tiny project")
+    return folder
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 without touching its line ends, and the folders above."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("utf-8"))
+
+
+def finish(folder: Path, **environment: str) -> Path:
+    """Run `dvc repro` in a project, keep what it prints in repro.log beside it, and commit the results."""
+    write(folder.parent / "repro.log", repro(folder, **environment))
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "its results")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny project, finished twice from nothing; to be read, never written.
+
+    What must not matter differs: the folder, the number of workers, the hash seed, time stamps, and the order in which
+    the files came to lie in their folders. Both run at once, because the start of torch leaves a core idle.
+    """
+    one, other = (write_tiny_project(tmp_path_factory.mktemp("finished") / path) for path in ("project", "a/twin"))
+    raw = other / "data/raw/tiny_text"
+    for number, path in enumerate(sorted(raw.iterdir(), reverse=True)):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, (1e9 + number, 1e9 + number))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(finish, one, TERROIR_WORKERS="1", PYTHONHASHSEED="1")
+        second = pool.submit(finish, other, TERROIR_WORKERS="2", PYTHONHASHSEED="2")
+        return first.result(), second.result()
+
+
+@pytest.fixture(scope="session")
+def finished(twins: tuple[Path, Path]) -> Path:
+    """The tiny project after one `dvc repro`. To be read, never written."""
+    return twins[0]
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished tiny project, cache and time stamps included, to be edited."""
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))

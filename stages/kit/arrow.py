@@ -61,9 +61,22 @@ class Writer:
     def _flush(self, rows: int) -> None:
         table = pa.concat_tables(self._waiting)
         for start in range(0, rows, self.batch_rows):
-            piece = table.slice(start, min(self.batch_rows, rows - start))
-            self._write_batch(piece.combine_chunks().to_batches()[0])
+            self._write_rows(table.slice(start, min(self.batch_rows, rows - start)))
         self._waiting, self._waiting_rows = [table.slice(rows)], table.num_rows - rows
+
+    def _write_rows(self, rows: pa.Table) -> None:
+        """Write rows as one batch, or as halves when a column holds more than the 2 GiB that its offsets reach."""
+        try:
+            # New arrays, also of one chunk: of a slice, Arrow writes some bytes of the neighbouring rows, too.
+            columns = [pa.concat_arrays(column.chunks) for column in rows.columns]
+        except pa.ArrowInvalid:
+            if rows.num_rows < 2:
+                raise
+            half = rows.num_rows // 2
+            self._write_rows(rows.slice(0, half))
+            self._write_rows(rows.slice(half))
+            return
+        self._write_batch(pa.RecordBatch.from_arrays(columns, schema=self.schema))
 
     def _write_batch(self, batch: pa.RecordBatch) -> None:
         stream = self._stream or self._open_shard()

@@ -113,6 +113,18 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             flat = columns["learn"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             self._learn = flat.reshape(-1, self.block_size)
 
+        # Packed blocks say where each piece begins and, last, where padding does.
+        self._ends: np.ndarray | None = None
+        if "starts" in columns.schema.names:
+            starts = columns["starts"].combine_chunks()
+            self._ends = starts.flatten().to_numpy()[starts.offsets.to_numpy()[1:] - starts.offsets.to_numpy()[0] - 1]
+
+    def _filled(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many tokens of each block are no padding: in a stream, only the last block has any."""
+        if self._ends is not None:
+            return self._ends[rows].astype(np.int64)
+        return np.clip(self.tokens - rows * self.block_size, 0, self.block_size)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -128,9 +140,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         labels = input_ids.clone()
         if self._learn is not None:
             labels[~torch.from_numpy(self._learn[rows])] = IGNORED
-        # Tokens beyond the manifest's count fill up the last block.
-        position = torch.from_numpy(rows)[:, None] * self.block_size + torch.arange(self.block_size)
-        labels[position >= self.tokens] = IGNORED
+        labels[torch.arange(self.block_size) >= torch.from_numpy(self._filled(rows))[:, None]] = IGNORED
         return {"input_ids": input_ids, "labels": labels}
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 PARAMS = Path("params.yaml")
 Model = TypeVar("Model", bound=BaseModel)
@@ -49,6 +49,8 @@ def load() -> dict[str, Any]:
         mark = error.problem_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SystemExit(f"params.yaml{where}: not valid YAML ({error.problem}); mend the line.") from None
+    except YAMLError as error:  # of no line: a control character
+        raise SystemExit(f"params.yaml: not valid YAML ({str(error).splitlines()[0]}); remove it.") from None
     except UnicodeDecodeError as error:
         raise SystemExit(f"params.yaml: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
     if not isinstance(content, dict):

@@ -6,9 +6,10 @@
         run.balance("records", read=10, kept=8, dropped=2)
         run.count(records=10, kept=8)
 
-In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, inputs digested
-again (DVC hashes them only after the command, so an edit meanwhile would tie the new input to the old output), fsync,
-rename, run record. A stage that is killed, fails or fills the disk leaves the previous output as it was.
+In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, inputs, code and
+parameters compared with the start (DVC hashes them only after the command, so an edit meanwhile would tie the new ones
+to the old output), fsync, run record, rename. A stage that is killed, fails or fills the disk leaves the previous
+output as it was.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import errno
 import fcntl
 import hashlib
 import importlib
-import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -38,6 +40,7 @@ from typing import Any, TypeVar
 STAGES = Path(__file__).resolve().parents[1]
 WORK = Path(".work")
 RECORDS = Path("metrics/runs")
+PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 T = TypeVar("T")
 
 
@@ -57,17 +60,29 @@ def cli(main: Callable[[str], None], doc: str | None) -> None:
     name = f"{Path(sys.argv[0]).stem}@{sys.argv[1]}"
     try:
         main(sys.argv[1])
-    except ValueError as error:
-        if STAGES not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parents:
+    except Exception as error:
+        if _disk_is_full(error):
+            raise SystemExit(
+                f"{name}: no space left on the disk while writing; the previous output is unchanged: "
+                "free some space (`dvc gc --workspace` drops unused cache) and run again."
+            ) from None
+        if not _is_mistake(error):
             raise
         raise SystemExit(f"{name}: {error}") from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SystemExit(
-            f"{name}: no space left on the disk while writing; the previous output is unchanged: "
-            "free some space (`dvc gc --workspace` drops unused cache) and run again."
-        ) from None
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Return whether a stage raised this ValueError in so many words; one out of `int(text)` is a bug."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = STAGES in Path(last.filename).resolve().parents
+    return isinstance(error, ValueError) and ours and (last.line or "").startswith("raise ")
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Return whether `error` says so: by number, or as safetensors and tokenizers (Rust) or torch.save (C++) put it."""
+    text = str(error)
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return by_number or "No space left on device" in text or "inline_container.cc" in text
 
 
 def die_with_parent() -> None:
@@ -75,12 +90,15 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent and os.getppid() != parent.pid:
+            os._exit(1)  # a worker that was orphaned before it could ask; it would hold the lock for ever
 
 
 def workers() -> int:
     """Return the number of worker processes: TERROIR_WORKERS, or the cores of this machine. No result depends on it."""
     text = os.environ.get("TERROIR_WORKERS", "")
-    if text and not (text.isdigit() and int(text) > 0):
+    if text and not (text.isdecimal() and int(text) > 0):
         raise SystemExit(f"TERROIR_WORKERS is {text!r}: set it to a whole number of processes, 1 or more.")
     return int(text) if text else len(os.sched_getaffinity(0))
 
@@ -92,7 +110,10 @@ class Run:
         self.stage, self.item = stage, item
         self.inputs, self.targets = inputs, outputs
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
+        self.record = RECORDS / f".tmp-{self.name}.json"
         self.digests = {str(path): digest(path) for path in inputs}
+        self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
+        self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
         self.counts: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
 
@@ -119,6 +140,36 @@ class Run:
         """Return a digest of everything that decides the result: inputs, code, library versions and `params`."""
         parts = [self.digests, code_digest(STAGES / f"{self.stage}.py"), versions(), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def changed(self) -> str | None:
+        """Return the first input, module or parameter that is no longer what the stage read, or None."""
+        inputs = (path for path, before in self.digests.items() if digest(Path(path)) != before)
+        modules = code_files(STAGES / f"{self.stage}.py")
+        code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
+        return next(itertools.chain(inputs, code, self._changed_params()), None)
+
+    def _changed_params(self) -> Iterator[str]:
+        """Yield the keys that dvc.yaml gives this stage and whose values in params.yaml are others by now.
+
+        Only these: while a long training runs, other phases may be edited.
+        """
+        now = PARAMS.read_bytes() if PARAMS.is_file() else b""
+        if now == self.params:
+            return
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import YAMLError
+
+        yaml = YAML(typ="safe")
+        declared = yaml.load(PIPELINE.read_bytes())["stages"][self.stage]
+        try:
+            before, after = yaml.load(self.params), yaml.load(now)
+        except YAMLError:
+            yield "params.yaml"  # somebody is writing it
+            return
+        for text in declared.get("do", declared).get("params", []):
+            key = text.replace("${key}", self.item)
+            if _value(before, key) != _value(after, key):
+                yield f"{key} in params.yaml"
 
     def work_folder(self, params: Any) -> Path:
         """Return `.work/<stage>/<key>/`, the place of checkpoints: another input, code or parameter, another folder."""
@@ -155,20 +206,20 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             temporary.mkdir(parents=True)
         try:
             yield current
-            for path, before in current.digests.items():
-                if digest(Path(path)) != before:
-                    raise SystemExit(
-                        f"{current.name}: {path} changed while it was being read; nothing was published: "
-                        "let the change finish and run again."
-                    )
+            if changed := current.changed():
+                raise SystemExit(
+                    f"{current.name}: {changed} changed while the stage ran; nothing was published: "
+                    "let the change finish and run again."
+                )
             for temporary in current.outputs:
                 _sync(temporary)
+            _record(current, time.monotonic() - started)
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
+            current.record.replace(RECORDS / f"{current.name}.json")
         finally:
-            for temporary in current.outputs:
+            for temporary in [*current.outputs, current.record]:
                 _remove(temporary)
-        _record(current, time.monotonic() - started)
     shown = ", ".join(
         f"{_plain(value)} {name.replace('_', ' ')}" for name, value in {**current.counts, **current.metrics}.items()
     )
@@ -178,18 +229,29 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, or of the sorted (relative path, SHA-256) pairs of a folder.
 
-    Raises SystemExit when the path is missing or the folder holds no file.
+    Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
+    when the path is missing or the folder holds no file.
     """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _ignored(p.relative_to(path)))
     if not files:
         state = "is empty" if path.is_dir() else "does not exist"
         raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
     with ThreadPoolExecutor(max_workers=min(8, workers())) as pool:
         pairs = [[p.relative_to(path).as_posix(), d] for p, d in zip(files, pool.map(digest, files), strict=True)]
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _value(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _ignored(path: Path) -> bool:
+    return any(part == "__pycache__" or part.startswith(".tmp-") for part in path.parts)
 
 
 def code_files(script: Path) -> list[Path]:
@@ -220,6 +282,8 @@ def code_digest(script: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries imported so far that can shape a result."""
+    import importlib.metadata  # 17 ms that a start does not wait for
+
     shaping = (
         "accelerate",
         "bitsandbytes",
@@ -236,7 +300,7 @@ def versions() -> dict[str, str]:
 
 
 def _record(current: Run, seconds: float) -> None:
-    """Write metrics/runs/<stage>@<item>.json: what went in, by which code, how long and how large.
+    """Write what becomes metrics/runs/<stage>@<item>.json: what went in, by which code, how long and how large.
 
     Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
     metrics, the time and the memory.
@@ -248,20 +312,22 @@ def _record(current: Run, seconds: float) -> None:
         "seconds": round(seconds, 2),
         "peak_memory_mib": peak_kib // 1024,
         "inputs": [f"{path} sha256:{value}" for path, value in sorted(current.digests.items())],
-        "outputs": [f"{target} sha256:{digest(target)}" for target in current.targets],
+        "outputs": [
+            f"{target} sha256:{digest(temporary)}"
+            for target, temporary in zip(current.targets, current.outputs, strict=True)
+        ],
         "code": [f"sha256:{code_digest(STAGES / f'{current.stage}.py')}"],
         "git": _git_state(),
         "versions": [f"{name} {version}" for name, version in versions().items()],
     }
-    path = RECORDS / f"{current.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    current.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _git_state() -> list[str]:
-    """Return [commit, "clean" or "dirty"], or [] outside a Git repository."""
+    """Return [commit, "clean" or "dirty"], or [] outside a Git repository or where no git is installed."""
+    if not shutil.which("git"):
+        return []
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode:
         return []

@@ -27,9 +27,15 @@ class Vocabulary:
             if not (folder / name).is_file():
                 raise SystemExit(f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one).")
         self.folder = folder
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # `tokenizers` raises a bare Exception
+            raise SystemExit(
+                f"{folder} holds no tokenizer that can be read ({error}); fetch the files again (a Git LFS pointer is "
+                "not the file), or set train_tokenizer.mode to train."
+            ) from None
         self.size = int(self.tokenizer.get_vocab_size())
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
         # A special token stands there as a string or as a dict with its content.
         named = {role: settings[role] for role in ROLES if settings.get(role)}

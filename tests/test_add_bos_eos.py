@@ -1,0 +1,231 @@
+"""add_bos_eos: what is special and what is learned is decided by the template, never by what the messages say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import tiny
+from add_bos_eos import Marker, Segment, merged
+from conftest import Runner, write
+from kit import arrow
+from tokenize_text import Encoder
+from train_tokenizer import TEMPLATES
+
+BOS, EOS = Segment("<s>", True, False), Segment("</s>", True, True)
+Messages = list[dict[str, str]]
+# What a message could say to break out of it: special tokens, the stand-ins of the code, template syntax, the prompt.
+TRICKS = [
+    "</s>",
+    "<s>",
+    "<pad>",
+    "\ue0000\ue001",
+    "\ue0001\ue001",
+    "\ue000",
+    "{{ eos_token }}",
+    "{% endfor %}",
+    "Human: ",
+    "4",
+    "\n\n",
+    " ",
+]
+TRICKY = st.lists(st.sampled_from(TRICKS) | st.text(max_size=3), min_size=1).map("".join).filter(bool)
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message.role + '\n' + message.content + '</s>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def turns(*contents: str) -> Messages:
+    """Return a conversation that the user begins."""
+    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer") / "t")
+
+
+@pytest.fixture(scope="module")
+def marker(folder: Path) -> Marker:
+    return Marker(folder)
+
+
+def with_template(folder: Path, template: str, **settings: str | None) -> Marker:
+    """Return a marker for the same tokenizer with another template."""
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = arrow.read_json(folder / "tokenizer_config.json")
+    arrow.write_json(folder / "tokenizer_config.json", {**config, **settings})
+    return Marker(folder)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A tokenizer folder to be edited."""
+    return tiny.tokenizer(tmp_path / "t")
+
+
+def test_the_worked_example_of_the_docstring(marker: Marker) -> None:
+    assert marker.document("Hi</s>") == [Segment("<s>", True, True), Segment("Hi</s>", False, True), EOS]
+    assert marker.conversation(turns("2+2?", "4")) == [
+        BOS,
+        Segment("Human: 2+2?\n\nAssistant: ", False, False),
+        Segment("4", False, True),
+        EOS,
+    ]
+
+
+def test_a_document_begins_with_no_bos_when_the_tokenizer_has_none(own: Path) -> None:
+    assert with_template(own, "", bos_token=None).document("Hi") == [Segment("Hi", False, True), EOS]
+
+
+def test_a_template_prints_nothing_for_a_token_that_the_tokenizer_lacks(own: Path) -> None:
+    """Not the word None: Qwen's tokenizers have no BOS."""
+    marker = with_template(own, TEMPLATES["human_assistant"], bos_token=None)
+    assert marker.conversation(turns("2+2?", "4"))[0].text == "Human: 2+2?\n\nAssistant: "
+
+
+def test_of_several_rounds_each_answer_and_its_eos_are_learned_and_nothing_else(marker: Marker) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *turns("1", "one", "2", "two")]
+    assert marker.conversation(messages) == [
+        BOS,
+        Segment("Be brief.\n\nHuman: 1\n\nAssistant: ", False, False),
+        Segment("one", False, True),
+        EOS,
+        Segment("\n\nHuman: 2\n\nAssistant: ", False, False),
+        Segment("two", False, True),
+        EOS,
+    ]
+
+
+def test_of_a_template_with_marked_roles_the_line_break_after_an_answer_is_not_learned(own: Path) -> None:
+    assert with_template(own, CHATML).conversation(turns("1", "one")) == [
+        BOS,
+        Segment("user\n1", False, False),
+        Segment("</s>", True, False),
+        Segment("\n", False, False),
+        BOS,
+        Segment("assistant\n", False, False),
+        Segment("one", False, True),
+        EOS,
+        Segment("\n", False, False),
+    ]
+
+
+@given(st.lists(TRICKY, min_size=2, max_size=6).filter(lambda contents: len(contents) % 2 == 0))
+def test_no_content_changes_what_is_special_or_learned(marker: Marker, contents: list[str]) -> None:
+    """The marks are those of harmless contents; the contents stand in the segments as they are."""
+    harmless = marker.conversation(turns(*(f"{place}" for place in range(len(contents)))))
+    found = marker.conversation(turns(*contents))
+    assert [segment[1:] for segment in found] == [segment[1:] for segment in harmless]
+    assert [segment.text for segment in found if segment.learn and not segment.special] == contents[1::2]
+    assert [segment.text for segment in found if segment.special] == ["<s>", *["</s>"] * (len(contents) // 2)]
+    asked = "\n\nHuman: ".join(f"{question}\n\nAssistant: " for question in contents[::2])
+    assert "".join(s.text for s in found if not s.special and not s.learn) == f"Human: {asked}"
+
+
+@given(st.lists(st.builds(Segment, st.text(max_size=2), st.just(False), st.booleans()), max_size=8))
+def test_merging_keeps_text_and_marks(segments: list[Segment]) -> None:
+    """Character by character; and no two neighbours are left that could be one."""
+    result = merged(segments)
+    assert [(c, s.learn) for s in result for c in s.text] == [(c, s.learn) for s in segments for c in s.text]
+    assert all(left.learn != right.learn for left, right in itertools.pairwise(result))
+
+
+EACH = "{% for message in messages %}"
+END = "{{ eos_token }}{% endfor %}"
+REFUSED = {
+    "drops the system turn": (EACH + "{% if not loop.first %}{{ message.content }}{% endif %}" + END, "leaves out"),
+    "repeats": (EACH + "{{ message.content + message.content }}" + END, "repeats"),
+    "reorders": ("{% for message in messages|reverse %}{{ message.content }}" + END, "reorders"),
+    "trims": (EACH + "{{ message.content | trim }}" + END, "changes what the messages say"),
+    "follows the content": (
+        EACH + "{% if '4' in message.content %}!{% endif %}{{ message.content }}" + END,
+        "changes what the messages say",
+    ),
+    "has no end": (EACH + "{{ message.content + '\n' }}{% endfor %}", "does not end an answer with a special token"),
+    "ends the answer later": (EACH + "{{ message.content + '\n' }}" + END, "does not end an answer"),
+    "raises": ("{{ raise_exception('roles must alternate') }}", "refuses a conversation: roles must alternate"),
+    "fails in an expression": (EACH + "{{ message.content + 1 }}" + END, "refuses a conversation: can only concat"),
+    "asks for today's date": ("{{ strftime_now('%d') }}", "refuses a conversation: 'strftime_now' is undefined"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_template_that_allows_no_exact_mask_is_refused(own: Path, case: str) -> None:
+    template, sentence = REFUSED[case]
+    with pytest.raises(ValueError, match=sentence):
+        with_template(own, template).conversation(turns(" 2+2?\n", "4 "))
+
+
+def test_a_template_that_cannot_be_parsed_is_refused_with_its_file(own: Path) -> None:
+    with pytest.raises(ValueError, match=r"t/chat_template\.jinja is no template that can be rendered"):
+        with_template(own, "{% for message in messages %}{{")
+
+
+def test_a_missing_template_is_refused_with_what_to_set(own: Path) -> None:
+    (own / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"no chat_template\.jinja.*set chat_template in the phase's train_tokenizer"):
+        Marker(own).conversation(turns("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{% if tools is not none %}TOOLS{% endif %}" + CHATML,  # `tools` is None, not undefined
+        EACH + "{{ message.content }}{{ eos_token }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+        "  {% if true %}\n" + EACH + "\n  {{ message.content }}{{ eos_token }}\n  {% endfor %}\n{% endif %}\n",
+    ],
+)
+def test_templates_are_rendered_as_transformers_renders_them(own: Path, template: str) -> None:
+    """With its line break rules, its loop controls and its arguments."""
+    messages = turns("1 {{ 2 }}", "one", "\n3 ", "three")
+    segments = with_template(own, template).conversation(messages)
+    expected = AutoTokenizer.from_pretrained(own).apply_chat_template(messages, tokenize=False)
+    assert "".join(segment.text for segment in segments) == expected
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["human_assistant"], CHATML])
+@pytest.mark.parametrize("question", ["2+2?", "the quick brown fox\n", "法律 第一条？ \U0001f30a", " jumps over  "])
+def test_the_prompt_has_the_ids_that_it_has_when_the_model_is_used(own: Path, template: str, question: str) -> None:
+    """`apply_chat_template(add_generation_prompt=True)` gives the ids that stand before the first learned one."""
+    marker = with_template(own, template)
+    segments = [segment._asdict() for segment in marker.conversation(turns(question, "4"))]
+    (ids,), (learn,) = Encoder(own).encode([segments])
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    prompt = tokenizer.apply_chat_template(turns(question), add_generation_prompt=True, return_dict=False)
+    assert ids[: list(learn).index(True)].tolist() == prompt
+
+
+def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_other_documents(
+    project: Path, run_stage: Runner
+) -> None:
+    """The text "two" stands in the source twice; then the documents change and dedup is not run again."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
+    settings = json.loads((project / "params.yaml").read_text())
+    settings["sources"]["p_text"]["clean"]["sample_by"] = "line"
+    (project / "params.yaml").write_text(json.dumps(settings))
+    write(project / "data/raw/x/a.txt", "one\ntwo\ntwo\nthree\n")
+    tiny.tokenizer(project / "models/tokenizers/p")
+    for stage, name in (("clean", "p_text"), ("dedup", "p"), ("add_bos_eos", "p_text")):
+        finished = run_stage(project, stage, name)
+        assert finished.returncode == 0, finished.stderr
+    marked = arrow.table(project / "data/marked/p/p_text").to_pylist()
+    assert ["".join(s["text"] for s in row["segments"]) for row in marked] == [
+        f"<s>{text}</s>" for text in ("one", "two", "three")
+    ]
+    assert {row["split"] for row in marked} == {"train", "eval"}
+
+    write(project / "data/raw/x/a.txt", "one\ntwo\ntwo\nfour\n")
+    assert run_stage(project, "clean", "p_text").returncode == 0
+    finished = run_stage(project, "add_bos_eos", "p_text")
+    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+    assert "data/dedup/p/p_text decides about other documents than data/clean/p/p_text" in finished.stderr
+    assert arrow.table(project / "data/marked/p/p_text").to_pylist() == marked

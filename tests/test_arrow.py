@@ -1,0 +1,209 @@
+"""kit/arrow: the same rows are the same bytes however they arrive, and `datasets` opens them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import add_bos_eos
+import clean
+import dedup
+import group_blocks
+import tokenize_text
+from kit import arrow
+
+NUMBERS = pa.schema([("n", pa.int32())])
+# Every type that a stage writes, and nulls where Arrow allows them.
+ROW = {
+    "doc_id": st.none() | st.binary(min_size=16, max_size=16),
+    "text": st.none() | st.text(max_size=4),
+    "flag": st.none() | st.booleans(),
+    "similarity": st.none() | st.floats(0, 1, width=32),
+    "input_ids": st.none() | st.lists(st.integers(0, 2**16 - 1), max_size=5),
+    "learn": st.none() | st.lists(st.none() | st.booleans(), max_size=5),
+    "block": st.lists(st.booleans(), min_size=3, max_size=3),
+    "segments": st.none()
+    | st.lists(st.none() | st.fixed_dictionaries({"text": st.text(max_size=3), "special": st.booleans()}), max_size=3),
+}
+SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.binary(16)),
+        ("text", pa.string()),
+        ("flag", pa.bool_()),
+        ("similarity", pa.float32()),
+        ("input_ids", pa.list_(pa.uint16())),
+        ("learn", pa.list_(pa.bool_())),
+        ("block", pa.list_(pa.bool_(), 3)),
+        ("segments", pa.list_(pa.struct([("text", pa.string()), ("special", pa.bool_())]))),
+    ]
+)
+IDENTITY = {"doc_id": bytes(range(16))}
+PLACE = {"file": "a/文 1.txt", "start": 0, "end": 9, "line": 1}
+MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+TOKENS = {**IDENTITY, "split": "train", "input_ids": [0, 65535, 1]}
+LEDGER = {**PLACE, "raw_id": bytes(16), "doc_id": None, "rule": "empty", "evidence": "é", "n_chars": 0}
+DECISION = {**IDENTITY, "split": "dropped", "rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0}
+KINDS: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
+    "text documents": (clean.TEXT_DOCUMENTS, {**IDENTITY, **PLACE, "text": "Hi </s>\n"}),
+    "chat documents": (clean.CHAT_DOCUMENTS, {**IDENTITY, **PLACE, "messages": MESSAGES}),
+    "ledger": (clean.LEDGER, LEDGER),
+    "dedup": (dedup.DECISIONS, DECISION),
+    "marked": (
+        add_bos_eos.MARKED,
+        {**IDENTITY, "split": "eval", "segments": [{"text": "<s>", "special": True, "learn": False}]},
+    ),
+    "tokens": (tokenize_text.tokens_schema(pa.uint16(), learn=False), TOKENS),
+    "tokens with learn": (
+        tokenize_text.tokens_schema(pa.uint32(), learn=True),
+        {**TOKENS, "learn": [False, True, True]},
+    ),
+    "blocks": (group_blocks.blocks_schema(pa.uint16(), 3, learn=False), {"input_ids": [0, 65535, 1]}),
+    "blocks with learn": (
+        group_blocks.blocks_schema(pa.uint32(), 3, learn=True),
+        {"input_ids": [0, 2**31, 1], "learn": [False, True, True]},
+    ),
+}
+
+
+def written(tables: list[pa.Table], schema: pa.Schema = SCHEMA, **options: int) -> dict[str, bytes]:
+    """Return the files of a folder into which `tables` were written one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        with arrow.Writer(Path(folder), schema, **options) as out:
+            for table in tables:
+                out.write(table)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def numbers(*values: int) -> pa.Table:
+    return pa.table({"n": pa.array(values, pa.int32())})
+
+
+@given(
+    rows=st.lists(st.fixed_dictionaries(ROW), max_size=40),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    batch_rows=st.sampled_from([1, 3, 8, 16]),
+)
+def test_the_same_rows_are_the_same_bytes_for_any_chunking(
+    rows: list[dict[str, Any]], cuts: list[int], batch_rows: int
+) -> None:
+    """Whole, as slices, as tables of their own or as one table of many chunks; empty pieces included."""
+    bounds = sorted({0, len(rows), *(min(cut, len(rows)) for cut in cuts)})
+    ranges = [*itertools.pairwise(bounds), (0, 0)]
+    whole = pa.Table.from_pylist(rows, SCHEMA)
+    apart = [pa.Table.from_pylist(rows[start:end], SCHEMA) for start, end in ranges]
+    expected = written([whole], batch_rows=batch_rows, shard_bytes=4000)
+    for pieces in ([whole.slice(start, end - start) for start, end in ranges], apart, [pa.concat_tables(apart)]):
+        assert written(pieces, batch_rows=batch_rows, shard_bytes=4000) == expected
+
+
+def test_a_batch_carries_no_bytes_of_the_rows_beside_it() -> None:
+    """Arrow would write up to 64 bytes beyond the end of a slice; an erased neighbour must leave no trace."""
+    rows = pa.table({"text": ["public", "secret"]})
+    files = written([rows], rows.schema, batch_rows=1, shard_bytes=1)
+    assert b"public" in files["data-00000.arrow"]
+    assert b"secret" not in files["data-00000.arrow"]
+
+
+@pytest.mark.parametrize(("beyond", "shards"), [(0, [8, 5]), (1, [12, 1])])
+def test_batches_have_fixed_rows_and_shards_end_at_the_limit(tmp_path: Path, beyond: int, shards: list[int]) -> None:
+    """A shard is closed at the first batch end at or beyond `shard_bytes`; the last batch takes what is left."""
+    end_mark = 8
+    two_batches = len(written([numbers(*range(8))], NUMBERS, batch_rows=4)["data-00000.arrow"]) - end_mark
+    with arrow.Writer(tmp_path, NUMBERS, batch_rows=4, shard_bytes=two_batches + beyond) as out:
+        out.write(numbers(*range(13)))
+    assert [batch.num_rows for batch in arrow.batches(tmp_path)] == [4, 4, 4, 1]
+    found = arrow.manifest(tmp_path)["shards"]
+    assert [(shard["name"], shard["rows"]) for shard in found] == list(
+        zip(["data-00000.arrow", "data-00001.arrow"], shards, strict=True)
+    )
+
+
+def test_a_shard_that_fills_with_the_last_row_leaves_no_empty_one_behind(tmp_path: Path) -> None:
+    with arrow.Writer(tmp_path, NUMBERS, batch_rows=2, shard_bytes=1) as out:
+        out.write(numbers(*range(4)))
+    assert [shard["rows"] for shard in arrow.manifest(tmp_path)["shards"]] == [2, 2]
+
+
+def test_manifest_has_counts_schema_and_the_digest_of_each_shard(tmp_path: Path) -> None:
+    with arrow.Writer(tmp_path, NUMBERS, batch_rows=2, shard_bytes=1) as out:
+        out.write(numbers(1, 2, 3))
+        out.counts = {"tokens": 7}
+    manifest = arrow.manifest(tmp_path)
+    assert manifest["counts"] == {"rows": 3, "tokens": 7}
+    assert manifest["schema"] == {"n": "int32"}
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == hashlib.sha256((tmp_path / shard["name"]).read_bytes()).hexdigest()
+
+
+def test_the_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
+    """`datasets` keys its caches on it: equal for equal rows in another folder, different for other rows."""
+    prints = []
+    for name, values in (("a", (1, 2)), ("b", (1, 2)), ("c", (1, 3))):
+        with arrow.Writer(tmp_path / name, NUMBERS) as out:
+            out.write(numbers(*values))
+        prints.append(datasets.load_from_disk(str(tmp_path / name))._fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_datasets_opens_every_kind_of_folder(tmp_path: Path, kind: str, count: int) -> None:
+    """`load_from_disk` gives the rows back with their types, over shards, and opens a folder without rows."""
+    schema, row = KINDS[kind]
+    with arrow.Writer(tmp_path, schema, batch_rows=2, shard_bytes=1) as out:
+        out.write(pa.Table.from_pylist([row] * count, schema))
+    opened = datasets.load_from_disk(str(tmp_path))
+    assert opened.to_list() == [row] * count
+    assert opened.features.arrow_schema.types == schema.types
+    assert arrow.table(tmp_path).to_pylist() == [row] * count
+
+
+def test_rows_of_another_schema_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected n: int32"):
+        arrow.Writer(tmp_path, NUMBERS).write(pa.table({"n": pa.array([1], pa.int64())}))
+
+
+def test_a_folder_whose_writer_failed_has_no_manifest(tmp_path: Path) -> None:
+    """So nothing can read it: the reader names the stage that has not finished."""
+    with pytest.raises(RuntimeError), arrow.Writer(tmp_path, NUMBERS) as out:
+        out.write(numbers(1))
+        raise RuntimeError
+    with pytest.raises(SystemExit, match=r"manifest\.json is missing.*dvc repro"):
+        arrow.table(tmp_path)
+
+
+def test_a_batch_beyond_two_gibibytes_is_halved_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's offsets have 32 bits; here they are said to reach 3 values. pyarrow alone drops what lies beyond."""
+    concatenate = pa.concat_arrays
+
+    def narrow(chunks: list[pa.Array]) -> pa.Array:
+        if sum(map(len, chunks)) > 3:
+            raise pa.ArrowInvalid("offset overflow while concatenating arrays")
+        return concatenate(chunks)
+
+    monkeypatch.setattr(pa, "concat_arrays", narrow)
+    with arrow.Writer(tmp_path, NUMBERS, batch_rows=8) as out:
+        out.write(numbers(*range(10)))
+    assert arrow.table(tmp_path)["n"].to_pylist() == list(range(10))
+    assert arrow.manifest(tmp_path)["shards"][0]["rows"] == 10
+
+
+def test_json_is_sorted_and_readable_in_any_language(tmp_path: Path) -> None:
+    keys = ["文", "a", "b"]
+    random.Random(0).shuffle(keys)
+    arrow.write_json(tmp_path / "x.json", dict.fromkeys(keys, "é"))
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert list(json.loads(text)) == sorted(keys)
+    assert "é" in text
+    assert arrow.read_json(tmp_path / "x.json") == dict.fromkeys(keys, "é")

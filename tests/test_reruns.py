@@ -1,0 +1,502 @@
+"""After an edit, what runs again: all that depends on it, and nothing else.
+
+Every test edits a copy of the finished tiny pipeline (tests/tiny.yaml) and asks the real `dvc`. check_params runs after
+any edit of params.yaml or of code; it can only refuse, so the sets below leave it out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from conftest import dvc, git, ran, repro, write
+from kit import arrow
+
+Edit = Callable[[Path], None]
+PHASES, SOURCES = ("pretrain", "chat"), ("tiny_text", "tiny_notes", "tiny_qa")
+PATIENCE = 120.0
+
+# Python runs it at its start, in every stage: once a file of the folder HOLD_AT is opened, it waits.
+PAUSE = """
+import os, sys, time
+done = False
+def pause(event, arguments):
+    global done
+    if event == "open" and not done and str(arguments[0]).startswith(os.environ["HOLD_AT"]):
+        done = True
+        with open(os.environ["HOLD"] + "/pids", "a") as file:
+            file.write(f"{os.getpid()} ")
+        while not os.path.exists(os.environ["HOLD"] + "/go"):
+            time.sleep(0.02)
+sys.addaudithook(pause)
+"""
+
+
+def each(*names: str, of: tuple[str, ...]) -> set[str]:
+    """Return stage@item for all names and items."""
+    return {f"{name}@{item}" for name in names for item in of}
+
+
+def stale(folder: Path) -> set[str]:
+    """Return the stages that `dvc status` finds changed, without check_params."""
+    with Repo(str(folder)) as repo:  # what the command calls, without half a second for its start
+        return {name.split(":")[-1] for name in repo.status()} - {"check_params"}
+
+
+def reach(folder: Path, stages: set[str]) -> set[str]:
+    """Return `stages` and all that may follow from them: their descendants in DVC's graph."""
+    with Repo(str(folder)) as repo:
+        graph = repo.index.graph  # its edges lead from a stage to those that it needs
+        named = {one.name: one for one in graph}
+        return stages | {one.name for name in stages for one in networkx.ancestors(graph, named[name])}
+
+
+def runs(folder: Path, *targets: str) -> set[str]:
+    """Run `dvc repro` up to `targets` and return the stages that ran, without check_params."""
+    return ran(repro(folder, *targets)) - {"check_params"}
+
+
+def lock(folder: Path) -> dict[str, Any]:
+    """Return the stages of dvc.lock."""
+    stages: dict[str, Any] = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
+    return stages
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return path and digest of the outputs under data/ and models/ in dvc.lock."""
+    outs = {out["path"]: out["md5"] for one in lock(folder).values() for out in one.get("outs", [])}
+    return {path: md5 for path, md5 in outs.items() if path.startswith(("data/", "models/"))}
+
+
+def param(key: str, value: Any) -> Edit:
+    """Return the edit that sets a dotted key of params.yaml; None removes it."""
+
+    def edit(folder: Path) -> None:
+        yaml = YAML()
+        content = yaml.load(folder / "params.yaml")
+        *parents, last = key.split(".")
+        group = content
+        for name in parents:
+            group = group[name]
+        if value is None:
+            del group[last]
+        else:
+            group[last] = value
+        yaml.dump(content, folder / "params.yaml")
+
+    return edit
+
+
+def append(path: str, text: str) -> Edit:
+    """Return the edit that adds text at the end of a file."""
+
+    def edit(folder: Path) -> None:
+        write(folder / path, (folder / path).read_bytes().decode() + text if (folder / path).exists() else text)
+
+    return edit
+
+
+def comment(path: str) -> Edit:
+    """Return the edit that adds a comment to a module."""
+    return append(path, "# another comment\n")
+
+
+def touch_everything(folder: Path) -> None:
+    """Give every raw file and every module a new time stamp."""
+    for top in ("data/raw", "stages", "models/configs"):
+        for path in (folder / top).rglob("*"):
+            os.utime(path, (1e9, 1e9))
+
+
+TRAIN, MODELS = ("train_model",), ("train_model", "merge_lora", "evaluate_model")
+BY_SOURCE, BY_PHASE = ("clean", "add_bos_eos", "tokenize_text"), ("dedup", "train_tokenizer", "group_blocks")
+EVERYTHING = each(*BY_SOURCE, of=SOURCES) | each(*BY_PHASE, *MODELS, "describe_model", of=PHASES)
+OF_CHAT = {one for one in EVERYTHING if one.endswith(("@chat", "@tiny_qa"))}
+NEW_ROW = '{"instruction": "Is the Po long?", "input": "", "output": "It is."}\n'
+
+EDITS: list[tuple[str, Edit, set[str]]] = [
+    ("nothing", lambda folder: None, set()),
+    ("all time stamps", touch_everything, set()),
+    ("byte code", append("stages/kit/__pycache__/stage.cpython-311.pyc", "x"), set()),
+    ("what a kill left", append("data/clean/pretrain/.tmp-tiny_text/documents/data-00000.arrow", "x"), set()),
+    ("a test", append("tests/test_new.py", "x"), set()),
+    ("comment in clean", comment("stages/clean.py"), each("clean", of=SOURCES)),
+    ("comment in dedup", comment("stages/dedup.py"), each("dedup", of=PHASES)),
+    ("comment in train_loop", comment("stages/train_loop.py"), each("train_model", of=PHASES)),
+    ("comment in merge_lora", comment("stages/merge_lora.py"), each("merge_lora", of=PHASES)),
+    ("comment in describe_model", comment("stages/describe_model.py"), each("describe_model", of=PHASES)),
+    ("comment in check_params", comment("stages/check_params.py"), set()),
+    ("comment in kit/model", comment("stages/kit/model.py"), each(*MODELS, of=PHASES)),
+    (
+        "comment in kit/tokenizer",
+        comment("stages/kit/tokenizer.py"),
+        each("add_bos_eos", "tokenize_text", of=SOURCES) | each("train_tokenizer", "group_blocks", *MODELS, of=PHASES),
+    ),
+    ("comment in kit/stage", comment("stages/kit/stage.py"), EVERYTHING),
+    ("a comment in params.yaml", append("params.yaml", "# a comment\n"), set()),
+    ("licence", param("sources.tiny_qa.clean.license", "MIT"), {"clean@tiny_qa"}),
+    ("rule of cleaning", param("sources.tiny_text.clean.min_chars", 6), {"clean@tiny_text"}),
+    ("chat: held-out share", param("phases.chat.dedup.eval_fraction", 0.3), {"dedup@chat"}),
+    ("chat: template", param("phases.chat.train_tokenizer.chat_template", None), {"train_tokenizer@chat"}),
+    ("chat: block size", param("phases.chat.group_blocks.block_size", 64), {"group_blocks@chat"}),
+    ("chat: learning rate", param("phases.chat.train_model.learning_rate", 0.1), {"train_model@chat"}),
+    ("chat: rank", param("phases.chat.train_model.lora.r", 2), {"train_model@chat"}),
+    ("chat: prompts", param("phases.chat.evaluate_model.prompts", ["Why?"]), {"evaluate_model@chat"}),
+    (
+        "shape of the first model",
+        append("models/configs/tiny/config.json", "\n"),
+        each("train_tokenizer", *MODELS, of=("pretrain",)),
+    ),
+    ("a new question", append("data/raw/tiny_qa/qa.jsonl", NEW_ROW), {"clean@tiny_qa"}),
+    ("a new document", append("data/raw/tiny_text/new.txt", "The Po.\n"), {"clean@tiny_text"}),
+    ("a file that is the source", append("data/raw/tiny_notes.txt", "Note 21\n"), {"clean@tiny_notes"}),
+]
+
+
+@pytest.mark.parametrize(("edit", "expected"), [pair[1:] for pair in EDITS], ids=[name for name, *_ in EDITS])
+def test_edit_makes_stale_what_reads_it(workspace: Path, edit: Edit, expected: set[str]) -> None:
+    """`dvc status` names exactly the stages that read what was edited; of the others, only descendants may follow.
+
+    `pretrain` is made before `chat`: what is stale in chat alone never leads to a stage of pretrain.
+    """
+    edit(workspace)
+    assert stale(workspace) == expected
+    if expected and expected <= OF_CHAT:
+        reached = reach(workspace, expected)
+        assert reached <= OF_CHAT
+        assert "describe_model@chat" in reached
+
+
+def test_edit_of_prompts_trains_nothing(workspace: Path) -> None:
+    """Other prompts are answered and described, no more."""
+    param("phases.chat.evaluate_model.prompts", ["Why?"])(workspace)
+    assert reach(workspace, stale(workspace)) == {"evaluate_model@chat", "describe_model@chat"}
+
+
+def test_comment_in_clean_runs_clean_alone(workspace: Path) -> None:
+    """clean runs again and gives equal bytes; DVC sees that, and nothing after it runs."""
+    before = digests(workspace)
+    comment("stages/clean.py")(workspace)
+    output = repro(workspace)
+    assert ran(output) == {"check_params", *each("clean", of=SOURCES)}
+    assert "Stage 'dedup@pretrain' didn't change, skipping" in output
+    assert digests(workspace) == before
+
+
+def test_project_that_moves_runs_nothing(workspace: Path, tmp_path: Path) -> None:
+    """No output depends on where the repository lies."""
+    moved = Path(shutil.move(workspace, tmp_path / "elsewhere/project"))
+    assert ran(repro(moved)) == set()
+
+
+def test_raw_folder_that_moves_runs_clean_alone(workspace: Path) -> None:
+    """The same files under another `path` are the same text: clean runs and gives equal bytes."""
+    (workspace / "data/raw/tiny_text").rename(workspace / "data/raw/laws")
+    param("sources.tiny_text.path", "data/raw/laws")(workspace)
+    assert runs(workspace, "group_blocks@pretrain") == {"clean@tiny_text"}
+    assert stale(workspace) == set()
+
+
+def test_renamed_raw_file_runs_what_names_it(workspace: Path) -> None:
+    """The file's name stands in documents and ledger: what reads them runs, up to where bytes are equal again."""
+    before = digests(workspace)
+    (workspace / "data/raw/tiny_text/07.txt").rename(workspace / "data/raw/tiny_text/07 renamed.txt")
+    expected = {"clean@tiny_text", "dedup@pretrain", "train_tokenizer@pretrain", "add_bos_eos@tiny_text"}
+    assert runs(workspace, "train_model@pretrain") == expected
+    changed = {path for path, md5 in digests(workspace).items() if before[path] != md5}
+    assert changed == {"data/clean/pretrain/tiny_text"}
+
+
+def test_new_document_runs_the_data_stages_of_its_phase(workspace: Path) -> None:
+    """Its phase is made anew, from its source on; other sources of other phases keep their stages and bytes."""
+    before = digests(workspace)
+    append("data/raw/tiny_qa/qa.jsonl", NEW_ROW)(workspace)
+    assert runs(workspace, "group_blocks@chat") <= OF_CHAT
+    after = digests(workspace)
+    changed = {path for path in after if before[path] != after[path]}
+    assert changed >= {"data/clean/chat/tiny_qa", "data/dedup/chat", "data/tokens/chat/tiny_qa", "data/blocks/chat"}
+    assert all("chat" in path for path in changed)
+    assert stale(workspace) == each("train_model", "merge_lora", "evaluate_model", "describe_model", of=("chat",))
+
+
+def test_duplicate_in_another_source_leaves_its_neighbour_alone(workspace: Path) -> None:
+    """A source is read from its own folder: when its decisions stay, its stages stay, whatever its neighbours do."""
+    append("data/raw/tiny_notes.txt", "The Po is a river, too.\n")(workspace)
+    done = runs(workspace, "tokenize_text@tiny_notes", "tokenize_text@tiny_text")
+    assert {"clean@tiny_notes", "dedup@pretrain", "add_bos_eos@tiny_notes"} <= done
+    assert "clean@tiny_text" not in done
+
+
+def test_param_set_back_is_restored_without_a_run(workspace: Path) -> None:
+    """DVC's run cache knows every stage that once ran: undoing an experiment costs nothing."""
+    before, record = digests(workspace), (workspace / "metrics/runs/dedup@chat.json").read_bytes()
+    param("phases.chat.dedup.seed", 1)(workspace)
+    assert runs(workspace, "dedup@chat") == {"dedup@chat"}
+    assert digests(workspace) != before
+    param("phases.chat.dedup.seed", 0)(workspace)
+    output = repro(workspace)
+    assert ran(output) <= {"check_params"}
+    assert "Stage 'dedup@chat' is cached - skipping run, checking out outputs" in output
+    assert digests(workspace) == before
+    assert (workspace / "metrics/runs/dedup@chat.json").read_bytes() == record
+
+
+def test_deleted_output_is_checked_out(workspace: Path) -> None:
+    """What is gone comes from the cache: `dvc repro` runs nothing for it."""
+    for path in ("data/clean", "models/pretrain", "data/blocks/chat/eval/manifest.json"):
+        shutil.rmtree(workspace / path) if (workspace / path).is_dir() else (workspace / path).unlink()
+    assert runs(workspace) == set()
+    assert stale(workspace) == set()
+
+
+def test_clone_with_the_cache_runs_nothing(workspace: Path, tmp_path: Path) -> None:
+    """A colleague's clone with the same cache and raw text has all results with `dvc repro`, and Git is clean."""
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(workspace), str(clone))
+    shutil.copytree(workspace / ".dvc/cache", clone / ".dvc/cache")
+    shutil.copytree(workspace / "data/raw", clone / "data/raw")
+    assert ran(repro(clone)) == set()
+    assert digests(clone) == digests(workspace)
+    assert git(clone, "status", "--porcelain") == ""
+
+
+def test_number_of_workers_makes_nothing_stale(workspace: Path) -> None:
+    """How a result is computed is no part of it."""
+    assert ran(repro(workspace, TERROIR_WORKERS="2", PYTHONHASHSEED="7")) == set()
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """Run `dvc repro`, which must fail without a traceback, and return what it prints."""
+    finished = dvc(folder, "repro", *arguments)
+    assert finished.returncode != 0, finished.stdout
+    assert "Traceback" not in finished.stdout, finished.stdout
+    return finished.stdout
+
+
+def test_removed_source_leaves_no_text_behind(workspace: Path) -> None:
+    """Its folders would still be read by the phase: `dvc repro` refuses until they are deleted, and says how."""
+    param("sources.tiny_notes", None)(workspace)
+    before = lock(workspace)
+    sentence = "data/clean/pretrain/tiny_notes belongs to no source in params.yaml"
+    assert sentence in refused(workspace)
+    assert lock(workspace) == before
+    for _ in range(9):  # what a user does who follows the sentence
+        check = [sys.executable, "stages/check_params.py"]
+        advice = subprocess.run(check, cwd=workspace, capture_output=True, text=True, check=False).stderr
+        if not advice:
+            break
+        folders = advice.split("rm -r ")[1].split()
+        assert all(re.fullmatch(r"data/\w+/pretrain/tiny_notes", folder) for folder in folders), advice
+        for folder in folders:
+            shutil.rmtree(workspace / folder)
+    assert {"dedup@pretrain", "train_tokenizer@pretrain"} <= runs(workspace, "group_blocks@pretrain")
+    rows = arrow.manifest(workspace / "data/tokens/pretrain/tiny_text")["counts"]["rows"]
+    blocks = [arrow.manifest(workspace / "data/blocks/pretrain" / split) for split in ("train", "eval")]
+    assert sum(manifest["counts"]["documents"] for manifest in blocks) == rows
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (
+            append("params.yaml", "phasess: {}\n"),
+            r"params\.yaml line \d+: unknown key `phasess`; did you mean `phases`\?",
+        ),
+        (
+            param("phases.chat.group_blocks.blok_size", 3),
+            r"params\.yaml line \d+: unknown key `phases\.chat\.group_blocks\.blok_size`; did you mean `block_size`\?",
+        ),
+        (
+            param("sources.tiny_qa.phase", "chatt"),
+            r"params\.yaml: sources\.tiny_qa\.phase is `chatt`.*did you mean `chat`\?",
+        ),
+        (param("sources.tiny_qa.path", "../secret"), r"params\.yaml line \d+: .*leads out of the repository"),
+    ],
+    ids=["unknown group", "misspelt key", "unknown phase", "path outside"],
+)
+def test_mistake_in_params_stops_repro(workspace: Path, edit: Edit, sentence: str) -> None:
+    """One sentence from the stage, one line from DVC; nothing ran and nothing changed."""
+    before = digests(workspace)
+    edit(workspace)
+    output = refused(workspace)
+    assert len(re.findall(sentence, output)) == 1, output
+    assert digests(workspace) == before
+    git(workspace, "checkout", "--quiet", "params.yaml")
+    assert stale(workspace) == set()
+
+
+def test_missing_raw_folder_stops_repro(workspace: Path) -> None:
+    """The path that is missing is named."""
+    (workspace / "data/raw/tiny_qa").rename(workspace / "data/raw/other")
+    assert "data/raw/tiny_qa" in refused(workspace)
+    (workspace / "data/raw/other").rename(workspace / "data/raw/tiny_qa")
+    assert runs(workspace) == set()
+
+
+def test_output_of_a_failed_stage_comes_back(workspace: Path) -> None:
+    """DVC deletes outputs before it runs a stage; after a failure `dvc checkout` brings the previous ones back."""
+    good = (workspace / "data/raw/tiny_qa/qa.jsonl").read_bytes()
+    before = (workspace / "data/clean/chat/tiny_qa/documents/data-00000.arrow").read_bytes()
+    append("data/raw/tiny_qa/qa.jsonl", "{not JSON\n")(workspace)
+    assert "data/raw/tiny_qa/qa.jsonl: line 61" in refused(workspace, "clean@tiny_qa")
+    assert dvc(workspace, "checkout").returncode == 0
+    assert (workspace / "data/clean/chat/tiny_qa/documents/data-00000.arrow").read_bytes() == before
+    (workspace / "data/raw/tiny_qa/qa.jsonl").write_bytes(good)
+    assert runs(workspace, "clean@tiny_qa") == set()
+
+
+# --- in the middle of a stage ------------------------------------------------------------------------------------
+
+
+class Held:
+    """A `dvc repro` whose stage waits in the middle of writing its output."""
+
+    def __init__(self, folder: Path, target: str, at: str) -> None:
+        self.hold = folder.parent / "hold"
+        write(self.hold / "sitecustomize.py", PAUSE)
+        environment = {"PYTHONPATH": str(self.hold), "HOLD": str(self.hold), "HOLD_AT": at}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", target],
+            cwd=folder,
+            env={**os.environ, **environment, "DVC_SITE_CACHE_DIR": str(folder.parent / f"{folder.name}.dvc-notes")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_for(lambda: (self.hold / "pids").exists() and bool((self.hold / "pids").read_text()))
+        self.stage = int((self.hold / "pids").read_text())
+
+    def release(self) -> str:
+        """Let the stage go on; return what `dvc repro` printed when it has ended."""
+        (self.hold / "go").touch()
+        return self.process.communicate(timeout=PATIENCE)[0]
+
+
+@pytest.fixture
+def held(workspace: Path) -> Iterator[Callable[[], Held]]:
+    """Start `dvc repro clean@tiny_qa` on new text and hold the stage while it writes."""
+    started: list[Held] = []
+
+    def start() -> Held:
+        append("data/raw/tiny_qa/qa.jsonl", NEW_ROW)(workspace)
+        started.append(Held(workspace, "clean@tiny_qa", "data/clean/chat/.tmp-tiny_qa"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        (one.hold / "go").touch()
+        one.process.kill()
+        one.process.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Return when `condition` holds; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_killed_repro_leaves_no_second_writer(workspace: Path, held: Callable[[], Held]) -> None:
+    """The stage dies with `dvc repro`; the next one takes nothing of it and finishes."""
+    one = held()
+    assert alive(one.stage)
+    one.process.kill()
+    one.process.wait(PATIENCE)
+    wait_for(lambda: not alive(one.stage), seconds=2)
+    assert (workspace / "data/clean/chat/.tmp-tiny_qa").exists()
+    assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
+    assert not (workspace / "data/clean/chat/.tmp-tiny_qa").exists()
+    assert arrow.table(workspace / "data/clean/chat/tiny_qa/documents").num_rows == 61
+
+
+def test_killed_stage_fails_repro(workspace: Path, held: Callable[[], Held]) -> None:
+    """A stage that is killed alone, as by the out-of-memory killer: repro fails, and the next one finishes."""
+    one = held()
+    before = lock(workspace)
+    os.kill(one.stage, signal.SIGKILL)
+    output = one.process.communicate(timeout=PATIENCE)[0]
+    assert one.process.returncode != 0
+    assert "failed to reproduce 'clean@tiny_qa'" in output
+    assert lock(workspace) == before
+    assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
+
+
+def test_second_repro_is_refused(workspace: Path, held: Callable[[], Held]) -> None:
+    """DVC keeps a second `dvc repro` off; a stage started by hand is kept off by its own lock."""
+    one = held()
+    assert dvc(workspace, "repro", "clean@tiny_qa").returncode != 0
+    by_hand = subprocess.run(
+        [sys.executable, "stages/clean.py", "tiny_qa"], cwd=workspace, capture_output=True, text=True, check=False
+    )
+    assert by_hand.returncode == 1
+    assert by_hand.stderr.startswith(f"data/clean/chat/tiny_qa is being written by process {one.stage};")
+    assert "61 kept" in one.release()
+    assert one.process.returncode == 0
+
+
+def test_input_edited_during_repro_is_refused(workspace: Path, held: Callable[[], Held]) -> None:
+    """DVC would hash the edited input and tie it to the output of the old one: dvc.lock must not lie."""
+    one = held()
+    before = lock(workspace)
+    append("data/raw/tiny_qa/qa.jsonl", NEW_ROW.replace("Po", "Arno"))(workspace)
+    output = one.release()
+    assert one.process.returncode != 0
+    assert "clean@tiny_qa: data/raw/tiny_qa changed while the stage ran; nothing was published" in output
+    assert lock(workspace) == before
+    assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
+    assert arrow.table(workspace / "data/clean/chat/tiny_qa/documents").num_rows == 62
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (param("sources.tiny_qa.clean.min_chars", 60), "sources.tiny_qa.clean in params.yaml"),
+        (comment("stages/clean.py"), "stages/clean.py"),
+    ],
+    ids=["params", "code"],
+)
+def test_params_and_code_edited_during_repro(workspace: Path, held: Callable[[], Held], edit: Edit, name: str) -> None:
+    """DVC reads them after the command, too, and would tie the new ones to the output of the old."""
+    one = held()
+    before = lock(workspace)
+    edit(workspace)
+    assert f"clean@tiny_qa: {name} changed while the stage ran; nothing was published" in one.release()
+    assert one.process.returncode != 0
+    assert lock(workspace) == before
+    assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
+    kept = arrow.table(workspace / "data/clean/chat/tiny_qa/documents").num_rows
+    assert (kept < 61) == ("params" in name)
+
+
+def test_other_params_edited_during_repro(workspace: Path, held: Callable[[], Held]) -> None:
+    """While one stage works, the parameters of others may be written: nothing that ran is lost or stale."""
+    one = held()
+    param("phases.chat.train_model.learning_rate", 0.1)(workspace)
+    assert "61 kept" in one.release()
+    assert one.process.returncode == 0
+    assert "clean@tiny_qa" not in stale(workspace)
