@@ -104,8 +104,9 @@ def test_of_several_rounds_each_answer_and_its_eos_are_learned_and_nothing_else(
     ]
 
 
-def test_of_a_template_with_marked_roles_the_line_break_after_an_answer_is_not_learned(own: Path) -> None:
-    assert with_template(own, CHATML).conversation(turns("1", "one")) == [
+def test_of_a_template_with_marked_roles_an_answer_is_learned_up_to_its_end_only(own: Path) -> None:
+    """Not the line break that follows, nor the special token that begins the next round."""
+    assert with_template(own, CHATML).conversation(turns("1", "one", "2")) == [
         BOS,
         Segment("user\n1", False, False),
         Segment("</s>", True, False),
@@ -114,6 +115,10 @@ def test_of_a_template_with_marked_roles_the_line_break_after_an_answer_is_not_l
         Segment("assistant\n", False, False),
         Segment("one", False, True),
         EOS,
+        Segment("\n", False, False),
+        BOS,
+        Segment("user\n2", False, False),
+        Segment("</s>", True, False),
         Segment("\n", False, False),
     ]
 
