@@ -4,9 +4,9 @@ Reads:  data/marked/PHASE/SOURCE, models/tokenizers/PHASE
 Writes: data/tokens/PHASE/SOURCE   ids of each document; `learn` only where some ids are not to be learned
 Params: none (the tokenizer decides)
 
-Example, a tokenizer with <s> = 0, </s> = 1 (* special, + learn):
+Example, a tokenizer with <s> = 0, </s> = 1, <pad> = 2 and the bytes from 3 on (* special, + learn):
 
-    *+"<s>"  +"Hi"  *+"</s>"     ->  input_ids [0, 43, 76, 1]
+    *+"<s>"  +"Hi"  *+"</s>"     ->  input_ids [0, 42, 75, 1]
 
 A plain segment is encoded with the parsing of special tokens off; a special segment is one id. That no id of a special
 token stands anywhere else is checked for every document before anything is published.

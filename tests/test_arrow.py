@@ -207,3 +207,10 @@ def test_json_is_sorted_and_readable_in_any_language(tmp_path: Path) -> None:
     assert list(json.loads(text)) == sorted(keys)
     assert "é" in text
     assert arrow.read_json(tmp_path / "x.json") == dict.fromkeys(keys, "é")
+
+
+def test_a_second_writer_replaces_what_the_folder_said(tmp_path: Path) -> None:
+    for values in ((1, 2), (3,)):
+        with arrow.Writer(tmp_path, NUMBERS) as out:
+            out.write(numbers(*values))
+    assert arrow.table(tmp_path)["n"].to_pylist() == [3]

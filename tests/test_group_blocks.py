@@ -1,182 +1,357 @@
-"""group_blocks: every token in exactly one block, in order, and padding that nothing learns."""
+"""group_blocks: cut at the manifest's tokens, the blocks are the documents in order; no token is lost or moved."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from tokenizers import Tokenizer
 
-import group_blocks
 import tiny
-from conftest import Runner
+from conftest import Runner, copy_project, write
 from group_blocks import Grouper, Params, blocks_schema, concatenate, pack
 from kit import arrow
-from kit.model import IGNORED, Blocks
 from tokenize_text import lists, tokens_schema
 
-PAD = 2
-DOCUMENTS = st.lists(st.lists(st.integers(3, 60_000), min_size=1, max_size=40), min_size=1, max_size=20)
+PAD = 65535  # the largest id of two bytes, so that an id that wraps round is seen
+# A document: its split, and (id, learned) for each of its tokens.
+DOCUMENT = st.tuples(
+    st.sampled_from(["train", "train", "eval"]),
+    st.lists(st.tuples(st.integers(0, 65534), st.booleans()), min_size=1, max_size=40),
+)
+# clean refuses a source without a document, and dedup keeps the first of copies: only later sources may be empty.
+SOURCES = st.tuples(st.lists(DOCUMENT, min_size=1, max_size=8), st.lists(DOCUMENT, max_size=8)).map(list)
+Documents = list[tuple[str, list[tuple[int, bool]]]]
 
 
-def write_tokens(folder: Path, documents: list[list[int]], batch_rows: int = 256, split: str = "train") -> Path:
-    """A tokens folder; a token is learned when it is even; every fifth document belongs to the other split."""
-    schema = tokens_schema(pa.uint16(), learn=True)
-    ids = [np.array(document) for document in documents]
-    splits = [split if row % 5 != 4 else "eval" for row in range(len(documents))]
+class Blocks(NamedTuple):
+    """What a folder of blocks holds."""
+
+    ids: list[list[int]]
+    learn: list[list[bool]]
+    starts: list[list[int]]
+    counts: dict[str, int]
+    digest: str
+
+
+def write_tokens(folder: Path, documents: Documents, learn: bool = True, batch_rows: int = 256) -> Path:
+    """Write a folder as tokenize_text leaves it."""
+    schema = tokens_schema(pa.uint16(), learn)
     columns = [
-        pa.array([bytes(16)] * len(ids), pa.binary(16)),
-        pa.array(splits),
-        lists(ids, pa.uint16()),
-        lists([document % 2 == 0 for document in ids], pa.bool_()),
+        pa.array([bytes(16)] * len(documents), pa.binary(16)),
+        pa.array([split for split, _ in documents], pa.string()),
+        lists([np.array([identity for identity, _ in tokens]) for _, tokens in documents], pa.uint16()),
+        lists([np.array([mark for _, mark in tokens]) for _, tokens in documents], pa.bool_()),
     ]
+    counts = {"train": 0, "eval": 0}
+    for split, tokens in documents:
+        counts[split] += len(tokens)
     with arrow.Writer(folder, schema, batch_rows=batch_rows) as out:
-        out.write(pa.Table.from_arrays(columns, schema=schema))
-        out.counts = {s: sum(len(d) for d, of in zip(ids, splits, strict=True) if of == s) for s in ("train", "eval")}
+        out.write(pa.Table.from_arrays(columns[: len(schema)], schema=schema))
+        out.counts = counts
     return folder
 
 
-def train_part(documents: list[list[int]]) -> list[list[int]]:
-    return [document for row, document in enumerate(documents) if row % 5 != 4]
+def grouped(
+    sources: list[Documents], block_size: int, mode: str = "concat", last_block: str = "pad", **options: int
+) -> Blocks:
+    """Group the train split of `sources`. Options: batch_rows of the tokens folders, rows_at_once of the packing."""
+    with tempfile.TemporaryDirectory() as name:
+        rows = options.get("batch_rows", 256)
+        folders = [write_tokens(Path(name, str(n)), source, batch_rows=rows) for n, source in enumerate(sources)]
+        out = arrow.Writer(Path(name, "out"), blocks_schema(pa.uint16(), block_size, True, starts=mode != "concat"))
+        grouper = Grouper(out, block_size, PAD)
+        if mode == "concat":
+            documents, tokens = concatenate(folders, "train", grouper)
+            dropped = grouper.finish(last_block)
+        else:
+            documents, tokens = pack(folders, "train", mode, grouper, options.get("rows_at_once", 1024))
+            dropped = 0
+        out.close(tokens=tokens - dropped, dropped_tokens=dropped, documents=documents)
+        table = arrow.table(Path(name, "out")).to_pydict()
+        starts = table.get("starts", [])
+        digest = hashlib.sha256(Path(name, "out", "data-00000.arrow").read_bytes()).hexdigest()
+        return Blocks(table["input_ids"], table["learn"], starts, out.counts, digest)
 
 
-def group(folder: Path, tokens: list[Path], mode: str, block_size: int, last_block: str = "pad") -> dict[str, int]:
-    """Write the train blocks of `tokens` into `folder`; return the manifest's counts."""
-    out = arrow.Writer(folder, blocks_schema(pa.uint16(), block_size, True, mode != "concat"))
-    grouper = Grouper(out, block_size, PAD)
-    dropped = 0
-    if mode == "concat":
-        documents, read = concatenate(tokens, "train", grouper)
-        dropped = grouper.finish(last_block)
-    else:
-        documents, read = pack(tokens, "train", mode, grouper, rows_at_once=3)
-    out.close(tokens=read - dropped, dropped_tokens=dropped, documents=documents)
-    return out.counts
+def train_documents(sources: list[Documents]) -> list[list[tuple[int, bool]]]:
+    return [tokens for source in sources for split, tokens in source if split == "train"]
 
 
-@given(DOCUMENTS, st.integers(8, 64), st.integers(1, 7))
-def test_a_stream_is_cut_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], block_size: int, batch_rows: int
+def flat(blocks: Blocks) -> list[tuple[int, bool]]:
+    """Return (id, learned) of all places of all blocks, in order."""
+    return [pair for row in zip(blocks.ids, blocks.learn, strict=True) for pair in zip(*row, strict=True)]
+
+
+EXAMPLE: Documents = [("train", [(n, True) for n in ids]) for ids in ([0, 5, 6, 1], [0, 7, 1])]
+
+
+@pytest.mark.parametrize(
+    ("mode", "documents", "ids", "starts"),
+    [
+        ("concat", EXAMPLE, [[0, 5, 6, 1], [0, 7, 1, PAD]], []),
+        ("line", EXAMPLE, [[0, 5, 6, 1], [0, 7, 1, PAD]], [[0, 4], [0, 3]]),
+        ("best_fit", [EXAMPLE[1], ("train", [(9, True)])], [[0, 7, 1, 9]], [[0, 3, 4]]),
+    ],
+)
+def test_the_worked_example_of_the_docstring(
+    mode: str, documents: Documents, ids: list[list[int]], starts: list[list[int]]
 ) -> None:
-    """For any documents, block size and batches of the input: the blocks, cut at the count, are the documents."""
-    folder = tmp_path_factory.mktemp("concat")
-    tokens = write_tokens(folder / "tokens", documents, batch_rows)
-    counts = group(folder / "blocks", [tokens], "concat", block_size)
-    table = arrow.table(folder / "blocks")
-    ids = [token for row in table["input_ids"].to_pylist() for token in row]
-    learn = [mark for row in table["learn"].to_pylist() for mark in row]
-    expected = [token for document in train_part(documents) for token in document]
-    assert ids[: counts["tokens"]] == expected
-    assert learn[: counts["tokens"]] == [token % 2 == 0 for token in expected]
-    assert set(ids[counts["tokens"] :]) <= {PAD} and not any(learn[counts["tokens"] :])
-    assert len(ids) - counts["tokens"] < block_size
+    found = grouped([documents], 4, mode)
+    assert (found.ids, found.starts) == (ids, starts)
+    assert found.counts["tokens"] == sum(len(tokens) for _, tokens in documents)
 
 
-@pytest.mark.parametrize("mode", ["best_fit", "line"])
-@given(documents=DOCUMENTS, block_size=st.integers(8, 64), batch_rows=st.integers(1, 7))
-def test_pieces_stay_whole_and_none_is_lost(
-    tmp_path_factory: pytest.TempPathFactory, mode: str, documents: list[list[int]], block_size: int, batch_rows: int
+@given(sources=SOURCES, block_size=st.integers(1, 50))
+def test_blocks_cut_at_the_tokens_of_the_manifest_are_the_documents_in_order(
+    sources: list[Documents], block_size: int
 ) -> None:
-    folder = tmp_path_factory.mktemp(mode)
-    tokens = write_tokens(folder / "tokens", documents, batch_rows)
-    group(folder / "blocks", [tokens], mode, block_size)
+    """Each id with its learn mark; padding at the end alone, less than a block of it, and not learned."""
+    blocks = grouped(sources, block_size)
+    stream = [pair for tokens in train_documents(sources) for pair in tokens]
+    assert flat(blocks)[: blocks.counts["tokens"]] == stream
+    padding = flat(blocks)[len(stream) :]
+    assert padding == [(PAD, False)] * len(padding)
+    assert len(padding) < block_size
+    assert blocks.counts == {
+        "rows": len(blocks.ids),
+        "tokens": len(stream),
+        "dropped_tokens": 0,
+        "documents": len(train_documents(sources)),
+    }
+
+
+@given(sources=SOURCES, block_size=st.integers(1, 50))
+def test_a_dropped_last_block_is_counted(sources: list[Documents], block_size: int) -> None:
+    blocks = grouped(sources, block_size, last_block="drop")
+    stream = [pair for tokens in train_documents(sources) for pair in tokens]
+    assert flat(blocks) == stream[: len(stream) - len(stream) % block_size]
+    assert blocks.counts["dropped_tokens"] == len(stream) % block_size
+    assert blocks.counts["tokens"] == len(flat(blocks))
+
+
+@given(sources=SOURCES, block_size=st.integers(1, 50), mode=st.sampled_from(["line", "best_fit"]))
+def test_whole_documents_stand_between_the_starts_of_their_blocks(
+    sources: list[Documents], block_size: int, mode: str
+) -> None:
+    """Every piece once; a document longer than a block in pieces of it; what is not between starts is padding."""
+    blocks = grouped(sources, block_size, mode)
+    documents = train_documents(sources)
+    expected = [tokens[at : at + block_size] for tokens in documents for at in range(0, len(tokens), block_size)]
     found = []
-    for row in arrow.table(folder / "blocks").to_pylist():
-        assert row["starts"][0] == 0 and row["starts"][-1] <= block_size
-        assert set(row["input_ids"][row["starts"][-1] :]) <= {PAD} and not any(row["learn"][row["starts"][-1] :])
-        for first, last in zip(row["starts"], row["starts"][1:], strict=False):
-            piece = row["input_ids"][first:last]
-            assert row["learn"][first:last] == [token % 2 == 0 for token in piece]
-            found.append(piece)
-        assert mode == "best_fit" or len(row["starts"]) == 2
-    cut = [d[i : i + block_size] for d in train_part(documents) for i in range(0, len(d), block_size)]
-    assert sorted(found) == sorted(cut)
-    assert mode == "best_fit" or found == cut
+    for ids, learn, starts in zip(blocks.ids, blocks.learn, blocks.starts, strict=True):
+        pairs = list(zip(ids, learn, strict=True))
+        assert starts[0] == 0
+        found += [pairs[start:end] for start, end in itertools.pairwise(starts)]
+        assert pairs[starts[-1] :] == [(PAD, False)] * (block_size - starts[-1])
+    assert (found if mode == "line" else sorted(found)) == (expected if mode == "line" else sorted(expected))
+    assert blocks.counts["tokens"] == sum(map(len, documents))
+    assert blocks.counts["documents"] == len(documents)
 
 
-@pytest.mark.parametrize("mode", ["concat", "best_fit", "line"])
-def test_batches_of_the_input_leave_no_trace(tmp_path: Path, mode: str) -> None:
-    documents = [list(range(3, 3 + n)) for n in (5, 40, 1, 17, 8, 30, 2, 2, 64, 9)]
-    results = []
-    for batch_rows in (1, 3, 256):
-        folder = tmp_path / str(batch_rows)
-        group(folder / "blocks", [write_tokens(folder / "tokens", documents, batch_rows)], mode, 16)
-        results.append({path.name: path.read_bytes() for path in (folder / "blocks").iterdir()})
-    assert results[0] == results[1] == results[2]
+@given(
+    sources=SOURCES,
+    block_size=st.integers(1, 20),
+    mode=st.sampled_from(["concat", "line", "best_fit"]),
+    batch_rows=st.integers(1, 5),
+    rows_at_once=st.integers(1, 5),
+)
+@settings(max_examples=50)
+def test_batch_boundaries_do_not_matter(
+    sources: list[Documents], block_size: int, mode: str, batch_rows: int, rows_at_once: int
+) -> None:
+    """Nor do those of the sources: one source with all documents gives the bytes of two."""
+    expected = grouped(sources, block_size, mode)
+    assert grouped(sources, block_size, mode, batch_rows=batch_rows, rows_at_once=rows_at_once) == expected
+    assert grouped([[document for source in sources for document in source]], block_size, mode) == expected
 
 
-def test_the_loader_gives_padding_no_loss(tmp_path: Path) -> None:
-    """Also padding in the middle of the folder, whose place only `starts` tells."""
-    documents = [[4, 6, 8], [10, 12], [14] * 9, [16, 3]]
-    counts = group(tmp_path / "blocks", [write_tokens(tmp_path / "tokens", documents)], "line", 8)
-    batch = Blocks(arrow.table(tmp_path / "blocks"), counts["tokens"]).__getitems__([1, 0, 3, 4])
-    x = IGNORED
-    assert batch["labels"].tolist() == [
-        [10, 12, x, x, x, x, x, x],
-        [4, 6, 8, x, x, x, x, x],
-        [14, x, x, x, x, x, x, x],
-        [16, x, x, x, x, x, x, x],  # 3 is odd: not learned
-    ]
+def test_last_block_drop_is_for_a_stream_alone() -> None:
+    with pytest.raises(ValueError, match="mode best_fit pads each block and drops nothing"):
+        Params(block_size=8, mode="best_fit", last_block="drop")
 
 
-def test_the_last_block_can_be_dropped_and_is_counted(tmp_path: Path) -> None:
-    tokens = write_tokens(tmp_path / "tokens", [[4] * 10, [5] * 9])
-    counts = group(tmp_path / "blocks", [tokens], "concat", 8, last_block="drop")
-    assert counts == {"rows": 2, "tokens": 16, "dropped_tokens": 3, "documents": 2}
+def test_a_block_larger_than_the_corpus_is_refused_and_the_previous_blocks_stay(
+    project: Path, run_stage: Runner
+) -> None:
+    """The sentence says how many tokens there are and which key to change."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": {"block_size": 16}})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    write(project / "data/blocks/p/train/manifest.json", "of the last good run")
+    too_few: dict[str, Documents] = {
+        "the train split has 15 tokens": [("train", [(5, True)] * 15), ("eval", [(5, True)])],
+        "the eval split has 0 tokens": [("train", [(5, True)] * 16)],
+    }
+    for sentence, documents in too_few.items():
+        write_tokens(project / "data/tokens/p/p_text", documents, learn=False)
+        finished = run_stage(project, "group_blocks", "p")
+        assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+        assert f"{sentence}, too few for a block of 16; lower phases.p.group_blocks.block_size" in finished.stderr
+        assert (project / "data/blocks/p/train/manifest.json").read_text() == "of the last good run"
 
 
-def test_dropping_is_for_the_stream_alone() -> None:
-    with pytest.raises(ValidationError, match="last_block: drop is for mode concat"):
-        Params(block_size=8, mode="line", last_block="drop")
+BLOCK_SIZE = 24
+# The whole chain. A corpus with every awkward thing, in four sources of one phase; `b_copies` holds nothing new.
+LINES = [
+    "plain text",
+    "CRLF\r",
+    "</s><s> <|im_end|>",
+    "法律 第一条　为了",
+    "\U0001f30a naïve",
+    "cafe\u0301",
+    "{{ x }} \ue0000\ue001",
+]
+TEXTS = [f"{line}\n{number} {line}" for number in range(30) for line in LINES]
+CHATS = [(f"{number}? {line}", f"{line}!{number}") for number in range(20) for line in LINES]
+GROUPS: dict[str, dict[str, Any]] = {
+    "a_files": {"format": "text", "sample_by": "document"},
+    "b_copies": {"format": "text", "sample_by": "document"},
+    "c_lines": {"format": "jsonl"},
+    "d_chat": {"format": "alpaca"},
+}
+STAGES = ["clean", "dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks"]
+HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "accelerate"}
+# Runs a stage as the command does, then says which heavy modules it has imported.
+WRAPPER = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("HEAVY", sorted({HEAVY!r} & sys.modules.keys())))
+sys.path.insert(0, "stages")
+sys.argv = ["stages/" + sys.argv[1] + ".py", sys.argv[2]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def prepare(project: Path, documents: list[list[int]], **changes: Any) -> None:
-    tiny.tokenizer(project / "models/tokenizers/pretrain")
-    tiny.base(project / "models/configs/tiny")
-    write_tokens(project / "data/tokens/pretrain/pretrain_text", documents)
-    groups = {"group_blocks": {"block_size": 16, **changes}}
-    tiny.params_yaml(project, pretrain={"base": "models/configs/tiny", **groups})
-
-
-def test_the_stage(project: Path, run_stage: Runner) -> None:
-    prepare(project, [[5] * 20] * 10, mode="best_fit")
-    done = run_stage(project, "group_blocks", "pretrain")
-    assert done.returncode == 0, done.stderr
-    assert arrow.manifest(project / "data/blocks/pretrain/train")["counts"]["tokens"] == 160
-    assert arrow.manifest(project / "data/blocks/pretrain/eval")["counts"]["tokens"] == 40
-
-
-def test_a_block_larger_than_the_corpus_is_refused_and_the_old_blocks_stay(project: Path, run_stage: Runner) -> None:
-    prepare(project, [[5] * 20] * 10, block_size=4096)
-    old = project / "data/blocks/pretrain/keep"
-    old.mkdir(parents=True)
-    done = run_stage(project, "group_blocks", "pretrain")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (
-        "the train split has 160 tokens, too few for a block of 4,096; lower phases.pretrain.group_blocks"
-        in done.stderr
+def write_corpus(project: Path) -> None:
+    for number, text in enumerate(TEXTS):
+        write(project / f"data/raw/a_files/{number:04}.txt", text)
+        if number % 7 == 0:
+            write(project / f"data/raw/b_copies/{number}.md", text)
+    rows = [json.dumps({"text": f"row {text}"}) for text in TEXTS]
+    write(project / "data/raw/c_lines/x.jsonl", "\n".join([*rows, "", rows[0]]))
+    chats = [json.dumps({"instruction": question, "input": "", "output": answer}) for question, answer in CHATS]
+    write(project / "data/raw/d_chat/x.jsonl", "\n".join(chats))
+    tiny.params_yaml(
+        project,
+        p={
+            "base": "models/configs/llama_small",
+            "dedup": {"eval_fraction": 0.1},
+            "train_tokenizer": {"mode": "train", "vocab_size": 500, "chat_template": "human_assistant"},
+            "group_blocks": {"block_size": BLOCK_SIZE},
+        },
     )
-    assert old.exists()
+    content = json.loads((project / "params.yaml").read_text())
+    content["sources"] = {
+        name: {"phase": "p", "path": f"data/raw/{name}", "clean": {"license": "unknown", **group}}
+        for name, group in GROUPS.items()
+    }
+    (project / "params.yaml").write_text(json.dumps(content))
 
 
-def test_a_lost_token_stops_the_stage(project: Path, run_stage: Runner) -> None:
-    """The manifest counts one more than the folder holds: nothing is published."""
-    prepare(project, [[5] * 20] * 10)
-    path = project / "data/tokens/pretrain/pretrain_text/manifest.json"
-    path.write_text(path.read_text().replace('"train": 160', '"train": 161'))
-    done = run_stage(project, "group_blocks", "pretrain")
-    assert done.returncode == 1
-    assert "161 train tokens were read but 160 kept + 0 dropped came out; nothing was published" in done.stderr
-    assert not (project / "data/blocks/pretrain").exists()
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A project after the six data stages, and what each stage printed last: the heavy modules that it imported."""
+    project = copy_project(tmp_path_factory.mktemp("chain") / "project")
+    write_corpus(project)
+    heavy = {}
+    for stage in STAGES:
+        for name in ["p"] if stage in ("dedup", "train_tokenizer", "group_blocks") else GROUPS:
+            command = [sys.executable, "-c", WRAPPER, stage, name]
+            finished = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+            assert finished.returncode == 0, finished.stderr
+            heavy[stage] = finished.stdout.splitlines()[-1]
+    return project, heavy
 
 
-def test_the_example_of_the_docstring(tmp_path: Path) -> None:
-    assert "0 5 6 1 | 0 7 1 2" in (group_blocks.__doc__ or "")
-    tokens = write_tokens(tmp_path / "tokens", [[10, 5, 6, 11], [10, 7, 11]])
-    group(tmp_path / "blocks", [tokens], "concat", 4)
-    assert arrow.table(tmp_path / "blocks")["input_ids"].to_pylist() == [[10, 5, 6, 11], [10, 7, 11, PAD]]
+def spelled(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """Return the bytes of each id of a byte-level tokenizer: a block may begin inside a character."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    special = {"<s>", "</s>", "<pad>"}
+    return {
+        identity: token.encode() if token in special else bytes(letters[letter] for letter in token)
+        for token, identity in tokenizer.get_vocab().items()
+    }
+
+
+def kept_text(project: Path, split: str) -> bytes:
+    """Return what the blocks of a split must say, from the kept documents and what dedup decided about them."""
+    said = []
+    for source in GROUPS:
+        documents = arrow.table(project / "data/clean/p" / source / "documents").to_pylist()
+        decisions = arrow.table(project / "data/dedup/p" / source).to_pylist()
+        for document, decision in zip(documents, decisions, strict=True):
+            if decision["split"] != split:
+                continue
+            if "text" in document:
+                said.append(f"<s>{document['text']}</s>")
+            else:
+                question, answer = (message["content"] for message in document["messages"])
+                said.append(f"<s>Human: {question}\n\nAssistant: {answer}</s>")
+    return "".join(said).encode()
+
+
+def test_random_blocks_of_the_whole_chain_spell_the_kept_text_at_their_place(
+    chain: tuple[Path, dict[str, str]],
+) -> None:
+    """Block n spells exactly the bytes after those of the blocks before it; together they are the whole text."""
+    project, _ = chain
+    pieces = spelled(Tokenizer.from_file(str(project / "models/tokenizers/p/tokenizer.json")))
+    for split in ("train", "eval"):
+        folder = project / "data/blocks/p" / split
+        tokens, expected = arrow.manifest(folder)["counts"]["tokens"], kept_text(project, split)
+        blocks = arrow.table(folder)["input_ids"].to_pylist()
+        sizes = [sum(len(pieces[identity]) for identity in block) for block in blocks]
+        places = np.concatenate([[0], np.cumsum(sizes)])
+        for number in random.Random(0).choices(range(len(blocks)), k=100):
+            ids = blocks[number][: tokens - number * BLOCK_SIZE]
+            said = b"".join(pieces[identity] for identity in ids)
+            assert said == expected[places[number] : places[number] + len(said)]
+        padding = pieces[2] * (len(blocks) * BLOCK_SIZE - tokens)
+        assert b"".join(pieces[identity] for block in blocks for identity in block) == expected + padding
+
+
+def test_the_chain_keeps_every_text_once(chain: tuple[Path, dict[str, str]]) -> None:
+    """Each text of the corpus is in one split; a source of copies leaves nothing behind; counts agree end to end."""
+    project, _ = chain
+    said = kept_text(project, "train") + kept_text(project, "eval")
+    for text in {*TEXTS, *(f"row {text}" for text in TEXTS)}:
+        cleaned = text.replace("\r\n", "\n").replace("\r", "\n").replace("e\u0301", "é").encode()
+        assert said.count(b"<s>" + cleaned + b"</s>") == 1
+    assert arrow.manifest(project / "data/tokens/p/b_copies")["counts"]["rows"] == 0
+    blocks = [arrow.manifest(project / "data/blocks/p" / split)["counts"] for split in ("train", "eval")]
+    tokens = [arrow.manifest(project / "data/tokens/p" / source)["counts"] for source in GROUPS]
+    assert [counts["tokens"] for counts in blocks] == [sum(c[split] for c in tokens) for split in ("train", "eval")]
+    assert sum(counts["documents"] for counts in blocks) == sum(counts["rows"] for counts in tokens)
+
+
+def test_learn_marks_of_a_mixed_phase_follow_their_tokens(chain: tuple[Path, dict[str, str]]) -> None:
+    """Texts are learned whole, conversations in their answers; the loader sees it after grouping."""
+    project, _ = chain
+    pieces = spelled(Tokenizer.from_file(str(project / "models/tokenizers/p/tokenizer.json")))
+    table = arrow.table(project / "data/blocks/p/train").to_pydict()
+    pairs = [pair for row in zip(table["input_ids"], table["learn"], strict=True) for pair in zip(*row, strict=True)]
+    quiet = b"".join(pieces[identity] for identity, mark in pairs if not mark)
+    decisions = arrow.table(project / "data/dedup/p/d_chat")["split"].to_pylist()
+    documents = arrow.table(project / "data/clean/p/d_chat/documents")["messages"].to_pylist()
+    asked = [d[0]["content"] for d, split in zip(documents, decisions, strict=True) if split == "train"]
+    prompts = "".join(f"<s>Human: {question}\n\nAssistant: " for question in asked).encode()
+    assert quiet.removesuffix(b"<pad>" * quiet.count(b"<pad>")) == prompts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_data_stage_has_imported_nothing_heavy_when_it_ends(chain: tuple[Path, dict[str, str]], stage: str) -> None:
+    """Torch alone costs 1.5 seconds and 200 MB; a stage that imports it in a function pays as well."""
+    assert chain[1][stage] == "HEAVY []"

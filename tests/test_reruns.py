@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -121,48 +120,32 @@ def touch_everything(folder: Path) -> None:
             os.utime(path, (1e9, 1e9))
 
 
-TRAIN, MODELS = ("train_model",), ("train_model", "merge_lora", "evaluate_model")
+MODELS = ("train_model", "merge_lora", "evaluate_model")
 BY_SOURCE, BY_PHASE = ("clean", "add_bos_eos", "tokenize_text"), ("dedup", "train_tokenizer", "group_blocks")
 EVERYTHING = each(*BY_SOURCE, of=SOURCES) | each(*BY_PHASE, *MODELS, "describe_model", of=PHASES)
 OF_CHAT = {one for one in EVERYTHING if one.endswith(("@chat", "@tiny_qa"))}
 NEW_ROW = '{"instruction": "Is the Po long?", "input": "", "output": "It is."}\n'
 
 EDITS: list[tuple[str, Edit, set[str]]] = [
-    ("nothing", lambda folder: None, set()),
     ("all time stamps", touch_everything, set()),
-    ("byte code", append("stages/kit/__pycache__/stage.cpython-311.pyc", "x"), set()),
     ("what a kill left", append("data/clean/pretrain/.tmp-tiny_text/documents/data-00000.arrow", "x"), set()),
-    ("a test", append("tests/test_new.py", "x"), set()),
-    ("comment in clean", comment("stages/clean.py"), each("clean", of=SOURCES)),
-    ("comment in dedup", comment("stages/dedup.py"), each("dedup", of=PHASES)),
+    ("byte code", append("stages/kit/__pycache__/stage.cpython-311.pyc", "x"), set()),
+    ("comment in params.yaml", append("params.yaml", "# a comment\n"), set()),
     ("comment in train_loop", comment("stages/train_loop.py"), each("train_model", of=PHASES)),
-    ("comment in merge_lora", comment("stages/merge_lora.py"), each("merge_lora", of=PHASES)),
-    ("comment in describe_model", comment("stages/describe_model.py"), each("describe_model", of=PHASES)),
-    ("comment in check_params", comment("stages/check_params.py"), set()),
-    ("comment in kit/model", comment("stages/kit/model.py"), each(*MODELS, of=PHASES)),
-    (
-        "comment in kit/tokenizer",
-        comment("stages/kit/tokenizer.py"),
-        each("add_bos_eos", "tokenize_text", of=SOURCES) | each("train_tokenizer", "group_blocks", *MODELS, of=PHASES),
-    ),
     ("comment in kit/stage", comment("stages/kit/stage.py"), EVERYTHING),
-    ("a comment in params.yaml", append("params.yaml", "# a comment\n"), set()),
     ("licence", param("sources.tiny_qa.clean.license", "MIT"), {"clean@tiny_qa"}),
-    ("rule of cleaning", param("sources.tiny_text.clean.min_chars", 6), {"clean@tiny_text"}),
-    ("chat: held-out share", param("phases.chat.dedup.eval_fraction", 0.3), {"dedup@chat"}),
-    ("chat: template", param("phases.chat.train_tokenizer.chat_template", None), {"train_tokenizer@chat"}),
-    ("chat: block size", param("phases.chat.group_blocks.block_size", 64), {"group_blocks@chat"}),
-    ("chat: learning rate", param("phases.chat.train_model.learning_rate", 0.1), {"train_model@chat"}),
-    ("chat: rank", param("phases.chat.train_model.lora.r", 2), {"train_model@chat"}),
-    ("chat: prompts", param("phases.chat.evaluate_model.prompts", ["Why?"]), {"evaluate_model@chat"}),
+    ("held-out share", param("phases.chat.dedup.eval_fraction", 0.3), {"dedup@chat"}),
+    ("chat template", param("phases.chat.train_tokenizer.chat_template", None), {"train_tokenizer@chat"}),
+    ("block size", param("phases.chat.group_blocks.block_size", 64), {"group_blocks@chat"}),
+    ("learning rate", param("phases.chat.train_model.learning_rate", 0.1), {"train_model@chat"}),
+    ("prompts", param("phases.chat.evaluate_model.prompts", ["Why?"]), {"evaluate_model@chat"}),
     (
         "shape of the first model",
         append("models/configs/tiny/config.json", "\n"),
         each("train_tokenizer", *MODELS, of=("pretrain",)),
     ),
-    ("a new question", append("data/raw/tiny_qa/qa.jsonl", NEW_ROW), {"clean@tiny_qa"}),
-    ("a new document", append("data/raw/tiny_text/new.txt", "The Po.\n"), {"clean@tiny_text"}),
-    ("a file that is the source", append("data/raw/tiny_notes.txt", "Note 21\n"), {"clean@tiny_notes"}),
+    ("new document", append("data/raw/tiny_text/new.txt", "The Po.\n"), {"clean@tiny_text"}),
+    ("file that is the source", append("data/raw/tiny_notes.txt", "Note 21\n"), {"clean@tiny_notes"}),
 ]
 
 
@@ -178,12 +161,8 @@ def test_edit_makes_stale_what_reads_it(workspace: Path, edit: Edit, expected: s
         reached = reach(workspace, expected)
         assert reached <= OF_CHAT
         assert "describe_model@chat" in reached
-
-
-def test_edit_of_prompts_trains_nothing(workspace: Path) -> None:
-    """Other prompts are answered and described, no more."""
-    param("phases.chat.evaluate_model.prompts", ["Why?"])(workspace)
-    assert reach(workspace, stale(workspace)) == {"evaluate_model@chat", "describe_model@chat"}
+        if expected == {"evaluate_model@chat"}:
+            assert "train_model@chat" not in reached
 
 
 def test_comment_in_clean_runs_clean_alone(workspace: Path) -> None:
@@ -197,9 +176,9 @@ def test_comment_in_clean_runs_clean_alone(workspace: Path) -> None:
 
 
 def test_project_that_moves_runs_nothing(workspace: Path, tmp_path: Path) -> None:
-    """No output depends on where the repository lies."""
+    """No output depends on where the repository lies, nor on the number of workers."""
     moved = Path(shutil.move(workspace, tmp_path / "elsewhere/project"))
-    assert ran(repro(moved)) == set()
+    assert ran(repro(moved, TERROIR_WORKERS="2", PYTHONHASHSEED="7")) == set()
 
 
 def test_raw_folder_that_moves_runs_clean_alone(workspace: Path) -> None:
@@ -232,14 +211,6 @@ def test_new_document_runs_the_data_stages_of_its_phase(workspace: Path) -> None
     assert stale(workspace) == each("train_model", "merge_lora", "evaluate_model", "describe_model", of=("chat",))
 
 
-def test_duplicate_in_another_source_leaves_its_neighbour_alone(workspace: Path) -> None:
-    """A source is read from its own folder: when its decisions stay, its stages stay, whatever its neighbours do."""
-    append("data/raw/tiny_notes.txt", "The Po is a river, too.\n")(workspace)
-    done = runs(workspace, "tokenize_text@tiny_notes", "tokenize_text@tiny_text")
-    assert {"clean@tiny_notes", "dedup@pretrain", "add_bos_eos@tiny_notes"} <= done
-    assert "clean@tiny_text" not in done
-
-
 def test_param_set_back_is_restored_without_a_run(workspace: Path) -> None:
     """DVC's run cache knows every stage that once ran: undoing an experiment costs nothing."""
     before, record = digests(workspace), (workspace / "metrics/runs/dedup@chat.json").read_bytes()
@@ -254,14 +225,6 @@ def test_param_set_back_is_restored_without_a_run(workspace: Path) -> None:
     assert (workspace / "metrics/runs/dedup@chat.json").read_bytes() == record
 
 
-def test_deleted_output_is_checked_out(workspace: Path) -> None:
-    """What is gone comes from the cache: `dvc repro` runs nothing for it."""
-    for path in ("data/clean", "models/pretrain", "data/blocks/chat/eval/manifest.json"):
-        shutil.rmtree(workspace / path) if (workspace / path).is_dir() else (workspace / path).unlink()
-    assert runs(workspace) == set()
-    assert stale(workspace) == set()
-
-
 def test_clone_with_the_cache_runs_nothing(workspace: Path, tmp_path: Path) -> None:
     """A colleague's clone with the same cache and raw text has all results with `dvc repro`, and Git is clean."""
     clone = tmp_path / "clone"
@@ -271,11 +234,6 @@ def test_clone_with_the_cache_runs_nothing(workspace: Path, tmp_path: Path) -> N
     assert ran(repro(clone)) == set()
     assert digests(clone) == digests(workspace)
     assert git(clone, "status", "--porcelain") == ""
-
-
-def test_number_of_workers_makes_nothing_stale(workspace: Path) -> None:
-    """How a result is computed is no part of it."""
-    assert ran(repro(workspace, TERROIR_WORKERS="2", PYTHONHASHSEED="7")) == set()
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------
@@ -318,17 +276,9 @@ def test_removed_source_leaves_no_text_behind(workspace: Path) -> None:
             append("params.yaml", "phasess: {}\n"),
             r"params\.yaml line \d+: unknown key `phasess`; did you mean `phases`\?",
         ),
-        (
-            param("phases.chat.group_blocks.blok_size", 3),
-            r"params\.yaml line \d+: unknown key `phases\.chat\.group_blocks\.blok_size`; did you mean `block_size`\?",
-        ),
-        (
-            param("sources.tiny_qa.phase", "chatt"),
-            r"params\.yaml: sources\.tiny_qa\.phase is `chatt`.*did you mean `chat`\?",
-        ),
         (param("sources.tiny_qa.path", "../secret"), r"params\.yaml line \d+: .*leads out of the repository"),
     ],
-    ids=["unknown group", "misspelt key", "unknown phase", "path outside"],
+    ids=["misspelt group", "path outside"],
 )
 def test_mistake_in_params_stops_repro(workspace: Path, edit: Edit, sentence: str) -> None:
     """One sentence from the stage, one line from DVC; nothing ran and nothing changed."""
@@ -422,8 +372,12 @@ def alive(pid: int) -> bool:
 
 
 def test_killed_repro_leaves_no_second_writer(workspace: Path, held: Callable[[], Held]) -> None:
-    """The stage dies with `dvc repro`; the next one takes nothing of it and finishes."""
+    """While a stage works no other process gets at its output; it dies with `dvc repro`, and the next one finishes."""
     one = held()
+    second = [sys.executable, "stages/clean.py", "tiny_qa"]
+    by_hand = subprocess.run(second, cwd=workspace, capture_output=True, text=True, check=False)
+    assert by_hand.returncode == 1
+    assert by_hand.stderr.startswith(f"data/clean/chat/tiny_qa is being written by process {one.stage};")
     assert alive(one.stage)
     one.process.kill()
     one.process.wait(PATIENCE)
@@ -432,31 +386,6 @@ def test_killed_repro_leaves_no_second_writer(workspace: Path, held: Callable[[]
     assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
     assert not (workspace / "data/clean/chat/.tmp-tiny_qa").exists()
     assert arrow.table(workspace / "data/clean/chat/tiny_qa/documents").num_rows == 61
-
-
-def test_killed_stage_fails_repro(workspace: Path, held: Callable[[], Held]) -> None:
-    """A stage that is killed alone, as by the out-of-memory killer: repro fails, and the next one finishes."""
-    one = held()
-    before = lock(workspace)
-    os.kill(one.stage, signal.SIGKILL)
-    output = one.process.communicate(timeout=PATIENCE)[0]
-    assert one.process.returncode != 0
-    assert "failed to reproduce 'clean@tiny_qa'" in output
-    assert lock(workspace) == before
-    assert runs(workspace, "clean@tiny_qa") == {"clean@tiny_qa"}
-
-
-def test_second_repro_is_refused(workspace: Path, held: Callable[[], Held]) -> None:
-    """DVC keeps a second `dvc repro` off; a stage started by hand is kept off by its own lock."""
-    one = held()
-    assert dvc(workspace, "repro", "clean@tiny_qa").returncode != 0
-    by_hand = subprocess.run(
-        [sys.executable, "stages/clean.py", "tiny_qa"], cwd=workspace, capture_output=True, text=True, check=False
-    )
-    assert by_hand.returncode == 1
-    assert by_hand.stderr.startswith(f"data/clean/chat/tiny_qa is being written by process {one.stage};")
-    assert "61 kept" in one.release()
-    assert one.process.returncode == 0
 
 
 def test_input_edited_during_repro_is_refused(workspace: Path, held: Callable[[], Held]) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +48,7 @@ class Writer:
         self._sink: pa.OSFile | None = None
         self._stream: pa.ipc.RecordBatchStreamWriter | None = None
         self._shard_rows = 0
+        self._closed = False
 
     def write(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Add rows; columns and types must be the schema's."""
@@ -110,6 +113,7 @@ class Writer:
         if self._stream is None and not self._shards:
             self._open_shard()
         self._close_shard()
+        self._closed = True
         self.counts = {"rows": self.rows, **counts}
         manifest = {"counts": self.counts, "schema": _schema_json(self.schema), "shards": self._shards}
         # `datasets` keys its own caches on the fingerprint, so it must follow the content and nothing else.
@@ -133,7 +137,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not (self.folder / "manifest.json").exists():
+        if kind is None and not self._closed:
             self.close(**self.counts)
 
 
@@ -174,3 +178,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _schema_json(schema: pa.Schema) -> dict[str, str]:
     return {field.name: str(field.type) for field in schema}
+
+
+class _NoPandas(MetaPathFinder):
+    """Finds no pandas. pyarrow would import it, where `datasets` has brought it, to convert its first list.
+
+    That is 0.3 s of each stage, for types that no stage has. pyarrow looks once, so it is made to look below, at no
+    pandas; afterwards `to_pandas` and other importers find it as ever.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name, name=name)
+
+
+sys.meta_path.insert(0, _NoPandas())
+pa.array([0])
+sys.meta_path.pop(0)
