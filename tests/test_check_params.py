@@ -1,150 +1,316 @@
-"""check_params: a mistake in params.yaml ends in one sentence that names line, key and remedy, before anything runs."""
+"""check_params: a mistake in params.yaml gets one sentence, what, where and what to do, before any stage works."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import check_params
-from conftest import ROOT, Runner
+from conftest import ROOT, Runner, write
 
-DEFAULT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+TEXT = """\
+imports: {}
+bases: {}
+sources:
+  laws:
+    phase: law
+    path: data/raw/laws
+    clean:
+      format: text
+      license: CC0-1.0
+phases:
+  law:
+    base: models/configs/llama_small
+    dedup: {eval_fraction: 0.05}
+    train_tokenizer: {mode: train, vocab_size: 300}
+    group_blocks: {block_size: 16}
+    train_model: {max_steps: 1, global_batch_size: 1, per_device_train_batch_size: 1, learning_rate: 1e-3}
+    evaluate_model: {max_length: 16}
+"""
+SECOND = TEXT[TEXT.index("  law:\n    base") :].replace("law:", "chat:", 1)
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def check(text: str) -> None:
+def said(text: str) -> str | None:
+    """Return what `check` says about a params.yaml in the current folder, or None when it is in order."""
     Path("params.yaml").write_text(text, encoding="utf-8")
-    check_params.check()
+    try:
+        check_params.check()
+    except SystemExit as sentence:
+        return str(sentence)
+    return None
 
 
-def edited(old: str, new: str) -> str:
-    assert old in DEFAULT, f"params.yaml no longer holds {old!r}"
-    return DEFAULT.replace(old, new, 1)
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_the_default_is_in_order() -> None:
-    check(DEFAULT)
+# name -> (what stands in the file, what stands there by mistake, the sentence)
+MISTAKES = {
+    "a misspelt section": ("sources:", "soruces:", r"line 3: unknown key `soruces`; did you mean `sources`\?"),
+    "a misspelt key": (
+        "format:",
+        "fromat:",
+        r"line 8: unknown key `sources\.laws\.clean\.fromat`; did you mean `format`\?",
+    ),
+    "a misspelt stage": ("dedup:", "dedupe:", r"line 13: unknown key `phases\.law\.dedupe`; did you mean `dedup`\?"),
+    "a misspelt key in braces": (
+        "eval_fraction",
+        "eval_fracton",
+        r"line 13: unknown key .* did you mean `eval_fraction`\?",
+    ),
+    "a key like no other": (
+        "license: CC0-1.0",
+        "license: CC0-1.0\n      zzz: 1",
+        "line 10: unknown key .* known keys here: format",
+    ),
+    "a wrong type": (
+        "block_size: 16",
+        "block_size: many",
+        r"line 15: `phases\.law\.group_blocks\.block_size` is 'many': input should be a valid integer",
+    ),
+    "a half block": ("block_size: 16", "block_size: 16.5", "line 15: .* is 16.5: input should be a valid integer"),
+    "a value too small": (
+        "block_size: 16",
+        "block_size: 4",
+        "line 15: .* is 4: input should be greater than or equal to 8",
+    ),
+    "all held out": ("eval_fraction: 0.05", "eval_fraction: 1", "line 13: .* is 1: input should be less than 1"),
+    "a seed beyond 64 bits": (
+        "eval_fraction: 0.05",
+        "seed: 18446744073709551616",
+        "line 13: .* input should be less than",
+    ),
+    "a word not in the list": ("format: text", "format: pdf", "line 8: .* is 'pdf': input should be 'text'"),
+    "no licence": (
+        "      license: CC0-1.0\n",
+        "",
+        r"line 7: the key `sources\.laws\.clean\.license` is missing; add it",
+    ),
+    "an empty licence": ("license: CC0-1.0", "license: ''", "line 9: .* should have at least 1 character"),
+    "a list for a mapping": ("sources:\n", "sources: []\nx:\n", "unknown key `x`"),
+    "nothing for a mapping": (
+        "imports: {}",
+        "imports:",
+        "line 1: `imports` is None: input should be a valid dictionary",
+    ),
+    "a path upwards": (
+        "data/raw/laws",
+        "data/raw/../../laws",
+        "line 6: .*`sources.laws.path`.* leads out of the repository",
+    ),
+    "an absolute path": (
+        "data/raw/laws",
+        "/srv/laws",
+        "line 6: .*'/srv/laws' leads out of the repository; copy or link",
+    ),
+    "a path from home": ("data/raw/laws", "~/laws", "line 6: .*'~/laws' leads out of the repository"),
+    "a base outside": ("models/configs/llama_small", "../llama", "line 12: .*`phases.law.base`.* leads out"),
+    "an empty path": ("data/raw/laws", "''", "line 6: .* should have at least 1 character"),
+    "a name with a slash": ("  laws:", "  a/b:", "line 4: .*the name `a/b` becomes a folder: use lower-case letters"),
+    "a name in capitals": ("  laws:", "  Laws:", "line 4: .*the name `Laws` becomes a folder"),
+    "an unknown phase": (
+        "phase: law",
+        "phase: lwa",
+        r"sources\.laws\.phase is `lwa`, not a key of `phases`; did you mean `law`\?",
+    ),
+    "a phase like no other": ("phase: law", "phase: zzz", "is `zzz`, not a key of `phases`; the phases are law"),
+    "a phase without sources": (
+        "phases:\n",
+        "phases:\n" + SECOND,
+        "phase `chat` has no source; give a source `phase: chat` or remove",
+    ),
+    "a base phase that is not there": (
+        "base: models/configs/llama_small",
+        "base: models/lwa/merged",
+        r"there is no phase `lwa`; did you mean `law`\?",
+    ),
+    "a phase on itself": (
+        "base: models/configs/llama_small",
+        "base: models/law/merged",
+        "the phases law build on each other",
+    ),
+    "a key twice": ("phases:\n", "phases:\n  law: {}\n", "line 12, column 3: not valid YAML .*duplicate key"),
+    "a stage left out": ("    dedup: {eval_fraction: 0.05}\n", "", r"line 11: the key `phases\.law\.dedup` is missing"),
+    "no steps": (
+        "max_steps: 1",
+        "max_steps: 0",
+        "line 16: .*max_steps` is 0: input should be greater than or equal to 1",
+    ),
+    "LoRA's rank by its name": (
+        "max_steps: 1",
+        "max_steps: 1, lora: {rank: 8, lora_alpha: 16, target_modules: [q_proj]}",
+        r"line 16: unknown key `phases\.law\.train_model\.lora\.rank`; .*`r`|known keys here: .*\br\b",
+    ),
+    "an unknown template": (
+        "vocab_size: 300",
+        "vocab_size: 300, chat_template: llama9",
+        "there is no chat_template `llama9`; known: human_assistant",
+    ),
+    "a tab": ("  laws:", "\tlaws:", "line 4, column 1: not valid YAML"),
+    "a control character": ("CC0-1.0", "CC0\x01", "not valid YAML .*unacceptable character #x0001.*remove it"),
+    "no closing brace": ("block_size: 16}", "block_size: 16", r"line 16, column \d+: not valid YAML"),
+    "reuse with a size": (
+        "mode: train",
+        "mode: reuse",
+        "line 14: .*`phases.law.train_tokenizer`.* leave `vocab_size` out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_gets_one_sentence_with_its_line(here: Path, case: str) -> None:
+    old, new, sentence = MISTAKES[case]
+    assert TEXT.count(old) >= 1
+    found = said(TEXT.replace(old, new, 1))
+    assert found is not None
+    assert "\n" not in found
+    assert found.startswith("params.yaml")
+    assert re.search(sentence, found), found
+
+
+def test_params_in_order_pass(here: Path) -> None:
+    assert said(TEXT) is None
+    assert said((ROOT / "params.yaml").read_text(encoding="utf-8")) is None
+
+
+def test_the_worked_example_of_the_docstring(here: Path) -> None:
+    text = "\n" * 11 + TEXT[TEXT.index("sources:") :].replace("sources:", "soruces:") + "imports: {}\nbases: {}\n"
+    assert said(text) == "params.yaml line 12: unknown key `soruces`; did you mean `sources`?"
+
+
+def test_a_number_is_read_as_dvc_reads_it(here: Path) -> None:
+    """YAML 1.2: 1e-3 is a number, `no` is text, and 010 is ten."""
+    assert said(TEXT.replace("license: CC0-1.0", "license: no")) is None
+    assert said(TEXT.replace("block_size: 16", "block_size: 010")) is None
+    assert said(TEXT.replace("block_size: 16", "block_size: 1e3")) is None
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "sentence"),
+    ("text", "sentence"),
     [
-        ("sources:  ", "soruces:  ", r"line \d+: unknown key `soruces`; did you mean `sources`\?"),
-        (
-            "learning_rate: 6e-3",
-            "learing_rate: 6e-3",
-            r"`phases.pretrain.train_model.learing_rate`; did you mean `learning_rate`",
-        ),
-        (
-            "      r: 16",
-            "      rank: 16",
-            r"unknown key `phases.chat.train_model.lora.rank`; did you mean `r`|known keys here: .*\br\b",
-        ),
-        (
-            "max_steps: 180",
-            "max_steps: many",
-            r"`phases.pretrain.train_model.max_steps` is 'many': input should be a valid integer",
-        ),
-        (
-            "max_steps: 180",
-            "max_steps: 0",
-            r"`phases.pretrain.train_model.max_steps` is 0: input should be greater than or equal to 1",
-        ),
-        ("eval_fraction: 0.05", "eval_fraction: 1.5", r"eval_fraction` is 1.5: input should be less than 1"),
-        ("block_size: 256", "block_size: 2", r"block_size` is 2: input should be greater than or equal to 8"),
-        ("mode: train, ", "mode: trian, ", r"mode` is 'trian': input should be 'train' or 'reuse'"),
-        ("vocab_size: 4096, ", "", r"mode train needs `vocab_size`"),
-        ("vocab_size: 4096", "vocab_size: 257", r"vocab_size 257 has no room for 256 bytes and 3 specials"),
-        (
-            "chat_template: human_assistant",
-            "chat_template: llama9",
-            r"there is no chat_template `llama9`; known: .*human_assistant",
-        ),
-        ("    phase: chat\n", "    phase: chatt\n", r"sources.python_qa.phase is `chatt`.*did you mean `chat`\?"),
-        ("path: data/raw/python_qa", "path: ../elsewhere", r"the path '../elsewhere' leads out of the repository"),
-        ("path: data/raw/python_qa", "path: /etc", r"the path '/etc' leads out of the repository"),
-        ("path: data/raw/python_qa", "path: ~/text", r"the path '~/text' leads out of the repository"),
-        (
-            "base: models/pretrain/merged",
-            "base: models/pretrian/merged",
-            r"no phase `pretrian`; did you mean `pretrain`\?",
-        ),
-        ("base: models/pretrain/merged", "base: models/chat/merged", r"phases chat build on each other"),
-        ("      license: PSF-2.0\n", "", r"the key `sources.python_reference.clean.license` is missing; add it"),
-        ("  python_qa:\n", "  Python QA:\n", r"the name `Python QA` becomes a folder: use lower-case"),
-        ("sources:  ", "sources: [  ", r"params.yaml line \d+, column \d+: not valid YAML"),
-        ("    dedup: {eval_fraction: 0.05, seed: 0}\n", "", r"the key `phases.pretrain.dedup` is missing"),
+        (b"", "expected keys such as `sources:` and `phases:`, found none"),
+        (b"sources: \xff", "byte 9 is not UTF-8; save the file as UTF-8"),
     ],
 )
-def test_a_mistake_is_one_sentence(old: str, new: str, sentence: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        check(edited(old, new))
-    message = str(caught.value.code)
-    assert re.search(sentence, message), message
-    assert "\n" not in message and message.startswith("params.yaml")
-
-
-def test_the_line_is_the_one_of_the_key() -> None:
-    text = edited("learning_rate: 6e-3", "learing_rate: 6e-3")
-    line = 1 + text[: text.index("learing_rate")].count("\n")
-    with pytest.raises(SystemExit, match=f"line {line}:"):
-        check(text)
-
-
-def test_a_phase_without_sources() -> None:
-    start = DEFAULT.index("  python_qa:")
-    with pytest.raises(SystemExit, match="phase `chat` has no source; give a source `phase: chat`"):
-        check(DEFAULT[:start] + DEFAULT[DEFAULT.index("phases:  ") :])
-
-
-@pytest.mark.parametrize("stage", ["clean", "dedup", "marked", "tokens"])
-def test_what_a_removed_source_left_behind(stage: str) -> None:
-    (Path("data") / stage / "pretrain/old").mkdir(parents=True)
-    with pytest.raises(SystemExit, match=rf"data/{stage}/pretrain/old belongs to no source.*rm -r data/{stage}"):
-        check(DEFAULT)
-
-
-@pytest.mark.parametrize("folder", ["models/old", "models/tokenizers/old", "data/blocks/old"])
-def test_what_a_removed_phase_left_behind(folder: str) -> None:
-    Path(folder).mkdir(parents=True)
-    with pytest.raises(SystemExit, match=f"{folder} belongs to no phase.*rm -r {folder}"):
-        check(DEFAULT)
-
-
-def test_what_belongs_there_is_left_alone() -> None:
-    for folder in ("data/clean/pretrain/python_reference", "models/pretrain/trained", "models/tokenizers/chat"):
-        Path(folder).mkdir(parents=True)
-    check(DEFAULT)
-
-
-def test_yaml_is_read_as_dvc_reads_it() -> None:
-    """YAML 1.2: `1e-4` is a number, `no` is text."""
-    from kit.params import load
-
-    Path("params.yaml").write_text("a: 1e-4\nb: no\nc: 010\n")
-    assert load() == {"a": 1e-4, "b": "no", "c": 10}
-
-
-def test_an_unknown_phase_or_source_on_the_command_line(project: Path, run_stage: Runner) -> None:
-    done = run_stage(project, "dedup", "pretrian")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "params.yaml: there is no `pretrian` in phases; it holds chat, pretrain." in done.stderr
-
-
-def test_every_stage_refuses_before_it_works(project: Path, run_stage: Runner) -> None:
-    """A mistake in a group that the stage itself does not read."""
-    path = project / "params.yaml"
-    path.write_text(path.read_text().replace("learning_rate", "learing_rate"))
-    done = run_stage(project, "clean", "python_qa")
-    assert done.returncode == 1 and "did you mean `learning_rate`?" in done.stderr
-
-
-def test_outside_of_the_repository(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"params\.yaml is not in the current folder"):
+def test_a_file_that_is_no_params_is_refused(here: Path, text: bytes, sentence: str) -> None:
+    (here / "params.yaml").write_bytes(text)
+    with pytest.raises(SystemExit, match=sentence):
         check_params.check()
+
+
+def test_a_run_from_another_folder_is_refused(here: Path) -> None:
+    with pytest.raises(SystemExit, match=r"params\.yaml is not in the current folder: run this from the root"):
+        check_params.check()
+
+
+@pytest.mark.parametrize("path", [f"data/{stage}/law/gone" for stage in ("clean", "dedup", "marked", "tokens")])
+def test_the_folder_of_a_source_that_was_removed_is_refused(here: Path, path: str) -> None:
+    """A stage that reads the phase's folder would bring its text back."""
+    write(here / path / "manifest.json", "{}")
+    assert said(TEXT) == f"{path} belongs to no source in params.yaml, but would still be read; delete it: rm -r {path}"
+
+
+@pytest.mark.parametrize("path", ["data/blocks/gone", "models/tokenizers/gone", "models/gone"])
+def test_the_folder_of_a_phase_that_was_removed_is_refused(here: Path, path: str) -> None:
+    write(here / path / "x", "")
+    assert said(TEXT) == f"{path} belongs to no phase in params.yaml; delete it: rm -r {path}"
+
+
+def test_folders_of_this_params_yaml_and_hidden_ones_are_no_leftovers(here: Path) -> None:
+    """What a killed stage left (.tmp-*) is its own business; imported bases and configs belong to no phase."""
+    for path in ("data/clean/law/laws", "data/clean/law/.tmp-laws", "data/blocks/law", "models/law/trained"):
+        write(here / path / "x", "")
+    for path in ("models/base/bloom", "models/configs/x", "models/tokenizers/law", "models/.tmp-x"):
+        write(here / path / "x", "")
+    assert said(TEXT) is None
+
+
+MUTATIONS: list[Callable[[list[str], int, str], Any]] = [
+    lambda lines, at, word: lines.pop(at),
+    lambda lines, at, word: lines.insert(at, lines[0]),
+    lambda lines, at, word: lines.__setitem__(at, lines[at].split(":")[0] + ": " + word),
+    lambda lines, at, word: lines.__setitem__(at, lines[at] + word),
+    lambda lines, at, word: lines.__setitem__(at, "  " + lines[at]),
+]
+WORDS = [
+    "null",
+    "[]",
+    "{}",
+    "-1",
+    "no",
+    "'",
+    "&a",
+    "*a",
+    "<<: *x",
+    ": ",
+    "- ",
+    "\t",
+    "!!python/object x",
+    "{a: b}",
+    "? ",
+    "1: 2",
+    ".inf",
+    "9" * 30,
+]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(MUTATIONS), st.integers(0, 10**6), st.sampled_from(WORDS)), min_size=1, max_size=3
+    )
+)
+def test_no_damage_to_the_file_ends_in_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[Callable[..., Any], int, str]]
+) -> None:
+    """Lines lost, doubled, moved, values replaced: order, or one sentence."""
+    lines = TEXT.splitlines()
+    for edit, at, word in edits:
+        edit(lines, at % len(lines), word)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
+        found = said("\n".join(lines))
+    assert found is None or ("\n" not in found and len(found) > 20)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "arguments", "sentence"),
+    [
+        ("format:", "fromat:", ("clean", "laws"), "did you mean `format`?"),
+        ("max_steps", "max_step", ("clean", "laws"), "did you mean `max_steps`?"),  # a group of another stage
+        ("phase: law", "phase: lwa", ("tokenize_text", "laws"), "did you mean `law`?"),
+        ("x", "x", ("clean", "lawz"), "there is no `lawz` in sources; it holds laws"),
+        ("x", "x", ("dedup", "pretrain"), "there is no `pretrain` in phases; it holds law"),
+        ("x", "x", ("clean", "laws"), "data/raw/laws does not exist; put the files there"),
+        (
+            "x",
+            "x",
+            ("dedup", "law"),
+            "data/clean/law does not exist; put the files there, or run the stage that writes it",
+        ),
+    ],
+)
+def test_a_stage_command_ends_with_the_sentence_alone(
+    project: Path, run_stage: Runner, old: str, new: str, arguments: tuple[str, str], sentence: str
+) -> None:
+    """Exit status 1, nothing on stdout, no traceback, and no folder begun."""
+    write(project / "params.yaml", TEXT.replace(old, new, 1))
+    finished = run_stage(project, *arguments)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert len(finished.stderr.splitlines()) == 1, finished.stderr
+    assert sentence in finished.stderr
+    assert not (project / "data").exists()
+
+
+def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner) -> None:
+    finished = run_stage(project, "check_params")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout == "params.yaml: in order\n"

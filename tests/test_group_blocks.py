@@ -23,6 +23,7 @@ import tiny
 from conftest import Runner, copy_project, write
 from group_blocks import Grouper, Params, blocks_schema, concatenate, pack
 from kit import arrow
+from kit.model import IGNORED, Blocks
 from tokenize_text import lists, tokens_schema
 
 PAD = 65535  # the largest id of two bytes, so that an id that wraps round is seen
@@ -36,7 +37,7 @@ SOURCES = st.tuples(st.lists(DOCUMENT, min_size=1, max_size=8), st.lists(DOCUMEN
 Documents = list[tuple[str, list[tuple[int, bool]]]]
 
 
-class Blocks(NamedTuple):
+class Grouped(NamedTuple):
     """What a folder of blocks holds."""
 
     ids: list[list[int]]
@@ -66,7 +67,7 @@ def write_tokens(folder: Path, documents: Documents, learn: bool = True, batch_r
 
 def grouped(
     sources: list[Documents], block_size: int, mode: str = "concat", last_block: str = "pad", **options: int
-) -> Blocks:
+) -> Grouped:
     """Group the train split of `sources`. Options: batch_rows of the tokens folders, rows_at_once of the packing."""
     with tempfile.TemporaryDirectory() as name:
         rows = options.get("batch_rows", 256)
@@ -83,14 +84,14 @@ def grouped(
         table = arrow.table(Path(name, "out")).to_pydict()
         starts = table.get("starts", [])
         digest = hashlib.sha256(Path(name, "out", "data-00000.arrow").read_bytes()).hexdigest()
-        return Blocks(table["input_ids"], table["learn"], starts, out.counts, digest)
+        return Grouped(table["input_ids"], table["learn"], starts, out.counts, digest)
 
 
 def train_documents(sources: list[Documents]) -> list[list[tuple[int, bool]]]:
     return [tokens for source in sources for split, tokens in source if split == "train"]
 
 
-def flat(blocks: Blocks) -> list[tuple[int, bool]]:
+def flat(blocks: Grouped) -> list[tuple[int, bool]]:
     """Return (id, learned) of all places of all blocks, in order."""
     return [pair for row in zip(blocks.ids, blocks.learn, strict=True) for pair in zip(*row, strict=True)]
 
@@ -200,6 +201,45 @@ def test_a_block_larger_than_the_corpus_is_refused_and_the_previous_blocks_stay(
         assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
         assert f"{sentence}, too few for a block of 16; lower phases.p.group_blocks.block_size" in finished.stderr
         assert (project / "data/blocks/p/train/manifest.json").read_text() == "of the last good run"
+
+
+@pytest.mark.parametrize("mode", ["concat", "line", "best_fit"])
+def test_the_command_writes_both_splits_and_stops_when_a_token_is_lost(
+    project: Path, run_stage: Runner, mode: str
+) -> None:
+    """Lost: the manifest of the tokens counts one more than the folder holds. Then nothing new is published."""
+    group = {"block_size": 16, "mode": mode}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    tokens = project / "data/tokens/p/p_text"
+    write_tokens(tokens, [("train", [(5, True)] * 20), ("eval", [(6, True)] * 9), ("train", [(7, False)] * 5)])
+    assert run_stage(project, "group_blocks", "p").returncode == 0
+    counts = [arrow.manifest(project / "data/blocks/p" / split)["counts"] for split in ("train", "eval")]
+    assert [(c["tokens"], c["documents"]) for c in counts] == [(25, 2), (9, 1)]
+    before = (project / "data/blocks/p/train/manifest.json").read_bytes()
+
+    manifest = arrow.read_json(tokens / "manifest.json")
+    manifest["counts"]["train"] += 1
+    arrow.write_json(tokens / "manifest.json", manifest)
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 1
+    assert "26 train tokens were read but 25 kept + 0 dropped came out; nothing was published" in finished.stderr
+    assert (project / "data/blocks/p/train/manifest.json").read_bytes() == before
+
+
+def test_the_loader_gives_padding_no_loss(tmp_path: Path) -> None:
+    """Also padding in the middle of the folder, whose place `starts` tells; the 3 is marked as not learned."""
+    documents: Documents = [
+        ("train", [(4, True)] * 3),
+        ("train", [(6, True)] * 9),
+        ("train", [(8, True), (3, False)]),
+    ]
+    out = arrow.Writer(tmp_path / "blocks", blocks_schema(pa.uint16(), 8, True, starts=True))
+    pack([write_tokens(tmp_path / "tokens", documents)], "train", "line", Grouper(out, 8, PAD))
+    out.close(tokens=14)
+    labels = Blocks(arrow.table(tmp_path / "blocks"), 14).__getitems__([3, 0, 1, 2])["labels"].tolist()
+    x = IGNORED
+    assert labels == [[8] + [x] * 7, [4] * 3 + [x] * 5, [6] * 8, [6] + [x] * 7]
 
 
 BLOCK_SIZE = 24

@@ -306,7 +306,7 @@ def test_link_to_a_file_and_a_linked_input_are_read(here: Path) -> None:
 # --- stages that end badly ---------------------------------------------------------------------------------------
 
 STOPPED = ["raise RuntimeError('bug')", "raise SystemExit('sentence')", "raise KeyboardInterrupt", "sys.exit(3)"]
-KILLED = [KILL, "os.kill(os.getpid(), signal.SIGTERM)", "os._exit(1)"]
+KILLED = [f"(folder / 'half').touch()\n{KILL}", "os.kill(os.getpid(), signal.SIGTERM)", "os._exit(1)"]
 
 
 @pytest.mark.parametrize("end", STOPPED + KILLED)
@@ -321,6 +321,7 @@ def test_stage_that_ends_badly_leaves_the_previous_output(place: Path, end: str)
     assert leftovers(place) == ([] if end in STOPPED else ["out/.tmp-x"])
     assert shout(place).returncode == 0
     assert published(place) == "HO"
+    assert not (place / "out/x/half").exists(), "nothing of the killed run gets into the next output"
     assert leftovers(place) == []
 
 
@@ -347,6 +348,22 @@ def test_kill_between_the_two_renames_is_recovered(place: Path) -> None:
     assert leftovers(place) == []
     assert shout(place).returncode == 0
     assert published(place) == "HO"
+
+
+def test_failure_between_the_two_renames_is_undone(place: Path) -> None:
+    """When the new output cannot take its place, the old one is put back at once."""
+    shout(place)
+    write(place / "input/a.txt", "ho")
+    fail = (
+        "rename = Path.rename\n"
+        "def failing(self, target):\n"
+        "    if str(target) == 'out/x' and self.name == '.tmp-x': raise OSError(5, 'Input/output error')\n"
+        "    return rename(self, target)\n"
+        "Path.rename = failing"
+    )
+    assert shout(place, fail).returncode == 1
+    assert published(place) == "HI"
+    assert leftovers(place) == []
 
 
 def test_kill_after_the_renames_leaves_the_new_output(place: Path) -> None:
@@ -413,6 +430,7 @@ FULL = [
     "raise Exception('No space left on device (os error 28)')",  # tokenizers and safetensors, written in Rust
     "raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534')",  # torch.save
     "raise OSError(122, 'Disk quota exceeded')",
+    "raise OSError(28, 'Auf dem Gerät ist kein Speicherplatz mehr verfügbar')",  # the system speaks the user's language
 ]
 
 
@@ -645,6 +663,14 @@ def test_digest_follows_names_and_bytes_alone(content: dict[str, bytes], seed: i
         assert stage.digest(second) != plain
 
 
+def test_digest_does_not_follow_the_order_of_a_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems list the same folder in different orders."""
+    plain = stage.digest(Path("input"))
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(listed(self, pattern))))
+    assert stage.digest(Path("input")) == plain
+
+
 def test_digest_separates_files(here: Path) -> None:
     """Bytes that move from one file to the next, or into a name, are a change."""
     found = set()
@@ -768,14 +794,20 @@ def test_run_record_knows_the_state_of_git(place: Path) -> None:
     git(place, "init", "--quiet")
     assert shout(place).returncode == 0
     assert record(place)["git"] == [], "no commit yet"
-    git(place, "add", "stages", "params.yaml")
+    write(place / ".gitignore", "__pycache__\n")
+    write(place / "notes.md", "not code")
+    git(place, "add", "stages", "params.yaml", "notes.md", ".gitignore")
     git(place, "commit", "--quiet", "--message", "first")
     commit = git(place, "rev-parse", "HEAD").strip()
     shout(place)
     assert record(place)["git"] == [commit, "clean"]
-    write(place / "notes.md", "not code")
+    write(place / "notes.md", "still not code")
     shout(place)
     assert record(place)["git"] == [commit, "clean"]
+    write(place / "stages/new.py", "")
+    shout(place)
+    assert record(place)["git"] == [commit, "dirty"], "a module that no commit has"
+    (place / "stages/new.py").unlink()
     write(place / "params.yaml", "a: 2\n")
     shout(place)
     assert record(place)["git"] == [commit, "dirty"]

@@ -220,6 +220,8 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
         finally:
             for temporary in [*current.outputs, current.record]:
                 _remove(temporary)
+            for target in current.targets:
+                _recover(target)
     shown = ", ".join(
         f"{_plain(value)} {name.replace('_', ' ')}" for name, value in {**current.counts, **current.metrics}.items()
     )
@@ -332,7 +334,7 @@ def _git_state() -> list[str]:
     if commit.returncode:
         return []
     status = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", "stages", "params.yaml", "dvc.yaml"],
+        ["git", "status", "--porcelain", "--", "stages", "params.yaml", "dvc.yaml"],
         capture_output=True,
         text=True,
         check=False,
@@ -373,7 +375,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Bring back the previous output when a run was killed between the two renames of `_publish`."""
+    """Bring back the previous output when a run ended between the two renames of `_publish`."""
     old = target.with_name(f".tmp-old-{target.name}")
     if old.exists() and not target.exists():
         old.rename(target)
