@@ -263,6 +263,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::ruamel.yaml.error.ReusedAnchorWarning")
 @given(
     st.lists(
         st.tuples(st.sampled_from(MUTATIONS), st.integers(0, 10**6), st.sampled_from(WORDS)), min_size=1, max_size=3

@@ -774,9 +774,26 @@ def test_run_record_says_what_went_in_and_came_out(place: Path) -> None:
     assert isinstance(seconds, float)
     assert 0 <= seconds < PATIENCE
     assert isinstance(memory, int)
-    assert 5 < memory < 500
+    assert 5 < memory < 100
     numbers = {name for name, value in content.items() if isinstance(value, int | float)}
     assert numbers == {"loudness", "seconds", "peak_memory_mib"}, "what `dvc metrics show` lists"
+
+
+def test_peak_memory_is_that_of_the_stage(place: Path) -> None:
+    """Not that of the process that started it, which Linux hands down in `ru_maxrss`; and workers count."""
+    write_script(place)
+    parent = "import subprocess, sys; big = b'x' * 2**28; subprocess.run([sys.executable, 'stages/shout.py', 'x'])"
+    subprocess.run([sys.executable, "-c", parent], cwd=place, check=True, capture_output=True)
+    assert isinstance(memory := record(place)["peak_memory_mib"], int)
+    assert memory < 100
+    worker = (
+        "import multiprocessing\n"
+        "worker = multiprocessing.get_context('fork').Process(target=lambda: b'x' * 2**28)\n"
+        "worker.start(); worker.join()"
+    )
+    shout(place, worker)
+    assert isinstance(memory := record(place)["peak_memory_mib"], int)
+    assert 256 < memory < 400
 
 
 def test_run_record_names_no_place_and_no_host(place: Path) -> None:

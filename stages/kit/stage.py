@@ -25,6 +25,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -307,12 +308,11 @@ def _record(current: Run, seconds: float) -> None:
     Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
     metrics, the time and the memory.
     """
-    peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     record = {
         **current.metrics,
         "counts": [current.counts],
         "seconds": round(seconds, 2),
-        "peak_memory_mib": peak_kib // 1024,
+        "peak_memory_mib": _peak_memory_kib() // 1024,
         "inputs": [f"{path} sha256:{value}" for path, value in sorted(current.digests.items())],
         "outputs": [
             f"{target} sha256:{digest(temporary)}"
@@ -324,6 +324,15 @@ def _record(current: Run, seconds: float) -> None:
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     current.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _peak_memory_kib() -> int:
+    """Return the most that this process, or a worker that has ended, held in memory."""
+    status = Path("/proc/self/status")
+    own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    # Elsewhere: a process inherits the ru_maxrss of the one that started it, so this may be `dvc`'s own.
+    own_kib = int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(own_kib, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def _git_state() -> list[str]:
