@@ -18,7 +18,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
+COPIED = (
+    "data/exclusions.txt",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    ".gitignore",
+    "dvc.yaml",
+    "params.yaml",
+)
 # Runs a stage script up to the point where it would begin to work.
 TO_FIRST_WORK = """
 import runpy, sys
@@ -72,7 +80,8 @@ def main() -> None:
         folder = Path(name)
         shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "models/configs", folder / "models/configs")
-        (folder / ".dvc").mkdir()
+        for part in (".dvc", "data"):
+            (folder / part).mkdir()
         for path in COPIED:
             shutil.copyfile(ROOT / path, folder / path)
         seconds(["git", "init", "-q"], folder)

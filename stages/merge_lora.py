@@ -119,10 +119,11 @@ def prove(base: Path, adapter: Path, merged: Path, blocks_folder: Path) -> dict[
 
     Raises ValueError when the largest difference is beyond TOLERANCE or the merged model lacks a tensor.
     """
+    from kit.model import Blocks, load_model, mean_loss, start  # first: it says that nothing is to be fetched
+
+    # isort: split
     import torch
     from peft import PeftModel
-
-    from kit.model import Blocks, load_model, mean_loss, start
 
     start(0)
     vocabulary = Vocabulary(merged)

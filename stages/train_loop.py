@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kit.model import Blocks, device, load_model, mean_loss, start  # first: it says that nothing is to be fetched
+
+# isort: split
 import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -23,7 +26,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from block_order import BlockOrder
 from kit.arrow import write_json
-from kit.model import Blocks, device, load_model, mean_loss, start
 from kit.tokenizer import FILES as TOKENIZER_FILES
 from kit.tokenizer import Vocabulary
 

@@ -33,8 +33,17 @@ def copy_project(target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("stages", "models/configs"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (target / ".dvc").mkdir()
-    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
+    for name in (".dvc", "data"):
+        (target / name).mkdir()
+    for name in (
+        "data/exclusions.txt",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+        ".gitignore",
+        "dvc.yaml",
+        "params.yaml",
+    ):
         shutil.copyfile(ROOT / name, target / name)
     return target
 

@@ -308,7 +308,7 @@ def test_a_stage_command_ends_with_the_sentence_alone(
     assert (finished.returncode, finished.stdout) == (1, "")
     assert len(finished.stderr.splitlines()) == 1, finished.stderr
     assert sentence in finished.stderr
-    assert not (project / "data").exists()
+    assert [path.name for path in (project / "data").iterdir()] == ["exclusions.txt"]
 
 
 def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner) -> None:

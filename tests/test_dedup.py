@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 import clean
 import tiny
 from conftest import Runner, write
-from dedup import Params, decide, split_point
+from dedup import Near, Params, decide, different_texts, read_exclusions, split_point
 from kit import arrow
+from near_duplicates import Params as NearParams
+from near_duplicates import clusters, near_twins, signatures
 
 IDS = st.binary(min_size=16, max_size=16)
 # A pool of six, so that documents meet again in and across sources.
@@ -143,3 +147,79 @@ def test_the_command_takes_the_sources_of_params_yaml_and_refuses_a_stranger(pro
     assert "data/clean/p/b belongs to no source" in finished.stderr
     assert "rm -r data/clean/p/b" in finished.stderr
     assert (project / "data/dedup/p/a/manifest.json").read_bytes() == before
+
+
+def with_near(texts: dict[str, list[str]], near: NearParams | None, excluded: frozenset[bytes] = frozenset()) -> Any:
+    """Return the decisions about texts, by the real search."""
+    ids = {source: [clean.doc_id(text) for text in said] for source, said in texts.items()}
+    different = list(dict.fromkeys(text for said in texts.values() for text in said))
+    found = None
+    if near:
+        signed = signatures(pa.chunked_array([pa.array(different)]), near)
+        cluster = clusters(signed, near)
+        twins, similarities = near_twins(signed, cluster, near, pa.chunked_array([pa.array(different)]))
+        found = Near(cluster.tolist(), twins.tolist(), similarities.tolist())
+    tables = decide(ids, Params(eval_fraction=0.5, near_duplicates=near), found, excluded)
+    return {source: table.to_pylist() for source, table in tables.items()}
+
+
+LAW = "第一条 为了保护公民、法人和其他组织的合法权益,监督行政机关依法履行职责,根据宪法,制定本法。" * 3
+OTHERS = [f"Section {n}: the {word} shall be {word} before the court." for n, word in enumerate("abcdefgh")]
+
+
+def test_a_near_duplicate_is_dropped_and_names_its_twin() -> None:
+    """The first in the order of sources is kept; the similarity is the share of common runs, and exact ones stay 1."""
+    near = LAW.replace("公民", "国民", 1)
+    rows = with_near({"a": [*OTHERS, LAW], "b": [near, LAW]}, NearParams())["b"]
+    assert (rows[0]["split"], rows[0]["rule"], rows[0]["twin"]) == ("dropped", "near_duplicate", "a/8")
+    assert 0.8 <= rows[0]["similarity"] < 1
+    assert (rows[1]["rule"], rows[1]["twin"], rows[1]["similarity"]) == ("exact_duplicate", "a/8", 1.0)
+    kept = with_near({"a": [*OTHERS, LAW], "b": [near, LAW]}, None)["b"]
+    assert kept[0]["split"] != "dropped"
+
+
+def test_a_cluster_is_on_one_side() -> None:
+    """A chain whose ends are less alike than the threshold: both ends stay, and stay together, for any seed."""
+    words = [f"word{n}" for n in range(60)]
+    chain = [" ".join(words[start : start + 40]) for start in (0, 3, 6, 9, 12)]
+    ids = {"a": [clean.doc_id(text) for text in [*OTHERS, *chain]]}
+    texts = pa.chunked_array([pa.array([*OTHERS, *chain])])
+    near = NearParams(threshold=0.7)
+    signed = signatures(texts, near)
+    cluster = clusters(signed, near)
+    twins, similarities = near_twins(signed, cluster, near, texts)
+    assert len(set(cluster[len(OTHERS) :].tolist())) == 1
+    for seed in range(20):
+        found = Near(cluster.tolist(), twins.tolist(), similarities.tolist())
+        rows = decide(ids, Params(eval_fraction=0.5, seed=seed), found)["a"].to_pylist()
+        sides = {row["split"] for row in rows[len(OTHERS) :]} - {"dropped"}
+        assert len(sides) == 1
+        assert sum(row["split"] != "dropped" for row in rows[len(OTHERS) :]) > 1
+
+
+def test_an_excluded_document_takes_its_cluster_with_it() -> None:
+    """Neither its exact nor its near twin takes its place."""
+    near = LAW.replace("公民", "国民", 1)
+    for victim in (LAW, near):
+        rows = with_near({"a": [*OTHERS, LAW], "b": [near, LAW]}, NearParams(), frozenset([clean.doc_id(victim)]))
+        assert [row["rule"] for row in (rows["a"][8], *rows["b"])] == ["excluded"] * 3
+        assert all(row["split"] != "dropped" for row in rows["a"][:8])
+
+
+def test_an_exclusions_file(tmp_path: Path) -> None:
+    write(tmp_path / "exclusions.txt", f"# why\n\n{'ab' * 16}  # asked by the owner\n")
+    assert read_exclusions(tmp_path / "exclusions.txt") == {b"\xab" * 16}
+    write(tmp_path / "exclusions.txt", f"{'ab' * 16}\nno id\n")
+    with pytest.raises(SystemExit, match=r"exclusions.txt line 2: 'no id' is no doc_id; write its 32 hex"):
+        read_exclusions(tmp_path / "exclusions.txt")
+
+
+def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
+    said = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]] * 2
+    place = {"file": "f", "start": 0, "end": 1, "line": 1}
+    rows = [{"doc_id": bytes([n]) * 16, **place, "messages": messages} for n, messages in enumerate(said)]
+    for name in ("x", "y"):
+        with arrow.Writer(tmp_path / name, clean.CHAT_DOCUMENTS) as out:
+            out.write(pa.Table.from_pylist(rows, clean.CHAT_DOCUMENTS))
+    texts = different_texts({"x": tmp_path / "x", "y": tmp_path / "y"})
+    assert texts.to_pylist() == ["Q\nA", "Q\nA"]

@@ -1,0 +1,454 @@
+"""Find near duplicates: documents that share most of their runs of words or characters (MinHash and LSH).
+
+    row  text                                          cluster  twin  similarity
+    0    The cat sat on the mat, and then it slept.    0        -1    0
+    1    Rivers of Europe, by length.                  1        -1    0
+    2    the cat sat on the mat and then it slept!     0        0     1
+
+A document is read as units: a run of letters and digits is one (a word), and each character of a script without spaces
+(Chinese, Japanese, Thai, Lao, Khmer, Burmese, Yi) is one, in any mixture: nothing turns on which script prevails. Case,
+full-width forms, punctuation, symbols and white space do not count. Documents are compared as sets of runs of `ngram`
+units, of which a shorter document is a single one.
+
+Two signatures agree in a slot with the probability that is the Jaccard similarity of the sets. Each run is dealt into a
+slot by its hash, and the least hash stays (one-permutation hashing: Li, Owen and Zhang, 2012); an empty slot copies
+another (optimal densification: Shrivastava, 2017); 16 bits are kept (b-bit MinHash: Li and König, 2010).
+
+All hashes are arithmetic modulo 2**32 of our own over a frozen table of characters: a signature depends on the text and
+the parameters, and on no batch, worker, platform or version of a library.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field
+
+Texts: TypeAlias = pa.Array | pa.ChunkedArray
+Array: TypeAlias = npt.NDArray[Any]
+
+WINDOW = 2**18  # bytes hashed at a time; from 2**17 to 2**19 equally fast, 2**16 a third slower
+LEADERS = 64  # members of a bucket or cluster that all others are compared with, lest many make quadratic work
+EMPTY = np.uint32(2**32 - 1)
+NO_SIGNATURE = np.uint16(2**16 - 1)  # in every slot of a document without units
+WITHOUT_SPACES = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xA4CF), (0xF900, 0xFAFF)]
+WITHOUT_SPACES += [(0xFF66, 0xFF9F), (0xD800, 0xDFFF)]  # the last: surrogates, thus rare ideographs and emoji
+
+
+class Params(BaseModel):
+    """Which documents are near duplicates."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threshold: float = Field(0.8, gt=0, le=1, description="least Jaccard similarity of near duplicates")
+    ngram: int = Field(5, ge=1, le=64, description="units in a run: words, or characters of scripts without spaces")
+    num_perm: Literal[64, 128, 256] = Field(
+        128, description="slots of a signature, 2 bytes each; estimates err by 0.4 / sqrt(num_perm) at similarity 0.8"
+    )
+    exact: bool = Field(True, description="where the estimate leaves a doubt, decide on the exact similarity")
+
+
+# -- Texts to hashes of runs -----------------------------------------------------------------------------------------
+
+
+@cache
+def _alphabet() -> tuple[Array, int]:
+    """Return a code per UTF-16 code unit, uint16 (65536,), and the first code of those that are units by themselves.
+
+    0 separates; then come letters and digits; then what stands alone. Categories are those of Unicode 3.2, which Python
+    keeps beside its current ones and will not change; what came later counts as letters.
+    """
+    category = unicodedata.ucd_3_2_0.category
+    alone = np.zeros(2**16, bool)
+    for first, last in WITHOUT_SPACES:
+        alone[first : last + 1] = True
+    folded = np.arange(2**16)
+    for unit in (*range(0x3400), *range(0xF900, 0x10000)):  # between: ideographs, Hangul, surrogates, private use
+        if category(chr(unit)) in ("Cc", "Cf") or category(chr(unit))[0] in "ZPS":
+            folded[unit] = 0
+        else:
+            lower = chr(unit - 0xFEE0 if 0xFF10 <= unit <= 0xFF5A else unit).lower()
+            folded[unit] = ord(lower) if len(lower) == 1 else unit
+    alone[folded == 0] = False
+    codes = np.zeros(2**16, np.uint16)
+    letters, others = np.unique(folded[~alone & (folded > 0)]), np.unique(folded[alone])
+    codes[letters] = np.arange(1, len(letters) + 1)
+    codes[others] = np.arange(len(letters) + 1, len(letters) + len(others) + 1)
+    return codes[folded], len(letters) + 1
+
+
+@cache
+def _powers() -> tuple[Array, Array]:
+    """Return the powers of a multiplier good modulo 2**32 (L'Ecuyer, 1999) and of its inverse, uint32 (WINDOW,)."""
+    factors = np.repeat(np.array([[2891336453], [pow(2891336453, -1, 2**32)]], np.uint32), WINDOW, axis=1)
+    factors[:, 0] = 1
+    powers, inverses = np.multiply.accumulate(factors, axis=1, dtype=np.uint32)
+    return powers, inverses
+
+
+def _codes(text: str) -> tuple[Array, Array | None]:
+    """Return the codes of a text, uint8 (n,) if it is ASCII, else uint16, and where its characters begin and it ends.
+
+    None instead of the latter where each character has one code, thus where none is beyond U+FFFF.
+    """
+    if text.isascii():
+        codes = _alphabet()[0][:256].astype(np.uint8).tobytes()
+        return np.frombuffer(text.encode("ascii").translate(codes), np.uint8), None
+    units = np.frombuffer(text.encode("utf-16-le"), "<u2")
+    starts = None if len(units) == len(text) else np.append(np.flatnonzero((units & 0xFC00) != 0xDC00), len(units))
+    return _alphabet()[0].take(units), starts
+
+
+def _mix(hashes: Array) -> Array:
+    """Return uint32 hashes each bit of which depends on all bits (the finaliser of MurmurHash3, by Appleby)."""
+    hashes = hashes ^ (hashes >> np.uint32(16))
+    hashes *= np.uint32(0x85EBCA6B)
+    hashes ^= hashes >> np.uint32(13)
+    hashes *= np.uint32(0xC2B2AE35)
+    hashes ^= hashes >> np.uint32(16)
+    return hashes
+
+
+def _prefix(values: Array) -> Array:
+    """Return the polynomial in the first 0, 1, ... n values, uint32 (n + 1,).
+
+    The hash of values[i:j] is (prefix[j] - prefix[i]) * inverses[i], the same wherever they stand.
+    """
+    sums = np.empty(len(values) + 1, np.uint32)
+    sums[0] = 0
+    terms = sums[1:]
+    terms[:] = values
+    terms *= _powers()[0][: len(values)]
+    np.add.accumulate(terms, out=terms)
+    return sums
+
+
+def _runs(code: Array, edges: Array, ngram: int) -> tuple[Array, Array, Array]:
+    """Hash the runs of documents that stand one after the other.
+
+    code: of their characters, uint8 or uint16 (n,), n <= WINDOW. edges: where each begins and the last ends, (d + 1,).
+    Returns a hash per unit, uint32: of the run that begins there, or of the document's last run when none does; the
+    number of them per document, int64 (d,); and where each unit begins.
+    """
+    inverses = _powers()[1]
+    alone = code >= _alphabet()[1] if code.dtype == np.uint16 else None
+    word = code > 0 if alone is None else (code > 0) & ~alone
+    begins = word.copy()
+    begins[1:] &= ~word[:-1]
+    inside = edges[edges < len(code)]
+    begins[inside] = word[inside]
+    starts = np.flatnonzero(begins if alone is None else begins | alone)
+    sums = _prefix(code).take(np.append(starts, len(code)))  # what lies between a unit and the next one adds 0
+    unit = _mix((sums[1:] - sums[:-1]) * inverses.take(starts))
+
+    sums = _prefix(unit)
+    run = np.zeros_like(unit)
+    whole = max(len(unit) - ngram + 1, 0)
+    run[:whole] = (sums[ngram:] - sums[:whole]) * inverses[:whole]  # right but where it reaches into the next document
+    bounds = np.searchsorted(starts, edges)
+    counts = np.diff(bounds)
+    end = bounds[1:][counts > 0]
+    last = np.maximum(end - ngram, bounds[:-1][counts > 0])
+    run[last] = (sums[end] - sums[last]) * inverses[last]
+    beyond = end[:, None] - np.arange(1, ngram)
+    wrong = beyond > last[:, None]
+    run[beyond[wrong]] = np.repeat(run[last], wrong.sum(axis=1))
+    return _mix(run), counts, starts
+
+
+def _pieces(texts: Texts, ngram: int) -> Iterator[tuple[int, Array, Array]]:
+    """Yield the runs of as many documents at a time as fill a window, or of one longer document.
+
+    Each: row of the first document, hashes uint32, their number per document int64. A hash may come several times.
+    """
+    row = 0
+    for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
+        chunk = chunk.fill_null("") if chunk.null_count else chunk
+        edges = np.append(0, np.cumsum(pc.binary_length(chunk).to_numpy(), dtype=np.int64))
+        begin = 0
+        while begin < len(chunk):
+            end = int(np.searchsorted(edges, edges[begin] + WINDOW, "right")) - 1
+            end = max(begin + 1, min(end, begin + 2048))  # of short documents, as many as have their slots in the cache
+            documents = chunk.slice(begin, end - begin).to_pylist()
+            borders = np.cumsum([0, *map(len, documents)])
+            code, starts = _codes("".join(documents))
+            if len(code) > WINDOW:
+                hashes = _windows(code, ngram)
+                yield row + begin, hashes, np.array([len(hashes)])
+            else:
+                yield row + begin, *_runs(code, borders if starts is None else starts[borders], ngram)[:2]
+            begin = end
+        row += len(chunk)
+
+
+def _windows(code: Array, ngram: int) -> Array:
+    """Return the different hashes of one document longer than a window, uint32, sorted.
+
+    A window that ends inside the document leaves its last unit, which may go on, and the runs with it to the next
+    window. A word as long as a window is cut there.
+    """
+    hashes, begin = [], 0
+    while begin + WINDOW < len(code):
+        runs, _, starts = _runs(code[begin : begin + WINDOW], np.array([0, WINDOW]), ngram)
+        goes_on = len(starts) > ngram
+        hashes.append(_distinct(runs[:-ngram] if goes_on else runs))
+        begin += int(starts[-ngram]) if goes_on else WINDOW
+    last, _, _ = _runs(code[begin:], np.array([0, len(code) - begin]), ngram)
+    return _distinct(np.concatenate([*hashes, last]))
+
+
+def _distinct(values: Array) -> Array:
+    """Return the different values, sorted; a tenth of the time of np.unique, which in numpy 2.4 builds a hash table."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+
+
+# -- Hashes to signatures --------------------------------------------------------------------------------------------
+
+
+def signatures(texts: Texts, params: Params) -> npt.NDArray[np.uint16]:
+    """Return the signature of each text, uint16 (len(texts), num_perm); the share of equal slots estimates Jaccard.
+
+    A text without units, or null, has 65535 in every slot. Any cut of the texts into batches gives the same rows.
+    """
+    result = np.full((len(texts), params.num_perm), NO_SIGNATURE)
+    for row, hashes, counts in _pieces(texts, params.ngram):
+        slots = _slots(hashes, counts, params.num_perm)
+        sparse = np.flatnonzero((slots == EMPTY).any(axis=1) & (counts > 0))
+        if len(sparse):
+            slots[sparse] = _densify(slots[sparse])
+        result[row : row + len(counts)] = slots & np.uint32(0xFFFF)
+    return result
+
+
+def _slots(hashes: Array, counts: Array, k: int) -> Array:
+    """Return the least hash in each slot, uint32 (documents, k), or EMPTY. The high bits of a hash name its slot."""
+    slots = np.full(len(counts) * k, EMPTY)
+    edges = np.append(0, np.cumsum(counts))
+    for begin in range(0, len(hashes), WINDOW):  # once, but for a document longer than a window
+        dealt = hashes[begin : begin + WINDOW]
+        inside = np.diff(np.minimum(np.maximum(edges, begin), begin + len(dealt)))
+        row = np.repeat(np.arange(0, len(slots), k), inside)
+        np.minimum.at(slots, row + (dealt >> np.uint32(33 - k.bit_length())), dealt)
+    return slots.reshape(len(counts), k)
+
+
+@cache
+def _preferences(k: int) -> tuple[Array, Array]:
+    """Return for each slot all slots in a random order that begins with itself, int64 (k, k), and its inverse.
+
+    The inverse, uint16 (k, k): at [t, s] the place of t in the order of s, times k, plus t. The least names the first.
+    """
+    keys = _mix(np.arange(1, k * k + 1, dtype=np.uint32)).reshape(k, k)
+    np.fill_diagonal(keys, 0)
+    order = np.argsort(keys, axis=1, kind="stable")
+    return order, (np.argsort(order, axis=1).T * k + np.arange(k)[:, None]).astype(np.uint16)
+
+
+def _densify(slots: Array) -> Array:
+    """Return rows of slots whose empty ones copy the first full one in their order. Each row has a full one."""
+    number = np.count_nonzero(slots != EMPTY, axis=1)
+    many = number > slots.shape[1] // 4
+    result = np.empty_like(slots)
+    result[many] = _walk(slots[many])
+    result[~many] = _pick(slots[~many], number[~many])
+    return result
+
+
+def _walk(slots: Array) -> Array:
+    """Densify by looking from slot to slot: the quicker way where many are full."""
+    k = slots.shape[1]
+    order, _ = _preferences(k)
+    result = slots.copy()
+    empty = np.flatnonzero(slots == EMPTY)
+    for step in range(1, k):
+        if len(empty) == 0:
+            break
+        slot = empty % k
+        value = slots.take(empty - slot + order[:, step].take(slot))
+        result.reshape(-1)[empty] = value
+        empty = empty[value == EMPTY]
+    return result
+
+
+def _pick(slots: Array, number: Array) -> Array:
+    """Densify by comparing the places of all full slots, whose number is given: the quicker way where few are full."""
+    k = slots.shape[1]
+    _, places = _preferences(k)
+    full = np.flatnonzero(slots != EMPTY) % k
+    first = np.cumsum(number) - number
+    best = np.full(slots.shape, 2**16 - 1, np.uint16)
+    for step in range(number.max(initial=0)):
+        row = np.flatnonzero(number > step)
+        best[row] = np.minimum(best[row], places.take(full.take(first[row] + step), axis=0))
+    return slots.take((best & np.uint16(k - 1)) + np.arange(0, slots.size, k)[:, None])
+
+
+# -- Signatures to clusters and twins --------------------------------------------------------------------------------
+
+
+def bands(params: Params) -> tuple[int, int]:
+    """Return (bands, slots per band): the longest bands of which a pair at the threshold shares one with 0.98.
+
+    A pair of similarity s shares one of b bands of r slots with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and
+    Ullman, "Mining of massive datasets", 3.4).
+    """
+    for slots in range(params.num_perm, 1, -1):
+        number = params.num_perm // slots
+        if 1 - (1 - params.threshold**slots) ** number >= 0.98:
+            return number, slots
+    return params.num_perm, 1
+
+
+def estimates(signatures: Array, left: Array, right: Array) -> npt.NDArray[np.float64]:
+    """Return the share of slots in which the rows left[i] and right[i] agree, (len(left),)."""
+    equal = np.zeros(len(left), np.int64)
+    for part in (slice(begin, begin + 2**14) for begin in range(0, len(left), 2**14)):
+        equal[part] = np.count_nonzero(signatures[left[part]] == signatures[right[part]], axis=1)
+    return equal / signatures.shape[1]
+
+
+def clusters(signatures: Array, params: Params) -> npt.NDArray[np.int64]:
+    """Return the cluster of each document, int64 (n,): the least row in it, which is its own when it is alone.
+
+    Band by band, the first document of those that agree in all slots of the band is compared with the others, then the
+    first of those unlike it, and so on. Pairs whose estimate reaches the threshold connect. A document without units
+    stays alone.
+    """
+    parent = np.arange(len(signatures))
+    rows = np.flatnonzero((signatures != NO_SIGNATURE).any(axis=1))
+
+    def connect(left: Array, right: Array) -> Array:
+        apart = np.flatnonzero(_find(parent, left) != _find(parent, right))
+        near = apart[estimates(signatures, left[apart], right[apart]) >= params.threshold]
+        _unite(parent, left[near], right[near])
+        return _find(parent, left) == _find(parent, right)
+
+    number, slots = bands(params)
+    for band in range(number):
+        keys = _band_keys(signatures[:, band * slots : (band + 1) * slots])[rows]
+        order = np.argsort((keys & np.uint32(0xFFFF)).astype(np.uint16), kind="stable")  # 16 bits: a radix sort,
+        order = order[np.argsort((keys >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]  # thrice as fast
+        keys = keys[order]
+        again = np.append(False, keys[1:] == keys[:-1])[: len(keys)]
+        shared = again | np.append(again[1:], False)[: len(keys)]
+        _compare(keys[shared], rows[order[shared]], connect)
+    return _find(parent, np.arange(len(parent)))
+
+
+def _band_keys(band: Array) -> Array:
+    """Return a hash of each row, uint32 (n,); unlike rows that share one cost a comparison, no more."""
+    factors = np.multiply.accumulate(np.full(band.shape[1], 2891336453, np.uint32), dtype=np.uint32)
+    keys = np.empty(len(band), np.uint32)
+    for begin in range(0, len(band), 2**14):
+        keys[begin : begin + 2**14] = _mix(band[begin : begin + 2**14].astype(np.uint32) @ factors)
+    return keys
+
+
+def _compare(groups: Array, rows: Array, alike: Callable[[Array, Array], Array]) -> None:
+    """Compare the first member of each group with the others; those unlike it do the same among themselves.
+
+    groups, rows: sorted by group, then row. alike(firsts, others) -> bool each. Ends after LEADERS rounds.
+    """
+    for _ in range(LEADERS):
+        if len(rows) == 0:
+            return
+        first = np.append(True, groups[1:] != groups[:-1])
+        leader = rows[first][np.cumsum(first) - 1]
+        other = np.flatnonzero(~first)
+        other = other[~alike(leader[other], rows[other])]
+        groups, rows = groups[other], rows[other]
+
+
+def _find(parent: Array, rows: Array) -> Array:
+    """Return the root of each row in a forest where parents stand before their children, and let it be the parent."""
+    root = parent[rows]
+    while not np.array_equal(above := parent[root], root):
+        root = above
+    parent[rows] = root
+    return root
+
+
+def _unite(parent: Array, left: Array, right: Array) -> None:
+    """Join the trees of left[i] and right[i]; the lesser root stays one."""
+    while len(left):
+        left, right = _find(parent, left), _find(parent, right)
+        left, right = np.minimum(left, right)[left != right], np.maximum(left, right)[left != right]
+        np.minimum.at(parent, right, left)
+
+
+def near_twins(
+    signatures: Array, cluster: Array, params: Params, texts: Texts | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the kept document that each document duplicates, int64 (n,), and the similarity, float32 (n,); else -1, 0.
+
+    Rows stand in order of priority. The first of a cluster is kept, and so is each that is as near as the threshold to
+    none that is kept before it: every document that goes has a near twin that stays, not one at the far end of a chain.
+
+    `texts`: those of the signatures; needed when params.exact. Similarities are estimates, but exact where the estimate
+    lies within 3 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
+    """
+    if params.exact and texts is None:
+        raise ValueError(
+            "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
+        )
+    doubt = 3 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
+    twin, similarity = np.full(len(cluster), -1), np.zeros(len(cluster), np.float32)
+
+    def alike(left: Array, right: Array) -> Array:
+        found = estimates(signatures, left, right)
+        if params.exact:
+            open_ = np.flatnonzero(np.abs(found - params.threshold) <= doubt)
+            found[open_] = jaccard(texts, left[open_], right[open_], params)
+        near = found >= params.threshold
+        twin[right[near]], similarity[right[near]] = left[near], found[near]
+        return near
+
+    rows = np.flatnonzero(np.bincount(cluster, minlength=len(cluster))[cluster] > 1)
+    rows = rows[np.argsort(cluster[rows], kind="stable")]
+    _compare(cluster[rows], rows, alike)
+    return twin, similarity
+
+
+def jaccard(texts: Texts, left: Array, right: Array, params: Params) -> npt.NDArray[np.float64]:
+    """Return the Jaccard similarity of the texts in rows left[i] and right[i], (len(left),); 0 for two empty sets.
+
+    Exact but for runs that share a hash of 32 bits: of a million different ones, about 100 do.
+    """
+    if len(left) == 0:
+        return np.zeros(0)
+    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
+    sizes = np.concatenate([pc.binary_length(chunk).fill_null(0).to_numpy() for chunk in chunks], dtype=np.int64)
+    result = np.zeros(len(left))
+    work = np.cumsum(sizes[left] + sizes[right])
+    for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(2**22, work[-1:].sum(), 2**22))):
+        if len(part) == 0:
+            continue
+        rows, place = np.unique(np.append(left[part], right[part]), return_inverse=True)
+        pieces = list(_pieces(_take(chunks, rows), params.ngram))
+        hashes, counts = (np.concatenate([piece[i] for piece in pieces]) for i in (1, 2))
+        size = counts[place]  # of the left documents, then of the right ones
+        first = (np.cumsum(counts) - counts)[place] - (np.cumsum(size) - size)
+        pair = np.tile(np.arange(len(part), dtype=np.uint64), 2)
+        side = np.repeat(np.array([0, 1], np.uint64), len(part))
+        member = hashes[np.repeat(first, size) + np.arange(size.sum())]
+        key = _distinct(np.repeat(pair << 33 | side, size) | member.astype(np.uint64) << 1)
+        shared = key[1:][key[1:] >> 1 == key[:-1] >> 1]
+        both, common = (np.bincount((keys >> 33).astype(np.int64), minlength=len(part)) for keys in (key, shared))
+        result[part] = common / np.maximum(both - common, 1)
+    return result
+
+
+def _take(chunks: list[pa.Array], rows: Array) -> pa.Array:
+    """Return the texts in these rows, ascending. (`take` of a chunked array would first join all its chunks.)"""
+    cuts = np.cumsum([0, *map(len, chunks)])
+    ends = np.searchsorted(rows, cuts)
+    hit = np.flatnonzero(np.diff(ends))
+    return pa.concat_arrays([chunks[i].take(pa.array(rows[ends[i] : ends[i + 1]] - cuts[i])) for i in hit])

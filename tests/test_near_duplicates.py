@@ -1,0 +1,302 @@
+"""near_duplicates: signatures estimate Jaccard, planted twins are found, others are not, and no batch shows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import near_duplicates as nd
+
+PARAMS = nd.Params()
+# Every kind of character that is read in a way of its own.
+ALPHABET = "aB1éΩﾡ２Ｚßжعह한你好𠮷ぁのー々ﾝกำ😀 \n.,-_$。、：（\u3000\u00a0\u200b\x00\ufffd"
+ALONE = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff66-\uff9f]")
+
+
+def find(texts: list[str | None], params: nd.Params = PARAMS) -> tuple[list[int], list[int], list[float]]:
+    """Return cluster, twin and similarity of each text."""
+    column = pa.array(texts, pa.string())
+    signatures = nd.signatures(column, params)
+    cluster = nd.clusters(signatures, params)
+    twin, similarity = nd.near_twins(signatures, cluster, params, column)
+    return cluster.tolist(), twin.tolist(), similarity.tolist()
+
+
+def units(text: str) -> list[str]:
+    """Return the units of a text over ALPHABET, the plain way."""
+    found, word = [], ""
+    for character in text:
+        code = ord(character)
+        folded = chr(code - 0xFEE0).lower() if 0xFF10 <= code <= 0xFF5A else character.lower()
+        surrogates = [*character.encode("utf-16-be").hex(" ", 2).split()] if code > 0xFFFF else []
+        separates = not surrogates and not re.fullmatch(r"[^\W_]|[\u0e33]", character)
+        if separates or surrogates or ALONE.fullmatch(character):
+            found += [word] if word else []
+            found += surrogates or ([] if separates else [folded])
+            word = ""
+        else:
+            word += folded
+    return found + ([word] if word else [])
+
+
+def runs(text: str, ngram: int) -> set[tuple[str, ...]]:
+    """Return the set that stands for a text."""
+    found = units(text)
+    return {tuple(found[i : i + ngram]) for i in range(max(len(found) - ngram + 1, min(len(found), 1)))}
+
+
+def jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
+    return len(one & other) / max(len(one | other), 1)
+
+
+def english(count: int, rng: random.Random) -> list[str]:
+    return ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(count)]
+
+
+def chinese(count: int, rng: random.Random) -> list[str]:
+    return [chr(0x4E00 + int(3000 * rng.random() ** 2)) for _ in range(count)]
+
+
+def join(words: list[str]) -> str:
+    return ("" if ord(words[0][0]) >= 0x4E00 else " ").join(words)
+
+
+Maker = Callable[[int, random.Random], list[str]]
+
+
+def twin_of(words: list[str], similarity: float, make: Maker, rng: random.Random) -> list[str]:
+    """Return words with single ones replaced so that about this similarity of runs of 5 is left."""
+    edits = round(len(words) * (1 - similarity) / (1 + similarity) / 5)
+    changed = list(words)
+    for place in range(0, edits):
+        changed[(place * len(words)) // edits + 2] = make(1, rng)[0] + "x" * (make is english)
+    return changed
+
+
+def test_the_example() -> None:
+    """The table of the module's docstring."""
+    text = nd.__doc__ or ""
+    rows = re.findall(r"^    (\d)    (.*?)  +(\d+) +(-?\d+) +(\d)$", text, re.MULTILINE)
+    assert len(rows) == 3
+    cluster, twin, similarity = find([row[1] for row in rows])
+    assert [(str(c), str(t), f"{s:g}") for c, t, s in zip(cluster, twin, similarity, strict=True)] == [
+        row[2:] for row in rows
+    ]
+
+
+@given(st.text(ALPHABET, max_size=30), st.text(ALPHABET, max_size=30), st.integers(1, 4))
+@example("Ab, c.", "ab C", 2)
+@example("你好 ab", "你好ab", 1)
+@example("", "...", 5)
+def test_exact_similarity_is_that_of_the_sets(one: str, other: str, ngram: int) -> None:
+    """Units, runs, short and empty documents: as by the plain way."""
+    params = nd.Params(ngram=ngram)
+    found = nd.jaccard(pa.array([one, other]), np.array([0]), np.array([1]), params)
+    assert found[0] == pytest.approx(jaccard(runs(one, ngram), runs(other, ngram)))
+
+
+@pytest.mark.parametrize("make", [english, chinese])
+@pytest.mark.parametrize("length", [10, 30, 100, 300, 1500])
+def test_estimates_are_right_within_their_error(make: Maker, length: int) -> None:
+    """Sparse and dense signatures: no bias, and about the spread of MinHash."""
+    rng = random.Random(length)
+    texts, exact = [], []
+    for number in range(150):
+        words = make(length, rng)
+        shared = length * (number % 3 + 7) // 10
+        texts += [join(words), join(words[:shared] + make(length - shared, rng))]
+        exact.append(jaccard(runs(texts[-2], 5), runs(texts[-1], 5)))
+    signatures = nd.signatures(pa.array(texts), PARAMS)
+    rows = np.arange(0, len(texts), 2)
+    error = (nd.estimates(signatures, rows, rows + 1) - exact) / np.sqrt(
+        np.multiply(exact, np.subtract(1, exact)) / 128
+    )
+    assert abs(error.mean()) < 4 * 1.5 / len(error) ** 0.5
+    assert 0.6 < error.std() < 1.5
+
+
+@pytest.mark.parametrize("make", [english, chinese])
+def test_planted_twins_are_found_and_nothing_else(make: Maker) -> None:
+    """Of 200 pairs at similarity 0.9 at least 0.98 are found, each with its twin and the right similarity."""
+    rng = random.Random(9)
+    documents = [make(rng.randint(120, 400), rng) for _ in range(300)]
+    twins = [twin_of(words, 0.9, make, rng) for words in documents[:200]]
+    far = [twin_of(words, 0.6, make, rng) for words in documents[200:]]
+    texts = [join(words) for words in documents + twins + far]
+    exact = [jaccard(runs(texts[i], 5), runs(texts[300 + i], 5)) for i in range(300)]
+    assert all(0.88 < value < 0.92 for value in exact[:200])
+    assert all(0.5 < value < 0.7 for value in exact[200:])
+    cluster, twin, similarity = find(texts)
+    found = [i for i in range(200) if twin[300 + i] == i]
+    assert len(found) >= 0.98 * 200
+    assert twin[:300] == [-1] * 300
+    assert twin[500:] == [-1] * 100
+    assert all(abs(similarity[300 + i] - exact[i]) < 0.13 for i in found)
+    settled = [i for i in found if abs(similarity[300 + i] - exact[i]) < 1e-6]
+    assert len(settled) > 20  # those whose estimate was near the threshold
+    assert all(cluster[row] == (row if twin[row] < 0 else twin[row]) for row in range(len(texts)))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> list[str | None]:
+    """Documents of all lengths and kinds, and their signatures in one batch."""
+    rng = random.Random(3)
+    texts: list[str | None] = [None, "", "...", "Yes", "No", "😀" * 9, "a" * 70, "你" * 50]
+    for length in (1, 4, 5, 6, 40, 700):
+        texts += [join(english(length, rng)), join(chinese(length, rng)), join(english(length, rng)) + "𠮷é"]
+        texts.append("".join(rng.choices(ALPHABET, k=length)))
+    return texts
+
+
+@settings(deadline=None)
+@given(cuts=st.lists(st.integers(0, 32), max_size=6), large=st.booleans())
+def test_no_batch_shows(mixed: list[str | None], cuts: list[int], large: bool) -> None:
+    """Any cut into batches, with slices and empty ones, gives the signatures of one text at a time."""
+    kind = pa.large_string() if large else pa.string()
+    whole = pa.array(mixed, kind)
+    edges = [0, *sorted(cuts), len(mixed)]
+    batches = pa.chunked_array([whole[a:b] for a, b in itertools.pairwise(edges)], kind)
+    one_by_one = [nd.signatures(pa.array([text], kind), PARAMS) for text in mixed]
+    assert np.array_equal(nd.signatures(batches, PARAMS), np.concatenate(one_by_one))
+    twins = [np.array([4, 9, 20]), np.array([3, 21, 20])]
+    assert np.array_equal(nd.jaccard(batches, *twins, PARAMS), nd.jaccard(whole, *twins, PARAMS))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Windows of 96 bytes, so that most documents are longer."""
+    nd._powers.cache_clear()
+    monkeypatch.setattr(nd, "WINDOW", 96)
+    yield
+    nd._powers.cache_clear()
+
+
+def test_no_window_shows(mixed: list[str | None], request: pytest.FixtureRequest) -> None:
+    """A document read window by window has the signature that it has in one, also with pairs of surrogates."""
+    expected = nd.signatures(pa.array(mixed), PARAMS)
+    request.getfixturevalue("narrow")
+    assert np.array_equal(nd.signatures(pa.array(mixed), PARAMS), expected)
+
+
+def test_first_is_kept() -> None:
+    """Rows are priorities: the first of a cluster stays, all others name it."""
+    rng = random.Random(1)
+    words = english(200, rng)
+    texts = [join(words), "Another.", join(twin_of(words, 0.95, english, rng)), join(words).upper()]
+    assert find(texts)[1] == [-1, -1, 0, 0]
+    assert find(texts[::-1])[1] == [-1, 0, -1, 0]
+
+
+def test_end_of_a_chain_is_kept() -> None:
+    """One connected cluster, but what is not near any kept document stays."""
+    rng = random.Random(2)
+    versions = [english(300, rng)]
+    for _ in range(4):
+        versions.append(twin_of(versions[-1], 0.9, english, rng))
+    cluster, twin, similarity = find([join(words) for words in versions])
+    assert cluster == [0] * 5
+    assert twin[:2] == [-1, 0]
+    assert twin.count(-1) > 1
+    for row, (kept, value) in enumerate(zip(twin, similarity, strict=True)):
+        assert (kept == -1 and value == 0) or (twin[kept] == -1 and kept < row and value >= 0.8)
+
+
+def test_short_and_empty_documents() -> None:
+    """Shorter than a run: near the same words only. Without units: near nothing."""
+    texts = ["Yes", "No", "", None, "yes.", "No, no", "...", "!!!", "是", "是。", "不是"]
+    cluster, twin, similarity = find(texts)
+    assert twin == [-1, -1, -1, -1, 0, -1, -1, -1, -1, 8, -1]
+    assert cluster == [0, 1, 2, 3, 0, 5, 6, 7, 8, 8, 10]
+    assert similarity == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
+
+
+def test_no_documents() -> None:
+    for column in (pa.array([], pa.string()), pa.chunked_array([], pa.string())):
+        signatures = nd.signatures(column, PARAMS)
+        assert signatures.shape == (0, 128)
+        cluster = nd.clusters(signatures, PARAMS)
+        assert [len(result) for result in nd.near_twins(signatures, cluster, PARAMS, column)] == [0, 0]
+
+
+def test_many_identical_documents() -> None:
+    assert find(["The same old song, again and again."] * 3000)[1] == [-1] + [0] * 2999
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "one word", "one word again and again"])
+def test_huge_documents(kind: str) -> None:
+    """5 MB in one document: with a near twin, found; of one word or one run, read in bounded pieces."""
+    rng = random.Random(5)
+    texts = {
+        "words": " ".join(english(1000, rng) + [f"{n:x}" for n in range(10**6)]),
+        "characters": "".join(map(chr, rng.choices(range(0x4E00, 0x9FA5), k=1_700_000))),
+        "one word": "ab" * 2_500_000,
+        "one word again and again": "ab " * 1_700_000,
+    }
+    text = texts[kind]
+    assert find([text, "short", text[:-100] + "END"])[1] == [-1, -1, 0 if kind != "one word" else -1]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.integers(0, 3))
+def test_clusters_are_connected(picks: list[int], seed: int) -> None:
+    """A cluster hangs together by pairs at the threshold, is named by its least row, and equal documents share one."""
+    rng = random.Random(seed)
+    words = english(60, rng)
+    versions = [join(words[n:] + english(n, rng)) for n in range(0, 39, 3)]
+    signatures = nd.signatures(pa.array([versions[n] for n in picks]), PARAMS)
+    cluster = nd.clusters(signatures, PARAMS)
+    for name in np.unique(cluster):
+        members = np.flatnonzero(cluster == name)
+        assert members[0] == name
+        reached = {int(name)}
+        for _ in members:
+            pairs = [(a, b) for a in reached for b in members]
+            near = nd.estimates(signatures, *np.array(pairs).T) >= PARAMS.threshold
+            reached |= {int(b) for (_, b), true in zip(pairs, near, strict=True) if true}
+        assert reached == set(members.tolist())
+    for pick in set(picks):
+        assert len({int(c) for c, p in zip(cluster, picks, strict=True) if p == pick}) == 1
+
+
+def test_bands_find_what_the_threshold_asks() -> None:
+    assert nd.bands(PARAMS) == (18, 7)
+    assert nd.bands(nd.Params(threshold=1)) == (1, 128)
+    for threshold in (0.3, 0.5, 0.7, 0.9, 0.95):
+        number, slots = nd.bands(nd.Params(threshold=threshold))
+        assert number * slots <= 128
+        assert 1 - (1 - threshold**slots) ** number >= 0.98
+
+
+def test_estimates_alone_need_no_texts() -> None:
+    params = nd.Params(exact=False)
+    signatures = nd.signatures(pa.array(["a b c d e f", "g", "A B C D E F"]), params)
+    cluster = nd.clusters(signatures, params)
+    assert nd.near_twins(signatures, cluster, params)[0].tolist() == [-1, -1, 0]
+    with pytest.raises(ValueError, match="needs the texts"):
+        nd.near_twins(signatures, cluster, PARAMS)
+
+
+@pytest.mark.parametrize("wrong", [{"treshold": 0.8}, {"threshold": 0}, {"ngram": 0}, {"num_perm": 100}])
+def test_wrong_parameters_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        nd.Params(**wrong)  # type: ignore[arg-type]
+
+
+def test_signatures_are_frozen(mixed: list[str | None]) -> None:
+    """Another value here makes every cached signature and every dropped document another one."""
+    codes, first_alone = nd._alphabet()
+    assert first_alone == 0
+    assert hashlib.sha256(codes.astype("<u2").tobytes()).hexdigest()[:16] == ""
+    for k, digest in {64: "", 128: "", 256: ""}.items():
+        signatures = nd.signatures(pa.array(mixed), nd.Params(num_perm=k))
+        assert hashlib.sha256(signatures.astype("<u2").tobytes()).hexdigest()[:16] == digest
