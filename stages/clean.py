@@ -292,7 +292,7 @@ def main(name: str) -> None:
                 f"{root}: none of its {ledger.rows} records was kept ({dict(dropped)}); see the rules in {name}.clean."
             )
         about = params.model_dump(include={"license", "owner", "origin", "language", "format"})
-        arrow.write_json(folder / "source.json", {**about, "path": where.path, "files": per_file})
+        arrow.write_json(folder / "source.json", {**about, "files": per_file})
         run.count(files=len(files), records=ledger.rows, kept=documents.rows, dropped=dropped.total())
 
 

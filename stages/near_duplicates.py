@@ -393,13 +393,13 @@ def near_twins(
     none that is kept before it: every document that goes has a near twin that stays, not one at the far end of a chain.
 
     `texts`: those of the signatures; needed when params.exact. Similarities are estimates, but exact where the estimate
-    lies within 3 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
+    lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
     """
     if params.exact and texts is None:
         raise ValueError(
             "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
         )
-    doubt = 3 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
+    doubt = 2 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
     twin, similarity = np.full(len(cluster), -1), np.zeros(len(cluster), np.float32)
 
     def alike(left: Array, right: Array) -> Array:
@@ -428,7 +428,7 @@ def jaccard(texts: Texts, left: Array, right: Array, params: Params) -> npt.NDAr
     sizes = np.concatenate([pc.binary_length(chunk).fill_null(0).to_numpy() for chunk in chunks], dtype=np.int64)
     result = np.zeros(len(left))
     work = np.cumsum(sizes[left] + sizes[right])
-    for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(2**22, work[-1:].sum(), 2**22))):
+    for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(2**19, work[-1:].sum(), 2**19))):
         if len(part) == 0:
             continue
         rows, place = np.unique(np.append(left[part], right[part]), return_inverse=True)
