@@ -24,6 +24,8 @@ from ruamel.yaml import YAML
 from conftest import dvc, git, ran, repro, write
 from kit import arrow
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
+
 Edit = Callable[[Path], None]
 PHASES, SOURCES = ("pretrain", "chat"), ("tiny_text", "tiny_notes", "tiny_qa")
 PATIENCE = 120.0

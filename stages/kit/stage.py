@@ -6,10 +6,10 @@
         run.balance("records", read=10, kept=8, dropped=2)
         run.count(records=10, kept=8)
 
-In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, inputs, code and
-parameters compared with the start (DVC hashes them only after the command, so an edit meanwhile would tie the new ones
-to the old output), fsync, run record, rename. A stage that is killed, fails or fills the disk leaves the previous
-output as it was.
+In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, fsync, run
+record, inputs, code and parameters compared with the start (DVC hashes them only after the command, so an edit
+meanwhile would tie the new ones to the old output), rename. A stage that is killed, fails or fills the disk leaves the
+previous output as it was.
 """
 
 from __future__ import annotations
@@ -207,14 +207,15 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             temporary.mkdir(parents=True)
         try:
             yield current
+            for temporary in current.outputs:
+                _sync(temporary)
+            _record(current, time.monotonic() - started)
+            # Last, for DVC hashes the inputs soon after: an edit between the two is not seen.
             if changed := current.changed():
                 raise SystemExit(
                     f"{current.name}: {changed} changed while the stage ran; nothing was published: "
                     "let the change finish and run again."
                 )
-            for temporary in current.outputs:
-                _sync(temporary)
-            _record(current, time.monotonic() - started)
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
