@@ -270,6 +270,13 @@ def test_other_params_may_change_while_the_stage_runs(place: Path, old: str, new
     assert shout(place, f"Path('params.yaml').write_text({PARAMS.replace(old, new)!r})").returncode == 0
 
 
+def test_input_changed_at_the_very_end_is_refused(place: Path) -> None:
+    """To write a large output to the disk takes a while: the comparison comes after it."""
+    late = "record = stage._record\nstage._record = lambda *a: (record(*a), Path('input/a.txt').write_text('ho'))"
+    assert "input changed while the stage ran" in sentence(shout(place, late))
+    assert published(place) is None
+
+
 def test_input_that_is_gone_at_the_end_is_refused(place: Path) -> None:
     """Deleting the whole input in the middle is a change, too."""
     shout(place)
