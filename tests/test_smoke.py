@@ -6,6 +6,7 @@ The tiny pipeline (tests/tiny.yaml) has the default's phases: a Llama from rando
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -25,7 +26,7 @@ FOLDERS = [f"data/{path.format(source)}" for source in SOURCES for path in ARROW
     f"data/blocks/{phase}/{split}" for phase in ("pretrain", "chat") for split in ("train", "eval")
 ]
 MODELS = ["models/pretrain/trained", "models/pretrain/merged", "models/chat/merged"]
-MINUTES = 12  # the default's budget is 6 on 2 quiet cores; other jobs share the machine that tests
+MINUTES = 12  # the default's budget is 6 on 2 quiet cores
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -232,10 +233,9 @@ def test_default_pipeline(tmp_path: Path) -> None:
     folders = [copy_project(tmp_path / name) for name in ("one", "other")]
     for folder in folders:
         git(folder, "init", "--quiet")
-    started = time.monotonic()
+    wall, cpu = time.monotonic(), cpu_seconds()
     finish(folders[0], TERROIR_WORKERS="2", PYTHONHASHSEED="1")
-    minutes = (time.monotonic() - started) / 60
-    assert minutes <= MINUTES
+    seconds = min(time.monotonic() - wall, cpu_seconds() - cpu)  # others may use this machine: then CPU time tells
     assert ran(repro(folders[0])) == set()
     check_quality(folders[0])
     found = outputs(folders[0])
@@ -245,8 +245,14 @@ def test_default_pipeline(tmp_path: Path) -> None:
         assert {k: v for k, v in found.items() if is_data(k)} == {k: v for k, v in committed.items() if is_data(k)}
     finish(folders[1], TERROIR_WORKERS="1", PYTHONHASHSEED="2")
     assert outputs(folders[1]) == found
+    assert seconds <= 60 * MINUTES
     for folder in folders:
         shutil.rmtree(folder)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of all processes that this one started and that have ended."""
+    return os.times().children_user + os.times().children_system
 
 
 def stage_python(folder: Path) -> str:
