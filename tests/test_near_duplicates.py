@@ -95,6 +95,7 @@ def test_the_example() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.text(ALPHABET, max_size=30), st.text(ALPHABET, max_size=30), st.integers(1, 4))
 @example("Ab, c.", "ab C", 2)
 @example("你好 ab", "你好ab", 1)

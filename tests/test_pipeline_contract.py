@@ -220,7 +220,7 @@ def test_script_that_is_no_stage_is_part_of_one(name: str) -> None:
 def test_command_is_the_script_with_the_item(items: list[Item]) -> None:
     """`clean@laws` runs `python stages/clean.py laws`."""
     for one in items:
-        assert one.cmd == f"python stages/{one.stage}.py {one.item}".strip()
+        assert one.cmd == f"exec python stages/{one.stage}.py {one.item}".strip()
 
 
 @pytest.mark.parametrize("name", NAMES)

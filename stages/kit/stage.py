@@ -23,7 +23,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -91,7 +90,9 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
+        # Only a worker needs the module, and it has it; the start of a stage does not wait 11 ms for it.
+        processes = sys.modules.get("multiprocessing.process")
+        parent = processes.parent_process() if processes else None
         if parent and os.getppid() != parent.pid:
             os._exit(1)  # a worker that was orphaned before it could ask; it would hold the lock for ever
 
@@ -112,6 +113,7 @@ class Run:
         self.inputs, self.targets = inputs, outputs
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
         self.record = RECORDS / f".tmp-{self.name}.json"
+        self.states = {str(path): state(path) for path in inputs}
         self.digests = {str(path): digest(path) for path in inputs}
         self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
         self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
@@ -139,12 +141,24 @@ class Run:
 
     def key(self, params: Any) -> str:
         """Return a digest of everything that decides the result: inputs, code, library versions and `params`."""
-        parts = [self.digests, code_digest(STAGES / f"{self.stage}.py"), versions(), params]
+        return self.recipe([self.digests, params])
+
+    def recipe(self, params: Any) -> str:
+        """Return a digest of code, library versions and `params`: what decides the result for a part of the inputs."""
+        parts = [code_digest(STAGES / f"{self.stage}.py"), versions(), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def changed(self) -> str | None:
-        """Return the first input, module or parameter that is no longer what the stage read, or None."""
-        inputs = (path for path, before in self.digests.items() if digest(Path(path)) != before)
+        """Return the first input, module or parameter that is no longer what the stage read, or None.
+
+        An input whose files all have the size, inode and change times of the start is not read again: no program sets
+        the change time (ctime) of a file but the kernel, at each write.
+        """
+        inputs = (
+            path
+            for path, before in self.digests.items()
+            if state(Path(path)) != self.states[path] and digest(Path(path)) != before
+        )
         modules = code_files(STAGES / f"{self.stage}.py")
         code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
         return next(itertools.chain(inputs, code, self._changed_params()), None)
@@ -239,13 +253,26 @@ def digest(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not _ignored(p.relative_to(path)))
+    files = _files(path)
     if not files:
         state = "is empty" if path.is_dir() else "does not exist"
         raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
     with ThreadPoolExecutor(max_workers=min(8, workers())) as pool:
         pairs = [[p.relative_to(path).as_posix(), d] for p, d in zip(files, pool.map(digest, files), strict=True)]
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def state(path: Path) -> list[tuple[str, int, int, int, int]]:
+    """Return name, size, inode and times of change of a file, or of each file that `digest` reads in a folder."""
+    found = []
+    for file in [path] if path.is_file() else _files(path):
+        stat = file.stat()
+        found.append((str(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
 
 
 def _value(content: Any, key: str) -> Any:
