@@ -11,145 +11,167 @@ it. Special tokens exist in no other way, so text that merely looks like one sta
     user "2+2?", assistant "4"         ->  *"<s>"  "Human: 2+2?\\n\\nAssistant: "  +"4"  *+"</s>"
 
 Neighbours with equal marks are one segment, so the prompt is tokenised in one piece, as it is when the model is used.
+Both kinds end with the tokenizer's `eos_token`, which under a template with a token of its own is that token.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import pyarrow.compute as pc
 
+from chat_segments import Marker
 from kit import arrow, stage
+from kit.memo import Memo, cuts, row_hashes
 from kit.params import Source, read_params
-from kit.tokenizer import Vocabulary
 
-SEGMENTS = pa.list_(pa.struct([("text", pa.string()), ("special", pa.bool_()), ("learn", pa.bool_())]))
+SEGMENT = pa.struct([("text", pa.string()), ("special", pa.bool_()), ("learn", pa.bool_())])
 MARKED = pa.schema(
     [
         pa.field("doc_id", pa.binary(16)),
         pa.field("split", pa.string()),  # train or eval
-        pa.field("segments", SEGMENTS),
+        pa.field("segments", pa.list_(SEGMENT)),
     ]
 )
+SPLITS = pa.array(["train", "eval", "dropped"])
+ROWS = 256  # of a batch, and rows that are Python objects at a time
+SHARD_BYTES = 2**20  # of conversations, about: a tenth of a second of work
 
 
-class Segment(NamedTuple):
-    """A piece of a document with its marks."""
-
-    text: str
-    special: bool
-    learn: bool
-
-
-class Marker:
-    """Turns documents and conversations into segments, as one tokenizer folder says."""
-
-    def __init__(self, tokenizer: Path) -> None:
-        vocabulary = Vocabulary(tokenizer)
-        self.folder = tokenizer
-        self.special = vocabulary.special
-        self.bos, self.eos = self.special.get("bos_token"), self.special["eos_token"]
-        # The longest first: of two tokens that begin alike, the longer is meant.
-        specials = sorted(vocabulary.special_texts, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, specials)))
-        template = tokenizer / "chat_template.jinja"
-        self._template = None
-        if template.is_file():
-            # The options with which `transformers` renders a template; anything else moves line breaks.
-            extensions = ["jinja2.ext.loopcontrols"]
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-            environment.globals["raise_exception"] = _refuse
-            try:
-                self._template = environment.from_string(template.read_text(encoding="utf-8"))
-            except TemplateError as error:
-                raise ValueError(f"{template} is no template that can be rendered here: {error}") from None
-
-    def document(self, text: str) -> list[Segment]:
-        """Return BOS, the text, EOS, all of it learned; no BOS when the tokenizer has none."""
-        ends = [Segment(self.bos, True, True)] if self.bos else []
-        return [*ends, Segment(text, False, True), Segment(self.eos, True, True)]
-
-    def conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
-        """Return the rendered conversation; what the assistant says, and the token that ends it, is learned.
-
-        Each content is rendered as a stand-in and put back afterwards, so no content can change the template's course
-        or be taken for a special token. Raises ValueError when the template does not use each content just once, in
-        order and unchanged, or does not end an answer with a special token.
-        """
-        if self._template is None:
-            raise ValueError(
-                f"{self.folder} has no chat_template.jinja but the source holds conversations; "
-                "set chat_template in the phase's train_tokenizer."
-            )
-        stand_ins = [f"\ue000{place}\ue001" for place in range(len(messages))]
-        hidden = [{**message, "content": mark} for message, mark in zip(messages, stand_ins, strict=True)]
-        pieces = re.split("\ue000(\\d+)\ue001", self._render(hidden))
-        if pieces[1::2] != [str(place) for place in range(len(messages))]:
-            raise ValueError("the chat template leaves out, repeats or reorders messages; no loss mask can be exact.")
-        if "".join(_filled(pieces, messages)) != self._render(messages):
-            raise ValueError("the chat template changes what the messages say; clean the text instead.")
-        segments = list(self._template_text(pieces[0], after_answer=False))
-        for place, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            message = messages[int(place)]
-            answer = message["role"] == "assistant"
-            segments.append(Segment(message["content"], False, answer))
-            segments += self._template_text(text, answer)
-        return merged(segments)
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        assert self._template
-        try:
-            # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.special
-            )
-        except Exception as error:  # a template is a program and can fail in any way
-            raise ValueError(f"the chat template refuses a conversation: {error}.") from None
-
-    def _template_text(self, text: str, after_answer: bool) -> Iterator[Segment]:
-        """Yield the template's own text cut at special tokens; the first one after an answer ends it."""
-        if after_answer and not self._specials.match(text):
-            raise ValueError(
-                "the chat template does not end an answer with a special token, so the model would never stop."
-            )
-        position = 0
-        for match in self._specials.finditer(text):
-            if match.start() > position:
-                yield Segment(text[position : match.start()], False, False)
-            yield Segment(match.group(), True, after_answer and match.start() == 0)
-            position = match.end()
-        if position < len(text):
-            yield Segment(text[position:], False, False)
+def segments_of_texts(marker: Marker, texts: pa.StringArray) -> pa.ListArray:
+    """Return the segments of plain documents, as `marker.document` gives them, without an object per document."""
+    frame = marker.document("")  # of each document: the special tokens, and the place of its text
+    take = np.tile(np.arange(len(frame)), (len(texts), 1))
+    take[:, [segment.special for segment in frame].index(False)] = len(frame) + np.arange(len(texts))
+    parts = pa.concat_arrays([pa.array([segment.text for segment in frame]), texts]).take(pa.array(take.ravel()))
+    marks = [np.tile([getattr(s, name) for s in frame], len(texts)) for name in ("special", "learn")]
+    return _lists(parts, *marks, lengths=np.full(len(texts), len(frame)))
 
 
-def merged(segments: list[Segment]) -> list[Segment]:
-    """Return `segments` with plain neighbours of the same `learn` joined and empty ones left out.
+def segments_of_messages(marker: Marker, messages: pa.ListArray) -> pa.ListArray:
+    """Return the segments of conversations."""
+    rows = [marker.conversation(conversation) for conversation in messages.to_pylist()]
+    text, special, learn = zip(*(segment for row in rows for segment in row), strict=True) if rows else ((), (), ())
+    return _lists(pa.array(text, pa.string()), special, learn, lengths=np.array([len(row) for row in rows], dtype=int))
 
-    >>> merged([Segment("a", False, False), Segment("b", False, False), Segment("c", False, True)])
-    [Segment(text='ab', special=False, learn=False), Segment(text='c', special=False, learn=True)]
+
+def _lists(text: pa.StringArray, *marks: object, lengths: np.ndarray) -> pa.ListArray:
+    columns = [text, *(pa.array(mark, pa.bool_()) for mark in marks)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(columns, fields=list(SEGMENT)))
+
+
+def marked(marker: Marker, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the kept rows of a batch (doc_id, text or messages, split) as a batch of MARKED."""
+    kept = batch.filter(pc.not_equal(batch["split"], "dropped"))
+    if "text" in kept.schema.names:
+        segments = segments_of_texts(marker, kept["text"])
+    else:
+        segments = segments_of_messages(marker, kept["messages"])
+    return pa.RecordBatch.from_arrays([kept["doc_id"], kept["split"], segments], schema=MARKED)
+
+
+def identities(folder: Path) -> str:
+    """Return a digest of the doc_ids of a folder, in order."""
+    digest = hashlib.sha256()
+    for batch in arrow.batches(folder, ["doc_id"]):
+        digest.update(row_bytes(batch["doc_id"]))
+    return digest.hexdigest()
+
+
+def row_bytes(doc_ids: pa.FixedSizeBinaryArray) -> memoryview:
+    return memoryview(doc_ids.buffers()[1])[16 * doc_ids.offset : 16 * (doc_ids.offset + len(doc_ids))]
+
+
+def split_codes(decisions: Path) -> np.ndarray:
+    """Return the place in SPLITS of each row's split, one byte each: all that is held of every row."""
+    codes = [pc.index_in(batch["split"], SPLITS).to_numpy() for batch in arrow.batches(decisions, ["split"])]
+    return np.concatenate([code.astype(np.uint8) for code in codes] or [np.array([], np.uint8)])
+
+
+def rows(documents: Path, splits: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """Yield the documents (doc_id, text or messages, split), at most ROWS at a time."""
+    first = 0
+    for batch in arrow.batches(documents):
+        column = "messages" if "messages" in batch.schema.names else "text"
+        for at in range(0, batch.num_rows, ROWS):
+            part = batch.select(["doc_id", column]).slice(at, ROWS)
+            yield part.append_column("split", SPLITS.take(pa.array(splits[first : first + part.num_rows])))
+            first += part.num_rows
+
+
+def ends_of_shards(documents: Path) -> list[int]:
+    """Return where each shard of conversations ends, as row numbers: cut by content."""
+    columns = [(row_hashes(b["doc_id"]), message_bytes(b["messages"])) for b in arrow.batches(documents)]
+    if not columns:
+        return []
+    hashes, sizes = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return cuts(hashes, sizes, SHARD_BYTES)
+
+
+def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tuple[str, bytes]]:
+    """Yield (digest, rows as an Arrow stream) of each shard; a digest covers content (as doc_id) and split of a row."""
+    waiting = rows(documents, splits)
+    rest, first = next(waiting), 0
+    for last in ends:
+        sink, digest = pa.BufferOutputStream(), hashlib.sha256(splits[first:last].tobytes())
+        with pa.ipc.new_stream(sink, rest.schema) as stream:
+            while first < last:
+                rest = rest if rest.num_rows else next(waiting)
+                part = rest.slice(0, last - first)
+                stream.write_batch(part)
+                digest.update(row_bytes(part["doc_id"]))
+                rest, first = rest.slice(part.num_rows), first + part.num_rows
+        yield digest.hexdigest(), sink.getvalue().to_pybytes()
+
+
+def message_bytes(messages: pa.ListArray) -> np.ndarray:
+    """Return the bytes that the messages of each conversation say."""
+    content = messages.values.field("content")
+    reach = np.frombuffer(content.buffers()[1], np.int32)[content.offset :][messages.offsets.to_numpy()]
+    return np.diff(reach)
+
+
+@functools.cache
+def _marker(tokenizer: Path, digest: str) -> Marker:
+    return Marker(tokenizer)
+
+
+def _work(tokenizer: Path, digest: str, shard: bytes) -> bytes:
+    # Whole first: where the batches of the source ended must not show in what is remembered.
+    table = pa.ipc.open_stream(shard).read_all().combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, MARKED) as stream:
+        for batch in table.to_batches(max_chunksize=ROWS):
+            stream.write_batch(marked(_marker(tokenizer, digest), batch))
+    return sink.getvalue().to_pybytes()
+
+
+def results(run: stage.Run, documents: Path, splits: np.ndarray, tokenizer: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the marked batches of all documents: plain text as it comes, conversations shard by shard from the memo.
+
+    Plain text has no memo: 2,200 MB are marked in a CPU second, and 800 MB of results read and compared with their
+    SHA-256.
     """
-    result: list[Segment] = []
-    for segment in segments:
-        last = result[-1] if result else None
-        if last and not last.special and not segment.special and last.learn == segment.learn:
-            result[-1] = last._replace(text=last.text + segment.text)
-        elif segment.text:
-            result.append(segment)
-    return result
+    if "text" in arrow.manifest(documents)["schema"]:
+        marker = Marker(tokenizer)
+        for batch in run.progress(rows(documents, splits), -(-len(splits) // ROWS), "batches"):
+            yield marked(marker, batch)
+        return
+    import importlib.metadata
 
-
-def _filled(pieces: list[str], messages: list[dict[str, str]]) -> Iterator[str]:
-    for number, piece in enumerate(pieces):
-        yield messages[int(piece)]["content"] if number % 2 else piece
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+    digest = run.digests[str(tokenizer)]
+    memo = Memo(Path(".memo") / run.name, run.recipe([digest, importlib.metadata.version("jinja2")]))
+    work, ends = functools.partial(_work, tokenizer, digest), ends_of_shards(documents)
+    done = memo.map(shards(documents, splits, ends), work, stage.workers(), stage.die_with_parent)
+    for result in run.progress(done, len(ends), "shards"):
+        yield from pa.ipc.open_stream(result)
+    memo.sweep()
 
 
 def main(name: str) -> None:
@@ -159,30 +181,17 @@ def main(name: str) -> None:
     inputs = [str(documents), str(decisions), str(tokenizer)]
     with stage.run("add_bos_eos", name, inputs, [f"data/marked/{phase}/{name}"]) as run:
         (folder,) = run.outputs
-        marker = Marker(tokenizer)
-        if arrow.table(documents, ["doc_id"]) != arrow.table(decisions, ["doc_id"]):
+        if identities(documents) != identities(decisions):
             raise SystemExit(f"{decisions} decides about other documents than {documents} holds; run `dvc repro`.")
-        splits = arrow.table(decisions, ["split"])["split"].to_pylist()
-        read, dropped, characters = 0, 0, 0
-        with arrow.Writer(folder, MARKED, batch_rows=256) as out:
-            rows = arrow.manifest(documents)["counts"]["rows"]
-            for batch in run.progress(arrow.batches(documents), -(-rows // 256), "batches"):
-                here = splits[read : read + batch.num_rows]
-                read += batch.num_rows
-                dropped += here.count("dropped")
-                conversation = "messages" in batch.schema.names
-                contents = batch.column("messages" if conversation else "text").to_pylist()
-                mark = marker.conversation if conversation else marker.document
-                marked = [
-                    {"doc_id": identity, "split": split, "segments": [s._asdict() for s in mark(content)]}
-                    for identity, split, content in zip(batch["doc_id"].to_pylist(), here, contents, strict=True)
-                    if split != "dropped"
-                ]
-                characters += sum(len(s["text"]) for row in marked for s in row["segments"])
-                out.write(pa.Table.from_pylist(marked, MARKED))
+        splits = split_codes(decisions)
+        dropped, characters = int((splits == SPLITS.index("dropped").as_py()).sum()), 0
+        with arrow.Writer(folder, MARKED, batch_rows=ROWS) as out:
+            for batch in results(run, documents, splits, tokenizer):
+                characters += pc.sum(pc.utf8_length(batch["segments"].flatten().field("text"))).as_py() or 0
+                out.write(batch)
             run.balance("documents", len(splits), kept=out.rows, dropped=dropped)
             out.counts = {"characters": characters}
-        run.count(documents=read, marked=out.rows, dropped=dropped, characters=characters)
+        run.count(documents=len(splits), marked=out.rows, dropped=dropped, characters=characters)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,12 @@ def check_references(everything: Everything) -> None:
             raise SystemExit(
                 f"params.yaml: phase `{name}` has no source; give a source `phase: {name}` or remove the phase."
             )
+        sources = sorted(key for key, source in everything.sources.items() if source.phase == name)
+        if strangers := sorted(phase.group_blocks.weights.keys() - set(sources)):
+            raise SystemExit(
+                f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
+                f"its sources: {', '.join(sources)}."
+            )
         if name in ("configs", "base", "tokenizers", "runs"):
             raise SystemExit(
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."

@@ -1,44 +1,48 @@
 """Turn raw files into documents, with a ledger row for every raw record.
 
-Reads:  the source's `path` in data/raw (a file or a folder)
+Reads:  the source's `path` in data/raw (a file or a folder), the lists in data/rules that its rules name
 Writes: data/clean/PHASE/SOURCE/documents   kept records, in the order of file name and place in the file
         data/clean/PHASE/SOURCE/ledger      every raw record: where it stands, kept or dropped, by which rule
-        data/clean/PHASE/SOURCE/source.json licence, owner, origin, language and the counts of each file
+        data/clean/PHASE/SOURCE/source.json licence, owner, origin and so on, how it was read, counts
 Params: sources.SOURCE.clean
 
-Example, `format: text`, `sample_by: line`, the file a.txt being b"Caf\\xc3\\xa9\\r\\n\\nlast":
+Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x81\\r\\n\\nlast":
 
-    documents: "Café" (bytes 0-7, line 1), "last" (bytes 8-12, line 3)
-    ledger:    those two with rule null, and bytes 7-8, line 2 with rule `empty`
+    documents: "Café" (bytes 0-8, line 1), "last" (bytes 9-13, line 3)
+    ledger:    those two with rule null, the first with changes "nfc 1"; bytes 8-9, line 2 with rule `empty`
 
-The byte ranges of the ledger tile each file: nothing lies outside a record. A conversation (Alpaca columns) becomes
-messages: the user says instruction and input, joined by a line break and stripped; the assistant says output.
+What a record is in each format, and its place, says raw_formats.py; what is done to it, clean_rules.py. A conversation
+becomes messages with role and content. Work goes by shards of about 8 MB that .memo/ remembers, so a new file costs its
+own shard; a csv, json, html, PDF, Word, Parquet or compressed file is never cut, and one of more than 32 MB is read
+as a stream and not remembered.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import multiprocessing
-import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+import clean_rules
+import raw_formats
 from kit import arrow, stage
+from kit.memo import Memo
 from kit.params import Source, read_params
+from raw_shards import Piece, paths, raw_files, shards
 
 PLACE = [
     pa.field("file", pa.string()),  # relative to the source's path; the file's own name when that is a file
-    pa.field("start", pa.int64()),  # first byte of the record, and the byte after its last: line ends included
-    pa.field("end", pa.int64()),
-    pa.field("line", pa.int32()),  # 1-based line on which it starts
+    pa.field("start", pa.int64()),  # first byte in the (decompressed) file, and the byte after the last; null where a
+    pa.field("end", pa.int64()),  # record is a row, page or paragraph
+    pa.field("number", pa.int32()),  # 1-based, of the line on which it starts, or of the row, page, paragraph
 ]
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TEXT_DOCUMENTS = pa.schema([pa.field("doc_id", pa.binary(16)), *PLACE, pa.field("text", pa.string())])
@@ -50,240 +54,252 @@ LEDGER = pa.schema(
         pa.field("doc_id", pa.binary(16)),  # null: dropped
         pa.field("rule", pa.string()),  # null: kept
         pa.field("evidence", pa.string()),
+        pa.field("changes", pa.string()),  # what the rules changed, e.g. "nfc 1, pii 2"; null: nothing
         pa.field("n_chars", pa.int64()),  # of the cleaned text, 0 when dropped
     ]
 )
-SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "alpaca": (".jsonl",)}
-TASK_BYTES = 8 * 2**20  # files are handed to a worker in groups of about this size
+BATCH_BYTES = 4 * 2**20  # of text, held as Python values at a time
+
+Day = Annotated[str, BeforeValidator(lambda day: day.isoformat() if isinstance(day, datetime.date) else day)]
 
 
-class Params(BaseModel):
+class Params(raw_formats.Params):
     """`sources.SOURCE.clean`: how the raw files are read, what is kept, where they come from."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal["text", "jsonl", "alpaca"] = Field(
-        description="text: .txt or .md; jsonl: one JSON object a line, its text in `text_column`; "
-        "alpaca: the columns instruction, input, output, one JSON object a line"
-    )
-    sample_by: Literal["document", "line"] = Field(
-        "document", description="text only: one file is one document, or each line is"
-    )
-    text_column: str = Field("text", min_length=1, description="jsonl only: the field that holds the text")
     ignore: list[str] = Field(
         [".*"], description="file names to leave out, as shell patterns; any other file must be readable"
     )
-    min_chars: int = Field(1, ge=1, description="documents with fewer characters (white space not counted) are dropped")
+    on_error: Literal["fail", "drop"] = Field(
+        "fail", description="a record that cannot be read stops the stage, or is dropped by the rule `unreadable`"
+    )
+    rules: list[clean_rules.Rule] = Field(
+        clean_rules.DEFAULT_RULES,
+        validate_default=True,
+        description="applied in order; a name, or {rule: name, ...}: see clean_rules.py",
+    )
     license: str = Field(
         min_length=1, description="SPDX identifier or name of the licence; `unknown` says so explicitly"
     )
     owner: str = Field("unknown", description="who holds the rights")
     origin: str = Field("unknown", description="where the text was taken from")
     language: str = Field("unknown", description="BCP 47 tags, e.g. `en` or `zh`")
+    collected_on: Day = Field(
+        "unknown", pattern=r"^(unknown|\d{4}(-\d\d){0,2})$", description="e.g. 2026-11-21 or 2026"
+    )
+    purpose: str = Field("unknown", description="what the text was collected for")
 
 
-class Record(NamedTuple):
-    """A raw record: its place in the file and its bytes."""
-
-    start: int
-    end: int
-    line: int
-    raw: bytes
+ABOUT = ("license", "owner", "origin", "language", "collected_on", "purpose", "format", "record", "encoding")
 
 
-class Drop(NamedTuple):
-    """Why a record is not kept."""
-
-    rule: str
-    evidence: str
+Work = tuple[list[Piece], Params]
 
 
-def records(path: Path, params: Params) -> Iterator[Record]:
-    """Yield the raw records of a file; their byte ranges follow each other without a gap."""
-    if params.format == "text" and params.sample_by == "document":
-        raw = path.read_bytes()
-        yield Record(0, len(raw), 1, raw)
-        return
-    start = 0
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            yield Record(start, start + len(raw), line, raw)
-            start += len(raw)
+def documents_schema(params: Params) -> pa.Schema:
+    """Return the schema of `documents`: `text` or `messages`, by kind of record."""
+    return TEXT_DOCUMENTS if params.record == "text" else CHAT_DOCUMENTS
 
 
-def parse(record: Record, params: Params) -> str | list[dict[str, str]]:
-    """Return the text or the messages of a raw record, cleaned; a blank line gives an empty text.
-
-    Raises ValueError saying what is wrong and at which byte or line.
-    """
-    raw = record.raw.removeprefix(b"\xef\xbb\xbf") if record.start == 0 else record.raw
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = record.end - len(raw) + error.start
-        raise ValueError(f"byte {at} (line {record.line + raw[: error.start].count(10)}) is not UTF-8") from None
-    if params.format == "text":
-        return normalise(text.rstrip("\r\n") if params.sample_by == "line" else text)
-    if not text.strip():
-        return ""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {record.line}, column {error.colno} is not JSON ({error.msg})") from None
-    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
-        raise ValueError(f"line {record.line} is JSON beyond what Python reads ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"line {record.line} is JSON but not an object with named fields")
-    if params.format == "jsonl":
-        return normalise(_field(row, params.text_column, record.line))
-    question = "\n".join(_field(row, name, record.line) for name in ("instruction", "input")).strip()
-    return [
-        {"role": "user", "content": normalise(question)},
-        {"role": "assistant", "content": normalise(_field(row, "output", record.line))},
-    ]
-
-
-def _field(row: dict[str, Any], name: str, line: int) -> str:
-    if name not in row:
-        raise ValueError(f"line {line} has no field `{name}`; it has {', '.join(sorted(row)) or 'none'}")
-    if not isinstance(row[name], str):
-        raise ValueError(f"line {line}: the field `{name}` is {json.dumps(row[name])[:40]}, expected a string")
-    try:
-        row[name].encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"line {line}: the field `{name}` holds half of a surrogate pair") from None
-    return str(row[name])
-
-
-def normalise(text: str) -> str:
-    """Return `text` in Unicode NFC with LF line ends.
-
-    >>> normalise("Cafe\u0301\\r\\n")
-    'Café\\n'
-    """
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def judge(content: str | list[dict[str, str]], params: Params) -> Drop | None:
-    """Return why the content is dropped, or None when it is kept."""
-    parts = [content] if isinstance(content, str) else [message["content"] for message in content]
-    if not all(part.strip() for part in parts):
-        return Drop("empty", "nothing but white space")
-    n_chars = sum(len("".join(part.split())) for part in parts)
-    if n_chars < params.min_chars:
-        return Drop("min_chars", f"{n_chars} < {params.min_chars}")
-    return None
-
-
-def doc_id(content: str | list[dict[str, str]]) -> bytes:
+def doc_id(content: raw_formats.Content) -> bytes:
     """Return the identity of a document: the first 16 bytes of the SHA-256 of its content."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
-def clean_file(root: Path, file: str, params: Params) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Return the documents and the ledger rows of one file. Raises SystemExit naming file and place."""
-    schema, column = documents_schema(params), "text" if params.format != "alpaca" else "messages"
-    kept: list[dict[str, Any]] = []
-    ledger: list[dict[str, Any]] = []
-    path = root / file if root.is_dir() else root
-    for record in records(path, params):
-        try:
-            content = parse(record, params)
-        except ValueError as error:
-            raise SystemExit(f"{path}: {error}; mend the file, or leave it out with `ignore`.") from None
-        place = {"file": file, "start": record.start, "end": record.end, "line": record.line}
-        row = {**place, "raw_id": hashlib.sha256(record.raw).digest()[:16], "n_chars": 0}
-        drop = judge(content, params)
-        if drop:
-            ledger.append({**row, "rule": drop.rule, "evidence": drop.evidence})
-            continue
-        identity = doc_id(content)
-        parts = [content] if isinstance(content, str) else [message["content"] for message in content]
-        ledger.append({**row, "doc_id": identity, "n_chars": sum(map(len, parts))})
-        kept.append({"doc_id": identity, **place, column: content})
-    return pa.RecordBatch.from_pylist(kept, schema), pa.RecordBatch.from_pylist(ledger, LEDGER)
+def judge(content: raw_formats.Content, params: Params) -> tuple[Any, dict[str, int], tuple[str, str] | None]:
+    """Return the cleaned content or None, the changes by rule, and the rule and evidence when it is dropped.
 
-
-def documents_schema(params: Params) -> pa.Schema:
-    """Return the schema of `documents`: `text` or `messages`, by format."""
-    return CHAT_DOCUMENTS if params.format == "alpaca" else TEXT_DOCUMENTS
-
-
-def raw_files(root: Path, params: Params) -> list[str]:
-    """Return the files to read, relative to `root`, sorted; the file's own name when `root` is one.
-
-    Raises SystemExit for a file of another kind, and for what is neither file nor folder, e.g. a link to a folder.
+    Whatever the rules are, nothing blank is kept: neither an empty text nor a message without words.
     """
-    folder, names = root.parent, [root.name]
-    if root.is_dir():
-        folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
-        names = [name for name in names if not any(fnmatch(part, p) for part in name.split("/") for p in params.ignore)]
-        names = [name for name in names if (folder / name).is_symlink() or not (folder / name).is_dir()]
-    for name in names:
-        if not (folder / name).is_file():
-            raise SystemExit(
-                f"{folder / name} is a link to a folder, or to nothing; put the files there, or name it in `ignore`."
-            )
-        if not name.lower().endswith(SUFFIXES[params.format]):
-            raise SystemExit(
-                f"{folder / name}: format {params.format} reads {' and '.join(SUFFIXES[params.format])} files; "
-                "move it elsewhere or name it in `ignore`, so that nothing is left out in silence."
-            )
-        if name != name.encode(errors="replace").decode():
-            raise SystemExit(f"{folder / name}: the file's name is not UTF-8, so the ledger cannot name it; rename it.")
-    if not names:
-        raise SystemExit(f"{root} holds no file to read; put {' or '.join(SUFFIXES[params.format])} files there.")
-    return names
+    if isinstance(content, str):
+        new, changes, drop = clean_rules.apply_rules(content, params.rules) if content.strip() else ("", {}, None)
+        blank = drop is None and not (new and new.strip())
+    else:
+        new, changes, drop = clean_rules.apply_to_messages(content, params.rules)  # type: ignore[assignment]
+        blank = drop is None and not all(message["content"].strip() for message in content)
+    return (None, changes, ("empty", "nothing but white space")) if blank else (new, changes, drop)
 
 
-def _clean_group(root: Path, files: list[str], params: Params) -> list[tuple[pa.RecordBatch, pa.RecordBatch]]:
-    return [clean_file(root, file, params) for file in files]
+def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatch, bool]]:
+    """Yield the ledger rows of pieces, with the text or messages of the kept ones, in batches of a few MB.
+
+    `start`, `end` and `number` count from the beginning of the piece. With each batch: whether it may be remembered,
+    which is not so when an error in it names a line of the whole file. Raises SystemExit for an error that is to stop.
+    """
+    schema = _rows_schema(params)
+    columns: list[list[Any]] = [[] for _ in schema]
+    size, portable = 0, True
+    for piece in pieces:
+        part = None if piece.end is None else raw_formats.Part(piece.start, piece.end, 1)
+        before = None
+        for record in raw_formats.records(piece.path, params, part):
+            error = record.error
+            if error and piece.start:
+                before = _count_lines(piece.path, piece.start) if before is None else before
+                here = raw_formats.Part(record.start or 0, record.end or 0, before + record.number)
+                error = next(raw_formats.records(piece.path, params, here)).error
+                portable = False
+            if error and params.on_error == "fail":
+                raise SystemExit(
+                    f"{piece.path}: {error}; mend the file, leave it out with `ignore`, "
+                    "or drop what cannot be read with `on_error: drop`."
+                )
+            for column, value in zip(columns, _row(piece, record, error, params), strict=True):
+                column.append(value)
+            size += len(record.raw)
+            if size >= BATCH_BYTES:
+                yield _batch(columns, schema), portable
+                columns, size, portable = [[] for _ in schema], 0, True
+    if columns[0]:
+        yield _batch(columns, schema), portable
 
 
-def cleaned(root: Path, files: list[str], params: Params) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
-    """Yield what `clean_file` gives for each of `files`, in order, from as many processes as `stage.workers()`."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for file in files:
-        length = (root / file if root.is_dir() else root).stat().st_size
-        if groups[-1] and size + length > TASK_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(file)
-        size += length
-    if len(groups) == 1 or stage.workers() == 1:
-        yield from (clean_file(root, file, params) for file in files)
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(stage.workers(), context, stage.die_with_parent) as pool:
-        for future in [pool.submit(_clean_group, root, group, params) for group in groups]:
-            yield from future.result()
+def _row(piece: Piece, record: raw_formats.Record, error: str | None, params: Params) -> tuple[Any, ...]:
+    """Return the ledger row of a record and its cleaned content."""
+    content: Any
+    content, changes, drop = (None, {}, ("unreadable", error)) if error else judge(record.content, params)
+    if record.start == 0 and record.raw[:3].startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        changes = {"byte_order_mark": 1, **changes}
+    start = None if record.start is None else record.start - piece.start
+    end = None if record.end is None else record.end - piece.start
+    rule, evidence = drop or (None, None)
+    noted = ", ".join(f"{name} {count}" for name, count in changes.items()) if changes else None
+    parts = [] if drop else [content] if isinstance(content, str) else [message["content"] for message in content]
+    raw_id = hashlib.sha256(record.raw).digest()[:16]
+    identity = None if drop else doc_id(content)
+    return piece.file, start, end, record.number, raw_id, identity, rule, evidence, noted, sum(map(len, parts)), content
+
+
+def _rows_schema(params: Params) -> pa.Schema:
+    return pa.schema([*LEDGER, documents_schema(params)[-1]])
+
+
+def _batch(columns: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _count_lines(path: Path, end: int) -> int:
+    count = 0
+    with path.open("rb") as file:
+        while end and (block := file.read(min(end, 2**20))):
+            count, end = count + block.count(b"\n"), end - len(block)
+    return count
+
+
+def clean_shard(work: Work) -> bytes:
+    """Return what `cleaned` gives as an Arrow IPC stream, behind b"1" or, when it is not to be remembered, b"0"."""
+    pieces, params = work
+    sink, keep = pa.BufferOutputStream(), True
+    with pa.ipc.new_stream(sink, _rows_schema(params)) as stream:
+        for batch, portable in cleaned(pieces, params):
+            stream.write_batch(batch)
+            keep = keep and portable
+    return (b"1" if keep else b"0") + sink.getvalue().to_pybytes()
+
+
+class Account:
+    """Puts rows in their place in the file, checking that those of a file tile it and that no file is missing."""
+
+    def __init__(self, run: stage.Run, root: Path, params: Params) -> None:
+        self.run, self.root, self.tiled = run, root, raw_formats.unit(params) == "line"
+        self.file, self.files = "", 0
+        self.end = self.rows = self.bytes = 0  # of the file in hand
+        self.before = 0  # rows of the file before the shard
+
+    def place(self, rows: pa.RecordBatch, start: int, is_first: bool) -> pa.RecordBatch:
+        """Return rows of a shard that begins at byte `start` of its file with places in the file."""
+        if is_first:
+            self.before = self.rows if start else 0
+        from pyarrow import compute  # 20 ms that the start of other stages does not wait for
+
+        names = rows["file"]
+        is_new = np.ones(rows.num_rows, dtype=bool)
+        is_new[0] = names[0].as_py() != self.file
+        is_new[1:] = compute.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+        new = np.flatnonzero(is_new)
+        self.files += len(new)
+        if self.tiled:
+            begins, ends = (rows.column(name).to_numpy() + start for name in ("start", "end"))
+            previous = np.concatenate([[self.end], ends[:-1]])
+            for at in new.tolist():
+                self.close(names[at - 1].as_py() if at else self.file, int(previous[at]))
+            gaps = int(np.abs(np.where(is_new, 0, previous) - begins).sum())
+            self.run.balance(f"bytes of {names[0].as_py()} between records", gaps)
+            numbers = rows["number"].to_numpy() + np.int32(self.before)
+            placed = [names, pa.array(begins), pa.array(ends), pa.array(numbers, pa.int32())]
+            rows = pa.RecordBatch.from_arrays([*placed, *rows.columns[4:]], schema=rows.schema)
+            self.end = int(ends[-1])
+        self.rows = rows.num_rows - int(new[-1]) if len(new) else self.rows + rows.num_rows
+        self.file = names[-1].as_py()
+        return rows
+
+    def close(self, file: str, end: int) -> None:
+        """Check that a file was read to its end, where its size says where that is, and count its bytes."""
+        path = self.root / file if (self.root / file).is_file() else self.root
+        if self.tiled and file and path.suffix.lower() not in raw_formats.COMPRESSIONS:
+            self.run.balance(f"bytes of {file}", path.stat().st_size, recorded=end)
+        self.bytes += end
+
+
+def read(work: Iterator[tuple[str, Work]], memo: Memo) -> Iterator[tuple[pa.RecordBatch, int, bool]]:
+    """Yield the rows of all shards in order, where the shard begins in its file, and whether a shard begins."""
+    starts: deque[int] = deque()
+    too_large: list[Work] = []
+
+    def known() -> Iterator[tuple[str, Work]]:
+        """Yield the shards up to one that is too large to be a result."""
+        for digest, shard in work:
+            if not digest:
+                too_large.append(shard)
+                return
+            starts.append(shard[0][0].start)
+            yield digest, shard
+
+    more = True
+    while more:
+        for result in memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent, lambda r: r[:1] == b"1"):
+            start = starts.popleft()
+            with pa.ipc.open_stream(pa.py_buffer(result)[1:]) as stream:
+                for number, batch in enumerate(stream):
+                    yield batch, start, number == 0
+        more = bool(too_large)
+        while too_large:
+            for number, (batch, _) in enumerate(cleaned(*too_large.pop())):
+                yield batch, 0, number == 0
 
 
 def main(name: str) -> None:
     params = read_params(f"sources.{name}.clean", Params)
     where = read_params(f"sources.{name}", Source)
     root = Path(where.path)
-    with stage.run("clean", name, [where.path], [f"data/clean/{where.phase}/{name}"]) as run:
+    with stage.run("clean", name, [where.path, str(clean_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
         (folder,) = run.outputs
-        files = raw_files(root, params)
-        per_file: dict[str, dict[str, int]] = {}
+        for rule in params.rules:
+            rule.load()
+        files = raw_files(root, params, params.ignore)
+        lists = run.files[str(clean_rules.FOLDER)]
+        memo = Memo(
+            Path(".memo") / run.name,
+            run.recipe([params.model_dump(), [[file, lists[file]] for file in clean_rules.files(params.rules)]]),
+        )
+        account = Account(run, root, params)
         dropped: Counter[str] = Counter()
-        documents = arrow.Writer(folder / "documents", documents_schema(params), batch_rows=256)
+        changed = 0
+        schema = documents_schema(params)
+        documents = arrow.Writer(folder / "documents", schema, batch_rows=256)
         ledger = arrow.Writer(folder / "ledger", LEDGER)
-        for file, (kept, rows) in zip(
-            files, run.progress(cleaned(root, files, params), len(files), "files"), strict=True
-        ):
-            ends = rows["end"].to_pylist()
-            size = (root / file if root.is_dir() else root).stat().st_size
-            counts = Counter(rows["rule"].to_pylist())
-            run.balance(f"bytes of {file}", size, recorded=sum(ends) - sum(rows["start"].to_pylist()))
-            run.balance(f"records of {file}", rows.num_rows, kept=kept.num_rows, dropped=rows.num_rows - counts[None])
-            dropped.update(rule for rule in counts.elements() if rule)
-            per_file[file] = {"bytes": size, "records": rows.num_rows, "kept": kept.num_rows}
-            documents.write(kept)
-            ledger.write(rows)
+        size = sum(path.stat().st_size for file in files for path in paths(root, file))
+        work = ((digest, (pieces, params)) for digest, pieces in shards(root, files, run.files[where.path], params))
+        for batch, start, is_first in run.progress(read(work, memo), -(-size // BATCH_BYTES), "batches"):
+            rows = account.place(batch, start, is_first)
+            kept = rows.filter(rows["doc_id"].is_valid()) if rows["doc_id"].null_count else rows
+            documents.write(kept.select(schema.names))
+            ledger.write(rows.select(LEDGER.names))
+            dropped.update(rule for rule in rows["rule"].to_pylist() if rule)
+            changed += rows.num_rows - rows["changes"].null_count
+        account.close(account.file, account.end)
+        run.balance("files", len(files), recorded=account.files)
         documents.close()
         ledger.close(kept=documents.rows, **{f"dropped_{rule}": count for rule, count in sorted(dropped.items())})
         run.balance("records", ledger.rows, kept=documents.rows, dropped=dropped.total())
@@ -291,9 +307,12 @@ def main(name: str) -> None:
             raise SystemExit(
                 f"{root}: none of its {ledger.rows} records was kept ({dict(dropped)}); see the rules in {name}.clean."
             )
-        about = params.model_dump(include={"license", "owner", "origin", "language", "format"})
-        arrow.write_json(folder / "source.json", {**about, "files": per_file})
-        run.count(files=len(files), records=ledger.rows, kept=documents.rows, dropped=dropped.total())
+        counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
+        about = params.model_dump(include=set(ABOUT))
+        about |= {**counts, "bytes": size, "changed": changed, "unit": raw_formats.unit(params)}
+        arrow.write_json(folder / "source.json", about)
+        memo.sweep()
+        run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def data_rows(phase: str, sources: list[str]) -> list[dict[str, Any]]:
             {
                 "source": source,
                 **{name: about[name] for name in ("license", "owner", "origin", "language")},
-                "bytes": sum(file["bytes"] for file in about["files"].values()),
+                "bytes": about["bytes"],
                 "records": ledger["rows"],
                 "dropped": ledger["rows"] - ledger["kept"],
                 "duplicates": dedup["dropped"],

@@ -165,7 +165,7 @@ def main(phase: str) -> None:
         vocabulary = Vocabulary(models / "merged")
         result: dict[str, Any] = {"scale": scale(text)}
         loaders = {
-            "base": lambda: load_model(base, vocabulary.size, vocabulary.special_ids),
+            "base": lambda: load_model(base, vocabulary.size, vocabulary.special_ids, tokenizer=models / "merged"),
             "trained": lambda: load_trained(base, models / "trained", vocabulary),
             "merged": lambda: load_model(models / "merged", vocabulary.size, vocabulary.special_ids),
         }

@@ -2,6 +2,8 @@
 
 Reads:  data/tokens/PHASE, models/tokenizers/PHASE
 Writes: data/blocks/PHASE/train and data/blocks/PHASE/eval
+        data/blocks/PHASE/grouping.json   what each source gave, and the parameters that say where it stands
+        data/blocks/PHASE/left_out        what `long_documents: truncate` or `drop` left out, a row each time
 Params: phases.PHASE.group_blocks
 
 Example, block_size 4, documents [0 5 6 1] and [0 7 1] of one split, padding id 2:
@@ -10,32 +12,46 @@ Example, block_size 4, documents [0 5 6 1] and [0 7 1] of one split, padding id 
     mode line       each document in blocks of its own, here the same two, with `starts` [0 4] and [0 3]
     mode best_fit   whole documents together where they fit: documents of 3 and 1 share a block, `starts` [0 3 4]
 
-concat is for text: one stream a split, sources in the order of their names, documents in order; only the last block has
-padding, and the manifest's `tokens` says where it begins. line is for one example a block, best_fit (stages/packing.py)
-for conversations; there a document longer than a block goes on in another one, `starts` holds the begin of each piece
-and, last, the number of tokens. Padding has no loss.
+concat is for text: one stream a split, only the last block has padding, and the manifest's `tokens` says where it
+begins. line is for one example a block, best_fit (stages/packing.py) for conversations; there a document longer than a
+block goes on in another one (or is cut or dropped, by parameter), `starts` holds the begin of each piece and, last, the
+number of tokens. Padding has no loss.
+
+Documents come by source name and row; with `weights` the train documents come again, in turns (document_turns.py).
+Which block holds what follows from that order, the lengths in data/tokens and grouping.json: by cumulative sums for
+concat, by `windows` and `packing.layout` for the other modes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from document_turns import Documents, documents, expected_tokens, windows
 from kit import arrow, stage
 from kit.params import phase_sources, read_params
 from kit.tokenizer import Vocabulary
-from packing import best_fit, in_order, pieces
+from packing import layout
 
-Flat = tuple[np.ndarray, np.ndarray]  # ids and learn marks of neighbouring documents, of equal length
+LEFT_OUT = pa.schema(
+    [
+        pa.field("doc_id", pa.binary(16)),
+        pa.field("split", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("rule", pa.string()),  # truncate or drop
+        pa.field("tokens", pa.uint32()),  # of the document
+        pa.field("left_out", pa.uint32()),  # of these, not in a block
+    ]
+)
 
 
 class Params(BaseModel):
-    """`phases.PHASE.group_blocks`: the length of a block and what shares one."""
+    """`phases.PHASE.group_blocks`: the length of a block, what shares one, how often a source is shown."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,11 +62,26 @@ class Params(BaseModel):
     last_block: Literal["pad", "drop"] = Field(
         "pad", description="concat only. pad: the last block is filled up; drop: its tokens are left out and counted"
     )
+    long_documents: Literal["split", "truncate", "drop"] = Field(
+        "split",
+        description="best_fit and line, a document longer than a block. split: it goes on in another; truncate: cut, "
+        "its EOS is the last token; drop: left out. What is left out is counted and listed",
+    )
+    weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
+        {},
+        description="times that the train documents of a source are shown in one pass over the blocks; "
+        "1.5: all, and half of them again; 0.5: half of them; 1 when not named",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
         if self.mode != "concat" and self.last_block == "drop":
             raise ValueError(f"last_block: drop is for mode concat; mode {self.mode} pads each block and drops nothing")
+        if self.mode == "concat" and self.long_documents != "split":
+            raise ValueError(
+                f"long_documents: {self.long_documents} is for modes best_fit and line; mode concat cuts no document "
+                "short, it goes on in the next block"
+            )
         return self
 
 
@@ -63,126 +94,138 @@ def blocks_schema(ids: pa.DataType, block_size: int, learn: bool, starts: bool =
 
 
 class Grouper:
-    """Writes blocks of one length; what is added as a stream is cut, what is added as pieces stays together."""
+    """Writes blocks of one length: tokens as a stream that is cut, or as pieces that stay together."""
 
     def __init__(self, out: arrow.Writer, block_size: int, pad: int) -> None:
         self.out, self.block_size, self.pad = out, block_size, pad
         self.dtype = out.schema.field("input_ids").type.value_type.to_pandas_dtype()
-        self._rest: Flat = (np.array([], dtype=self.dtype), np.array([], dtype=bool))
+        self.marked = "learn" in out.schema.names
+        self.tokens = 0  # in blocks
+        self._ids, self._learn = np.array([], self.dtype), np.array([], bool)
 
-    def stream(self, flat: Flat) -> None:
+    def stream(self, ids: np.ndarray, learn: np.ndarray | None) -> None:
         """Append tokens to the stream and write the blocks that are full; less than one block is kept back."""
-        ids, learn = (np.concatenate([rest, new]) for rest, new in zip(self._rest, flat, strict=True))
-        full = len(ids) - len(ids) % self.block_size
-        self._write(ids[:full], learn[:full])
-        self._rest = ids[full:], learn[full:]
+        learn = np.ones(len(ids) if self.marked else 0, bool) if learn is None else learn
+        head = (self.block_size - len(self._ids)) % self.block_size if len(self._ids) else 0
+        if len(ids) < head:
+            self._ids, self._learn = np.concatenate([self._ids, ids]), np.concatenate([self._learn, learn])
+            return
+        if head:
+            self._write(np.concatenate([self._ids, ids[:head]]), np.concatenate([self._learn, learn[:head]]))
+        end = len(ids) - (len(ids) - head) % self.block_size
+        if end > head:
+            self._write(ids[head:end], learn[head:end])  # from where it lies: no copy but the one into the file
+        self._ids, self._learn = ids[end:].copy(), learn[end:].copy()
+        self.tokens += end - head + (self.block_size if head else 0)
 
     def finish(self, last_block: str) -> int:
         """Pad or drop what is left of the stream; return the number of dropped tokens."""
-        ids, learn = self._rest
-        if not len(ids) or last_block == "drop":
-            return len(ids)
-        missing = self.block_size - len(ids)
-        ids = np.concatenate([ids, np.full(missing, self.pad, dtype=self.dtype)])
-        self._write(ids, np.concatenate([learn, np.zeros(missing, dtype=bool)]))
+        left = len(self._ids)
+        if not left or last_block == "drop":
+            return left
+        ids = np.full(self.block_size, self.pad, self.dtype)
+        ids[:left] = self._ids
+        learn = np.zeros(self.block_size, bool)
+        learn[: len(self._learn)] = self._learn
+        self._write(ids, learn)
+        self.tokens += left
         return 0
 
-    def packed(self, blocks: list[list[Flat]]) -> None:
-        """Write one block for each list of pieces, padded."""
-        ids = np.full((len(blocks), self.block_size), self.pad, dtype=self.dtype)
-        learn = np.zeros((len(blocks), self.block_size), dtype=bool)
-        starts = []
-        for row, block in enumerate(blocks):
-            place = [0]
-            for piece_ids, piece_learn in block:
-                ids[row, place[-1] : place[-1] + len(piece_ids)] = piece_ids
-                learn[row, place[-1] : place[-1] + len(piece_ids)] = piece_learn
-                place.append(place[-1] + len(piece_ids))
-            starts.append(place)
-        self._write(ids.ravel(), learn.ravel(), pa.array(starts, pa.list_(pa.uint32())))
+    def packed(self, window: Documents, mode: str, eos: int | None = None) -> None:
+        """Write documents as `packing.layout` places them; with `eos`, a longer one is cut and ends with it."""
+        begins = np.cumsum(window.lengths) - window.lengths
+        lengths = window.lengths if eos is None else np.minimum(window.lengths, self.block_size)
+        document, start, length, block, place = layout(lengths, self.block_size, mode)
+        blocks = int(block[-1]) + 1
+        ids = np.full(blocks * self.block_size, self.pad, self.dtype)
+        learn = np.zeros(blocks * self.block_size if self.marked else 0, bool)
+        source, target = begins[document] + start, block * self.block_size + place
+        for at, to, count in zip(source.tolist(), target.tolist(), length.tolist(), strict=True):
+            ids[to : to + count] = window.ids[at : at + count]
+            if self.marked:
+                learn[to : to + count] = True if window.learn is None else window.learn[at : at + count]
+        if eos is not None:
+            # EOS takes the place and the mark of the token there: in an answer it is learned, in a question it is not.
+            ids[target[window.lengths[document] > self.block_size] + self.block_size - 1] = eos
+        first = np.flatnonzero(place == 0)
+        ends = np.append(first[1:], len(place)) - 1
+        # The pieces of a block begin at their places, and one more number says where its padding begins.
+        starts = np.insert(place, ends + 1, place[ends] + length[ends]).astype(np.uint32)
+        offsets = np.append(first, len(place)) + np.arange(blocks + 1)
+        self._write(ids, learn, pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(starts)))
+        self.tokens += int(length.sum())
 
     def _write(self, ids: np.ndarray, learn: np.ndarray, starts: pa.Array | None = None) -> None:
-        names = self.out.schema.names
         columns = [pa.FixedSizeListArray.from_arrays(pa.array(ids), self.block_size)]
-        if "learn" in names:
+        if self.marked:
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(learn), self.block_size))
-        if "starts" in names:
+        if starts is not None:
             columns.append(starts)
         self.out.write(pa.Table.from_arrays(columns, schema=self.out.schema))
 
 
-def flat(batch: pa.RecordBatch) -> Flat:
-    """Return the ids and learn marks of a batch of a tokens folder, one document after the other."""
-    ids = batch["input_ids"].flatten().to_numpy()
-    if "learn" not in batch.schema.names:
-        return ids, np.ones(len(ids), dtype=bool)
-    return ids, batch["learn"].flatten().to_numpy(zero_copy_only=False)
+class LeftOut:
+    """Takes documents longer than a block out of the way, as `long_documents` says, and lists them each time."""
+
+    def __init__(self, out: arrow.Writer | None, params: Params) -> None:
+        """`out` takes the list; with `split` nothing is left out and there is none."""
+        self.out, self.rule, self.block_size = out, params.long_documents, params.block_size
+        self.tokens = 0
+
+    def __call__(self, found: Documents, split: str) -> Documents:
+        """Return the documents that go into blocks; `truncate` leaves it to `Grouper.packed` to cut them."""
+        long = found.lengths > self.block_size
+        if self.out is None or not long.any():
+            return found
+        lengths = found.lengths[long]
+        left_out = lengths if self.rule == "drop" else lengths - self.block_size
+        self.tokens += int(left_out.sum())
+        fixed = [pa.array([text] * len(lengths)) for text in (split, found.source, self.rule)]
+        numbers = [pa.array(values.astype(np.uint32)) for values in (lengths, left_out)]
+        columns = [found.doc_ids.filter(pa.array(long)), *fixed, *numbers]
+        self.out.write(pa.Table.from_arrays(columns, schema=LEFT_OUT))
+        if self.rule != "drop":
+            return found
+        kept = np.repeat(~long, found.lengths)
+        learn = None if found.learn is None else found.learn[kept]
+        doc_ids = found.doc_ids.filter(pa.array(~long))
+        return found._replace(doc_ids=doc_ids, lengths=found.lengths[~long], ids=found.ids[kept], learn=learn)
 
 
-def rows_of(batch: pa.RecordBatch, split: str) -> np.ndarray:
-    """Return the row numbers of the documents of `split`."""
-    return np.flatnonzero(batch["split"].to_numpy(zero_copy_only=False) == split)
+def window_tokens(block_size: int) -> int:
+    """Return how many tokens are packed at a time: blocks enough that the space left in the last ones is nothing."""
+    return max(2**21, 256 * block_size)
 
 
-def concatenate(folders: list[Path], split: str, grouper: Grouper) -> tuple[int, int]:
-    """Feed the documents of `split` to the stream; return the numbers of documents and tokens."""
-    documents = tokens = 0
-    for folder in folders:
-        for batch in arrow.batches(folder):
-            rows = rows_of(batch, split)
-            chosen = batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
-            documents += len(rows)
-            stream = flat(chosen)
-            tokens += len(stream[0])
-            grouper.stream(stream)
-    return documents, tokens
+class Shown(BaseModel):
+    """What a source gives to a split: its documents and tokens, each counted as often as it is shown."""
+
+    weight: float
+    documents: int = 0
+    tokens: int = 0
 
 
-def pack(folders: list[Path], split: str, mode: str, grouper: Grouper, rows_at_once: int = 1024) -> tuple[int, int]:
-    """Write the documents of `split` in whole pieces; return the numbers of documents and tokens.
+def group(
+    folders: list[Path], split: str, params: Params, grouper: Grouper, left_out: LeftOut, eos: int
+) -> dict[str, Shown]:
+    """Write all blocks of `split`; return what each source gave, before anything was left out."""
+    weights = params.weights if split == "train" else {}
+    shown = {folder.name: Shown(weight=weights.get(folder.name, 1.0)) for folder in folders}
 
-    Only the place and length of each document is held, the tokens stay in the memory-mapped files.
-    """
-    chunks: list[pa.RecordBatch] = []
-    places = []
-    for folder in folders:
-        for batch in arrow.batches(folder):
-            rows = rows_of(batch, split)
-            offsets = batch["input_ids"].offsets.to_numpy().astype(np.int64)
-            first = offsets[rows] - offsets[0]
-            places.append(np.stack([np.full(len(rows), len(chunks)), first, offsets[rows + 1] - offsets[rows]], axis=1))
-            chunks.append(batch)
-    where = np.concatenate(places)
-    cut = pieces(where[:, 2], grouper.block_size)
-    block_of = np.arange(len(cut)) if mode == "line" else in_order(best_fit(cut[:, 2], grouper.block_size))
-    order = np.argsort(block_of, kind="stable")
-    for blocks in _gathered(chunks, where, cut[order], block_of[order], rows_at_once):
-        grouper.packed(blocks)
-    return len(where), int(where[:, 2].sum())
+    def counted() -> Iterator[Documents]:
+        for found in documents(folders, split, weights):
+            shown[found.source].documents += len(found.lengths)
+            shown[found.source].tokens += len(found.ids)
+            yield left_out(found, split)
 
-
-def _gathered(
-    chunks: list[pa.RecordBatch], where: np.ndarray, cut: np.ndarray, block_of: np.ndarray, rows_at_once: int
-) -> Iterator[list[list[Flat]]]:
-    """Yield lists of blocks, each a list of pieces; `cut` and `block_of` are in the order of the blocks."""
-    opened: dict[int, Flat] = {}
-    blocks: list[list[Flat]] = []
-    last = -1
-    for (document, start, length), block in zip(cut.tolist(), block_of.tolist(), strict=True):
-        if block != last:
-            if len(blocks) == rows_at_once:
-                yield blocks
-                blocks = []
-                opened.clear()
-            blocks.append([])
-            last = block
-        chunk, first, _ = where[document].tolist()
-        if chunk not in opened:
-            opened[chunk] = flat(chunks[chunk])
-        ids, learn = opened[chunk]
-        blocks[-1].append((ids[first + start : first + start + length], learn[first + start : first + start + length]))
-    if blocks:
-        yield blocks
+    if params.mode == "concat":
+        for found in counted():
+            grouper.stream(found.ids, found.learn)
+        left_out.tokens += grouper.finish(params.last_block)
+    else:
+        for window in windows(counted(), window_tokens(params.block_size)):
+            grouper.packed(window, params.mode, eos if params.long_documents == "truncate" else None)
+    return shown
 
 
 def main(phase: str) -> None:
@@ -192,30 +235,39 @@ def main(phase: str) -> None:
         (folder,) = run.outputs
         folders = [tokens / source for source in phase_sources(phase, tokens)]
         vocabulary = Vocabulary(tokenizer)
+        eos = vocabulary.id(vocabulary.special["eos_token"])
         pad = vocabulary.id(vocabulary.special.get("pad_token", vocabulary.special["eos_token"]))
         manifests = [arrow.manifest(path) for path in folders]
         learn = any("learn" in manifest["schema"] for manifest in manifests)
         ids = next(arrow.batches(folders[0])).schema.field("input_ids").type.value_type
         schema = blocks_schema(ids, params.block_size, learn, starts=params.mode != "concat")
+        grouping: dict[str, Any] = params.model_dump()
+        listed = arrow.Writer(folder / "left_out", LEFT_OUT) if params.long_documents != "split" else None
         for split in ("train", "eval"):
-            expected = sum(manifest["counts"][split] for manifest in manifests)
-            out = arrow.Writer(folder / split, schema)
+            out, left_out = arrow.Writer(folder / split, schema), LeftOut(listed, params)
             grouper = Grouper(out, params.block_size, pad)
-            if params.mode == "concat":
-                documents, read = concatenate(folders, split, grouper)
-                dropped = grouper.finish(params.last_block)
-            else:
-                documents, read = pack(folders, split, params.mode, grouper)
-                dropped = 0
-            out.close(tokens=read - dropped, dropped_tokens=dropped, documents=documents)
-            run.balance(f"{split} tokens", expected, kept=read - dropped, dropped=dropped)
-            if not out.rows or (split == "train" and read < params.block_size):
+            shown = group(folders, split, params, grouper, left_out, eos)
+            grouping[split] = {name: one.model_dump() for name, one in shown.items()}
+            n_documents = sum(one.documents for one in shown.values())
+            out.close(tokens=grouper.tokens, dropped_tokens=left_out.tokens, documents=n_documents)
+            expected = 0
+            for path, manifest in zip(folders, manifests, strict=True):
+                once, tokens_shown = expected_tokens(path, split, shown[path.name].weight)
+                run.balance(f"{split} tokens of {path.name}", manifest["counts"][split], found=once)
+                expected += tokens_shown
+            run.balance(f"{split} tokens", expected, kept=grouper.tokens, dropped=left_out.tokens)
+            if not out.rows or (split == "train" and grouper.tokens + left_out.tokens < params.block_size):
                 raise SystemExit(
-                    f"phase {phase}: the {split} split has {read:,} tokens, too few for a block of "
+                    f"phase {phase}: the {split} split has {grouper.tokens:,} tokens, too few for a block of "
                     f"{params.block_size:,}; lower phases.{phase}.group_blocks.block_size or add text."
                 )
-            padding = out.rows * params.block_size - (read - dropped)
-            run.count(**{f"{split}_blocks": out.rows, f"{split}_tokens": read - dropped, f"{split}_padding": padding})
+            padding = out.rows * params.block_size - grouper.tokens
+            run.count(**{f"{split}_blocks": out.rows, f"{split}_tokens": grouper.tokens, f"{split}_padding": padding})
+            if split == "train" and params.weights:
+                run.count(**{f"{name}_tokens": one.tokens for name, one in shown.items()})
+        if listed:
+            listed.close()
+        arrow.write_json(folder / "grouping.json", grouping)
 
 
 if __name__ == "__main__":

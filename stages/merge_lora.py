@@ -114,6 +114,21 @@ def merge(base: Path, adapter: Path, folder: Path) -> int:
     return len(merged)
 
 
+def stop_at(folder: Path, end: int) -> None:
+    """Let generation stop at the id `end`, too: a chat template may end answers with a token that is new to a base."""
+    path = folder / "generation_config.json"
+    config = arrow.read_json(path if path.is_file() else folder / "config.json")
+    ends = config.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end not in known:
+        kept = (
+            config
+            if path.is_file()
+            else {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        )
+        arrow.write_json(path, {**kept, "eos_token_id": [end, *known]})
+
+
 def prove(base: Path, adapter: Path, merged: Path, blocks_folder: Path) -> dict[str, float]:
     """Return the largest and mean logit difference, and the eval loss, of base + adapter and of the merged model.
 
@@ -160,6 +175,7 @@ def main(phase: str) -> None:
                 shutil.copyfile(path, folder / path.name)
         if (trained / "adapter_config.json").is_file():
             run.count(merged_tensors=merge(base, trained, folder))
+            stop_at(folder, Vocabulary(folder).special_ids["eos_token_id"])
             run.metric(**prove(base, trained, folder, blocks))
         else:
             run.count(merged_tensors=0)

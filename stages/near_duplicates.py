@@ -20,6 +20,7 @@ the parameters, and on no batch, worker, platform or version of a library.
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -30,9 +31,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-Texts: TypeAlias = pa.Array | pa.ChunkedArray
-Array: TypeAlias = npt.NDArray[Any]
+import disk_rows
 
+Column: TypeAlias = pa.Array | pa.ChunkedArray
+Array: TypeAlias = npt.NDArray[Any]
+Signatures: TypeAlias = Array | disk_rows.Rows  # uint16 (n, num_perm), in memory or on disk
+
+BLOCK = 2**12  # signatures handled at a time
 WINDOW = 2**18  # bytes hashed at a time; from 2**17 to 2**19 equally fast, 2**16 a third slower
 LEADERS = 64  # members of a bucket or cluster that all others are compared with, lest many make quadratic work
 EMPTY = np.uint32(2**32 - 1)
@@ -129,43 +134,91 @@ def _prefix(values: Array) -> Array:
     return sums
 
 
-def _runs(code: Array, edges: Array, ngram: int) -> tuple[Array, Array, Array]:
-    """Hash the runs of documents that stand one after the other.
+def _units(code: Array, edges: Array) -> tuple[Array, Array, Array]:
+    """Hash the units of documents that stand one after the other.
 
     code: of their characters, uint8 or uint16 (n,), n <= WINDOW. edges: where each begins and the last ends, (d + 1,).
-    Returns a hash per unit, uint32: of the run that begins there, or of the document's last run when none does; the
-    number of them per document, int64 (d,); and where each unit begins.
+    Returns a hash per unit, uint32; the number of them per document, int64 (d,); and where each unit begins.
     """
-    inverses = _powers()[1]
-    alone = code >= _alphabet()[1] if code.dtype == np.uint16 else None
-    word = code > 0 if alone is None else (code > 0) & ~alone
-    begins = word.copy()
-    begins[1:] &= ~word[:-1]
+    begins, alone = _begins(code)
     inside = edges[edges < len(code)]
-    begins[inside] = word[inside]
+    begins[inside] = code[inside] > 0
     starts = np.flatnonzero(begins if alone is None else begins | alone)
     sums = _prefix(code).take(np.append(starts, len(code)))  # what lies between a unit and the next one adds 0
-    unit = _mix((sums[1:] - sums[:-1]) * inverses.take(starts))
+    hashes = _mix((sums[1:] - sums[:-1]) * _powers()[1].take(starts))
+    return hashes, np.diff(np.searchsorted(starts, edges)), starts
 
-    sums = _prefix(unit)
-    run = np.zeros_like(unit)
-    whole = max(len(unit) - ngram + 1, 0)
-    run[:whole] = (sums[ngram:] - sums[:whole]) * inverses[:whole]  # right but where it reaches into the next document
-    bounds = np.searchsorted(starts, edges)
-    counts = np.diff(bounds)
+
+def _begins(code: Array) -> tuple[Array, Array | None]:
+    """Return where a word begins, bool (n,), and what stands alone, or None when nothing can."""
+    alone = code >= _alphabet()[1] if code.dtype == np.uint16 else None
+    word = code > 0 if alone is None else (code > 0) & ~alone
+    word[1:] &= ~word[:-1]
+    return word, alone
+
+
+def spans(text: str) -> tuple[list[bytes], list[tuple[int, int]]]:
+    """Return the units of a text, equal where they are, and where each begins and ends in its UTF-16.
+
+    >>> spans("It's 3.")[1]
+    [(0, 2), (3, 4), (5, 6)]
+    """
+    code = _codes(text)[0].astype(np.uint16)
+    begins, alone = _begins(code)
+    assert alone is not None
+    starts = np.flatnonzero(begins | alone)
+    ends = np.flatnonzero((code > 0) & (alone | np.append((code[1:] == 0) | alone[1:], True)[: len(code)])) + 1
+    places = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    return [code[begin:end].tobytes() for begin, end in places], places
+
+
+def runs(units: Array, counts: Array, ngram: int) -> tuple[Array, Array]:
+    """Return a hash per unit, uint32, and their number per document, int64 (d,).
+
+    units: of documents that stand one after the other; counts: their number per document. The hash is that of the run
+    that begins there, or of the document's last run when none does; a document shorter than a run is one. A hash may
+    come several times.
+    """
+    if len(units) > WINDOW:  # one long document
+        hashes = whole_runs(units, ngram)
+        return hashes, np.array([len(hashes)])
+    bounds = np.append(0, np.cumsum(counts))
     end = bounds[1:][counts > 0]
     last = np.maximum(end - ngram, bounds[:-1][counts > 0])
-    run[last] = (sums[end] - sums[last]) * inverses[last]
+    run = np.zeros_like(units)
+    if len(units) >= ngram:
+        run[: len(units) - ngram + 1] = whole_runs(units, ngram)  # right but where it reaches into the next document
+    sums = _prefix(units)
+    run[last] = _mix((sums[end] - sums[last]) * _powers()[1].take(last))
     beyond = end[:, None] - np.arange(1, ngram)
     wrong = beyond > last[:, None]
     run[beyond[wrong]] = np.repeat(run[last], wrong.sum(axis=1))
-    return _mix(run), counts, starts
+    return run, counts
 
 
-def _pieces(texts: Texts, ngram: int) -> Iterator[tuple[int, Array, Array]]:
-    """Yield the runs of as many documents at a time as fill a window, or of one longer document.
+def whole_runs(units: Array, ngram: int) -> Array:
+    """Return the hash of each run of units, uint32 (len(units) - ngram + 1,), whatever documents they belong to."""
+    hashes = np.empty(len(units) - ngram + 1, np.uint32)
+    step = WINDOW - ngram + 1
+    for begin in range(0, len(hashes), step):
+        sums = _prefix(units[begin : begin + WINDOW])
+        part = hashes[begin : begin + step]
+        part[:] = _mix((sums[ngram:] - sums[:-ngram]) * _powers()[1][: len(part)])
+    return hashes
 
-    Each: row of the first document, hashes uint32, their number per document int64. A hash may come several times.
+
+def run_hashes(units: Array, starts: Array, ngram: int) -> Array:
+    """Return the hash of the runs that begin at these units, uint32 (len(starts),)."""
+    hashes = np.zeros(len(starts), np.uint32)
+    for place in range(ngram):
+        hashes += units[starts + place] * _powers()[0][place]
+    return _mix(hashes)
+
+
+def pieces(texts: Column) -> Iterator[tuple[int, Array, Array]]:
+    """Yield the units of as many documents at a time as fill a window, or of one longer document.
+
+    Each: row of the first document, hashes uint32, their number per document int64.
     """
     row = 0
     for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
@@ -179,10 +232,10 @@ def _pieces(texts: Texts, ngram: int) -> Iterator[tuple[int, Array, Array]]:
             borders = np.cumsum([0, *map(len, documents)])
             code, starts = _codes("".join(documents))
             if len(code) > WINDOW:
-                hashes = _windows(code, ngram)
+                hashes = _long(code)
                 yield row + begin, hashes, np.array([len(hashes)])
             else:
-                yield row + begin, *_runs(code, borders if starts is None else starts[borders], ngram)[:2]
+                yield row + begin, *_units(code, borders if starts is None else starts[borders])[:2]
             begin = end
         row += len(chunk)
 
@@ -194,20 +247,20 @@ def _byte_lengths(texts: pa.Array) -> Array:
     return pyarrow.compute.binary_length(texts).fill_null(0).to_numpy()
 
 
-def _windows(code: Array, ngram: int) -> Array:
-    """Return the different hashes of one document longer than a window, uint32, sorted.
+def _long(code: Array) -> Array:
+    """Return the hashes of the units of one document longer than a window, uint32.
 
-    A window that ends inside the document leaves its last unit, which may go on, and the runs with it to the next
-    window. A word as long as a window is cut there.
+    A window that ends inside the document leaves its last unit, which may go on, to the next one. A word as long as a
+    window is cut there.
     """
     hashes, begin = [], 0
     while begin + WINDOW < len(code):
-        runs, _, starts = _runs(code[begin : begin + WINDOW], np.array([0, WINDOW]), ngram)
-        goes_on = len(starts) > ngram
-        hashes.append(_distinct(runs[:-ngram] if goes_on else runs))
-        begin += int(starts[-ngram]) if goes_on else WINDOW
-    last, _, _ = _runs(code[begin:], np.array([0, len(code) - begin]), ngram)
-    return _distinct(np.concatenate([*hashes, last]))
+        units, _, starts = _units(code[begin : begin + WINDOW], np.array([0, WINDOW]))
+        goes_on = len(starts) > 1
+        hashes.append(units[:-1] if goes_on else units)
+        begin += int(starts[-1]) if goes_on else WINDOW
+    hashes.append(_units(code[begin:], np.array([0, len(code) - begin]))[0])
+    return np.concatenate(hashes)
 
 
 def _distinct(values: Array) -> Array:
@@ -216,22 +269,32 @@ def _distinct(values: Array) -> Array:
     return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
+def stands_alone(unit: bytes) -> bool:
+    """Return whether a unit of `spans` is a character of a script without spaces."""
+    return int.from_bytes(unit, sys.byteorder) >= _alphabet()[1] if len(unit) == 2 else False
+
+
 # -- Hashes to signatures --------------------------------------------------------------------------------------------
 
 
-def signatures(texts: Texts, params: Params) -> npt.NDArray[np.uint16]:
+def signatures(texts: Column, params: Params) -> npt.NDArray[np.uint16]:
     """Return the signature of each text, uint16 (len(texts), num_perm); the share of equal slots estimates Jaccard.
 
     A text without units, or null, has 65535 in every slot. Any cut of the texts into batches gives the same rows.
     """
-    result = np.full((len(texts), params.num_perm), NO_SIGNATURE)
-    for row, hashes, counts in _pieces(texts, params.ngram):
-        slots = _slots(hashes, counts, params.num_perm)
-        sparse = np.flatnonzero((slots == EMPTY).any(axis=1) & (counts > 0))
-        if len(sparse):
-            slots[sparse] = _densify(slots[sparse])
-        result[row : row + len(counts)] = slots & np.uint32(0xFFFF)
+    result = np.empty((len(texts), params.num_perm), np.uint16)
+    for row, units, counts in pieces(texts):
+        result[row : row + len(counts)] = sign(units, counts, params)
     return result
+
+
+def sign(units: Array, counts: Array, params: Params) -> npt.NDArray[np.uint16]:
+    """Return the signatures of the documents of a piece, uint16 (len(counts), num_perm)."""
+    slots = _slots(*runs(units, counts, params.ngram), params.num_perm)
+    sparse = np.flatnonzero((slots == EMPTY).any(axis=1) & (counts > 0))
+    if len(sparse):
+        slots[sparse] = _densify(slots[sparse])
+    return (slots & np.uint32(0xFFFF)).astype(np.uint16)
 
 
 def _slots(hashes: Array, counts: Array, k: int) -> Array:
@@ -313,49 +376,74 @@ def bands(params: Params) -> tuple[int, int]:
     return params.num_perm, 1
 
 
-def estimates(signatures: Array, left: Array, right: Array) -> npt.NDArray[np.float64]:
+def estimates(signatures: Signatures, left: Array, right: Array) -> npt.NDArray[np.float64]:
     """Return the share of slots in which the rows left[i] and right[i] agree, (len(left),)."""
-    equal = np.zeros(len(left), np.int64)
-    for part in (slice(begin, begin + 2**14) for begin in range(0, len(left), 2**14)):
-        equal[part] = np.count_nonzero(signatures[left[part]] == signatures[right[part]], axis=1)
-    return equal / signatures.shape[1]
+    share = np.zeros(len(left))
+    for part in (slice(begin, begin + BLOCK) for begin in range(0, len(left), BLOCK)):
+        share[part] = (signatures[left[part]] == signatures[right[part]]).mean(axis=1)
+    return share
 
 
-def clusters(signatures: Array, params: Params) -> npt.NDArray[np.int64]:
-    """Return the cluster of each document, int64 (n,): the least row in it, which is its own when it is alone.
+def clusters(signatures: Signatures, params: Params) -> npt.NDArray[np.int32]:
+    """Return the cluster of each document, int32 (n,): the least row in it, which is its own when it is alone.
 
-    Band by band, the first document of those that agree in all slots of the band is compared with the others, then the
-    first of those unlike it, and so on. Pairs whose estimate reaches the threshold connect. A document without units
-    stays alone.
+    Pairs that share a band and whose estimate reaches the threshold connect; the order of the documents decides nothing
+    but the name. A document without units stays alone.
     """
-    parent = np.arange(len(signatures))
-    rows = np.flatnonzero((signatures != NO_SIGNATURE).any(axis=1))
-
-    def connect(left: Array, right: Array) -> Array:
-        apart = np.flatnonzero(_find(parent, left) != _find(parent, right))
-        near = apart[estimates(signatures, left[apart], right[apart]) >= params.threshold]
-        _unite(parent, left[near], right[near])
-        return _find(parent, left) == _find(parent, right)
-
+    parent = np.arange(len(signatures), dtype=np.int32)
     number, slots = bands(params)
     for band in range(number):
-        keys = _band_keys(signatures[:, band * slots : (band + 1) * slots])[rows]
-        order = np.argsort((keys & np.uint32(0xFFFF)).astype(np.uint16), kind="stable")  # 16 bits: a radix sort,
-        order = order[np.argsort((keys >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]  # thrice as fast
-        keys = keys[order]
-        again = np.append(False, keys[1:] == keys[:-1])[: len(keys)]
-        shared = again | np.append(again[1:], False)[: len(keys)]
-        _compare(keys[shared], rows[order[shared]], connect)
+        keys, empty = _band_keys(signatures, slice(band * slots, (band + 1) * slots))
+        sorted_ = np.sort(keys)
+        again = _distinct(sorted_[1:][sorted_[1:] == sorted_[:-1]])
+        del sorted_
+        if len(again) == 0:
+            continue
+        shared = np.zeros(len(keys), bool)
+        for begin in range(0, len(keys), WINDOW):
+            part = keys[begin : begin + WINDOW]
+            shared[begin : begin + WINDOW] = again.take(np.searchsorted(again, part), mode="clip") == part
+        rows = np.flatnonzero(shared & ~empty)
+        order = np.argsort(keys[rows], kind="stable")
+        _connect(keys[rows][order], rows[order], parent, signatures, params)
     return _find(parent, np.arange(len(parent)))
 
 
-def _band_keys(band: Array) -> Array:
-    """Return a hash of each row, uint32 (n,); unlike rows that share one cost a comparison, no more."""
-    factors = np.multiply.accumulate(np.full(band.shape[1], 2891336453, np.uint32), dtype=np.uint32)
-    keys = np.empty(len(band), np.uint32)
-    for begin in range(0, len(band), 2**14):
-        keys[begin : begin + 2**14] = _mix(band[begin : begin + 2**14].astype(np.uint32) @ factors)
-    return keys
+def _band_keys(signatures: Signatures, band: slice) -> tuple[Array, Array]:
+    """Return a hash of these slots of each row, uint32 (n,), and whether the row is that of a text without units.
+
+    Unlike rows that share a hash cost a comparison, no more.
+    """
+    factors = np.multiply.accumulate(np.full(band.stop - band.start, 2891336453, np.uint32), dtype=np.uint32)
+    keys, empty = np.empty(len(signatures), np.uint32), np.zeros(len(signatures), bool)
+    for begin in range(0, len(signatures), BLOCK):
+        block = signatures[begin : begin + BLOCK]
+        keys[begin : begin + BLOCK] = _mix(block[:, band].astype(np.uint32) @ factors)
+        suspect = np.flatnonzero(block[:, 0] == NO_SIGNATURE)
+        empty[begin + suspect] = (block[suspect] == NO_SIGNATURE).all(axis=1)
+    return keys, empty
+
+
+def _connect(keys: Array, rows: Array, parent: Array, signatures: Signatures, params: Params) -> None:
+    """Unite the near rows of each bucket; keys: of the buckets, ascending; rows: in them, ascending.
+
+    One member after the other is compared with all later ones that are not yet in its cluster, so that the clusters are
+    those of all pairs whatever their order. Ends after LEADERS members, or when a bucket is one cluster.
+    """
+    for place in range(LEADERS):
+        if len(rows) == 0:
+            return
+        first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+        sizes = np.diff(np.append(first, len(keys)))
+        roots = _find(parent, rows)
+        apart = (np.minimum.reduceat(roots, first) != np.maximum.reduceat(roots, first)) & (sizes > place + 1)
+        still = np.repeat(apart, sizes)
+        keys, rows, roots, sizes = keys[still], rows[still], roots[still], sizes[apart]
+        leader = np.repeat(np.cumsum(sizes) - sizes + place, sizes)
+        later = np.flatnonzero((np.arange(len(rows)) > leader) & (roots != roots[leader]))
+        left, right = rows[leader[later]], rows[later]
+        near = estimates(signatures, left, right) >= params.threshold
+        _unite(parent, left[near], right[near])
 
 
 def _compare(groups: Array, rows: Array, alike: Callable[[Array, Array], Array]) -> None:
@@ -391,22 +479,28 @@ def _unite(parent: Array, left: Array, right: Array) -> None:
 
 
 def near_twins(
-    signatures: Array, cluster: Array, params: Params, texts: Texts | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the kept document that each document duplicates, int64 (n,), and the similarity, float32 (n,); else -1, 0.
+    signatures: Signatures,
+    cluster: Array,
+    params: Params,
+    texts: Column | disk_rows.Texts | None = None,
+    gone: Array | None = None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return the kept document that each document duplicates, int32 (n,), and the similarity, float32 (n,); else -1, 0.
 
     Rows stand in order of priority. The first of a cluster is kept, and so is each that is as near as the threshold to
     none that is kept before it: every document that goes has a near twin that stays, not one at the far end of a chain.
+    Those that are `gone`, bool (n,), are kept by nobody and no one's twin.
 
-    `texts`: those of the signatures; needed when params.exact. Similarities are estimates, but exact where the estimate
-    lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
+    `texts`: those of the signatures, of `in_company` alone at least; needed when params.exact. Similarities are
+    estimates, but exact where the estimate lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the
+    threshold t.
     """
     if params.exact and texts is None:
         raise ValueError(
             "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
         )
     doubt = 2 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
-    twin, similarity = np.full(len(cluster), -1), np.zeros(len(cluster), np.float32)
+    twin, similarity = np.full(len(cluster), -1, np.int32), np.zeros(len(cluster), np.float32)
 
     def alike(left: Array, right: Array) -> Array:
         found = estimates(signatures, left, right)
@@ -417,29 +511,37 @@ def near_twins(
         twin[right[near]], similarity[right[near]] = left[near], found[near]
         return near
 
-    rows = np.flatnonzero(np.bincount(cluster, minlength=len(cluster))[cluster] > 1)
+    rows = np.flatnonzero(in_company(cluster) & (True if gone is None else ~gone))
     rows = rows[np.argsort(cluster[rows], kind="stable")]
     _compare(cluster[rows], rows, alike)
     return twin, similarity
 
 
-def jaccard(texts: Texts, left: Array, right: Array, params: Params) -> npt.NDArray[np.float64]:
+def in_company(cluster: Array) -> npt.NDArray[np.bool_]:
+    """Return whether each document shares its cluster with another."""
+    company = cluster != np.arange(len(cluster), dtype=cluster.dtype)
+    company[cluster[company]] = True
+    return company
+
+
+def jaccard(
+    texts: Column | disk_rows.Texts | None, left: Array, right: Array, params: Params
+) -> npt.NDArray[np.float64]:
     """Return the Jaccard similarity of the texts in rows left[i] and right[i], (len(left),); 0 for two empty sets.
 
     Exact but for runs that share a hash of 32 bits: of a million different ones, about 100 do.
     """
     if len(left) == 0:
         return np.zeros(0)
-    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
-    sizes = np.concatenate([_byte_lengths(chunk) for chunk in chunks], dtype=np.int64)
+    assert texts is not None
     result = np.zeros(len(left))
-    work = np.cumsum(sizes[left] + sizes[right])
-    for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(2**19, work[-1:].sum(), 2**19))):
+    work = np.cumsum(_sizes(texts, left) + _sizes(texts, right))
+    for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(WINDOW, work[-1:].sum(), WINDOW))):
         if len(part) == 0:
             continue
         rows, place = np.unique(np.append(left[part], right[part]), return_inverse=True)
-        pieces = list(_pieces(_take(chunks, rows), params.ngram))
-        hashes, counts = (np.concatenate([piece[i] for piece in pieces]) for i in (1, 2))
+        found = [runs(units, counts, params.ngram) for _, units, counts in pieces(_take(texts, rows))]
+        hashes, counts = (np.concatenate([piece[i] for piece in found]) for i in (0, 1))
         size = counts[place]  # of the left documents, then of the right ones
         first = (np.cumsum(counts) - counts)[place] - (np.cumsum(size) - size)
         pair = np.tile(np.arange(len(part), dtype=np.uint64), 2)
@@ -452,8 +554,19 @@ def jaccard(texts: Texts, left: Array, right: Array, params: Params) -> npt.NDAr
     return result
 
 
-def _take(chunks: list[pa.Array], rows: Array) -> pa.Array:
+def _sizes(texts: Column | disk_rows.Texts, rows: Array) -> Array:
+    """Return the UTF-8 bytes of the texts in these rows."""
+    if isinstance(texts, disk_rows.Texts):
+        return texts.sizes(rows)
+    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
+    return np.concatenate([_byte_lengths(chunk) for chunk in chunks], dtype=np.int64)[rows]
+
+
+def _take(texts: Column | disk_rows.Texts, rows: Array) -> pa.Array:
     """Return the texts in these rows, ascending. (`take` of a chunked array would first join all its chunks.)"""
+    if isinstance(texts, disk_rows.Texts):
+        return texts.take(rows)
+    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
     cuts = np.cumsum([0, *map(len, chunks)])
     ends = np.searchsorted(rows, cuts)
     hit = np.flatnonzero(np.diff(ends))

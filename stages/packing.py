@@ -25,6 +25,21 @@ def pieces(lengths: np.ndarray, block_size: int) -> np.ndarray:
     return np.stack([document, start, np.minimum(lengths[document] - start, block_size)], axis=1).astype(np.int64)
 
 
+def layout(lengths: np.ndarray, block_size: int, mode: str) -> tuple[np.ndarray, ...]:
+    """Return document, start in it, length, block and place in it of each piece, int64, in the order of the blocks.
+
+    `lengths`: of the documents that are packed together; mode best_fit, or line for a block (or more) per document.
+    """
+    document, start, length = pieces(lengths, block_size).T
+    block = np.arange(len(length)) if mode == "line" else in_order(best_fit(length, block_size))
+    order = np.argsort(block, kind="stable")
+    document, start, length, block = document[order], start[order], length[order], block[order]
+    before = np.cumsum(length) - length
+    first = np.flatnonzero(np.diff(block, prepend=-1))
+    place = before - np.repeat(before[first], np.diff(np.append(first, len(block))))
+    return document, start, length, block, place
+
+
 def best_fit(lengths: np.ndarray, block_size: int) -> np.ndarray:
     """Return the block of each piece, int64 of shape (n,); `lengths` are at least 1 and at most `block_size`.
 

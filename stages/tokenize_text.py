@@ -9,58 +9,26 @@ Example, a tokenizer with <s> = 0, </s> = 1, <pad> = 2 and the bytes from 3 on (
     *+"<s>"  +"Hi"  *+"</s>"     ->  input_ids [0, 42, 75, 1]
 
 A plain segment is encoded with the parsing of special tokens off; a special segment is one id. That no id of a special
-token stands anywhere else is checked for every document before anything is published.
+token stands anywhere else is checked for every document before anything is published. The segments go through in shards
+of about 8 MB, cut by content: a shard that an earlier run has encoded is taken from .memo/.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from fast_encoder import FastEncoder, interleave
 from kit import arrow, stage
+from kit.memo import Memo, cuts, row_hashes
 from kit.params import Source, read_params
 from kit.tokenizer import Vocabulary
-
-
-class Encoder:
-    """Encodes segments with the tokenizer of a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.vocabulary = Vocabulary(folder)
-        self.tokenizer = self.vocabulary.tokenizer
-        self.tokenizer.encode_special_tokens = True  # text that looks like a special token is encoded as text
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.specials = np.array([self.vocabulary.id(token) for token in self.vocabulary.special_texts])
-
-    @property
-    def dtype(self) -> pa.DataType:
-        """uint16 up to 65,536 entries, else uint32."""
-        return pa.uint16() if self.vocabulary.size <= 2**16 else pa.uint32()
-
-    def encode(self, documents: list[list[dict[str, Any]]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the ids (int64) and the learn marks (bool) of each document, one array each, of equal length."""
-        plain = [s["text"] for segments in documents for s in segments if not s["special"]]
-        encoded = iter(self.tokenizer.encode_batch_fast(plain, add_special_tokens=False))
-        all_ids, all_learn = [], []
-        for segments in documents:
-            pieces = [[self.vocabulary.id(s["text"])] if s["special"] else next(encoded).ids for s in segments]
-            ids = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
-            lengths = [len(piece) for piece in pieces]
-            wrong = np.isin(ids, self.specials) != np.repeat([s["special"] for s in segments], lengths)
-            if wrong.any():
-                token = self.tokenizer.id_to_token(int(ids[wrong][0]))
-                raise ValueError(
-                    f"{self.vocabulary.folder} is unfit: either plain text becomes its special token {token!r}, or it "
-                    f"names {token!r} as special while its tokenizer.json does not; choose another token or tokenizer."
-                )
-            all_ids.append(ids)
-            all_learn.append(np.repeat([s["learn"] for s in segments], lengths))
-        return all_ids, all_learn
 
 
 def tokens_schema(ids: pa.DataType, learn: bool) -> pa.Schema:
@@ -69,41 +37,125 @@ def tokens_schema(ids: pa.DataType, learn: bool) -> pa.Schema:
     return pa.schema([*columns, ("learn", pa.list_(pa.bool_()))] if learn else columns)
 
 
-def lists(values: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
-    """Return arrays of any lengths as one Arrow list column."""
-    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
-    flat = np.concatenate(values) if values else np.array([], dtype=np.int64)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat).cast(kind))
+class Encoder:
+    """Encodes segments with the tokenizer of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.vocabulary = Vocabulary(folder)
+        self.fast = FastEncoder(self.vocabulary.tokenizer)
+        self.dtype = pa.from_numpy_dtype(self.fast.dtype)
+        self.is_special = np.zeros(self.vocabulary.size, dtype=bool)
+        self.is_special[[self.vocabulary.id(token) for token in self.vocabulary.special_texts]] = True
+
+    def encode(self, segments: pa.ListArray) -> tuple[pa.ListArray, pa.ListArray | None]:
+        """Return the ids and the learn marks of each document, lists of equal length; None: all is learned."""
+        flat, ends = segments.flatten(), segments.offsets.to_numpy() - segments.offsets[0].as_py()
+        special, learn = (flat.field(mark).to_numpy(zero_copy_only=False) for mark in ("special", "learn"))
+        names = flat.field("text").filter(pa.array(special)).dictionary_encode()
+        known = np.array([self.vocabulary.id(name) for name in names.dictionary.to_pylist()], dtype=self.fast.dtype)
+        marked = known[names.indices.to_numpy()]
+        plain = self.fast.encode(flat.field("text").filter(pa.array(~special)))
+        for wrong in (marked[~self.is_special[marked]], plain[0][self.is_special[plain[0]]]):
+            if len(wrong):
+                token = self.vocabulary.tokenizer.id_to_token(int(wrong[0]))
+                raise ValueError(
+                    f"{self.vocabulary.folder} is unfit: either plain text becomes its special token {token!r}, or it "
+                    f"names {token!r} as special while its tokenizer.json does not; choose another token or tokenizer."
+                )
+        ids, lengths = interleave(special, (marked, np.ones(len(marked), dtype=np.int64)), plain)
+        # Where each document ends among the ids.
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)])[ends].astype(np.int32))
+        lists = pa.ListArray.from_arrays(offsets, pa.array(ids))
+        if learn.all():
+            return lists, None
+        return lists, pa.ListArray.from_arrays(offsets, pa.array(np.repeat(learn, lengths)))
 
 
-def masked(folder: Path) -> bool:
-    """Return whether any segment of a marked folder is not to be learned."""
-    for batch in arrow.batches(folder, ["segments"]):
-        if not np.all(batch["segments"].flatten().field("learn").to_numpy(zero_copy_only=False)):
-            return True
-    return False
+@functools.cache
+def encoder(tokenizer: Path) -> Encoder:
+    """Return the encoder of a tokenizer folder; a worker inherits that of the process that forked it."""
+    return Encoder(tokenizer)
+
+
+def tokenised(tokenizer: Path, content: bytes) -> bytes:
+    """Turn marked rows into rows of tokens, both as an Arrow IPC stream of one batch; `learn` only where needed."""
+    rows = pa.ipc.open_stream(content).read_next_batch()
+    ids, learn = encoder(tokenizer).encode(rows["segments"])
+    columns = [rows["doc_id"], rows["split"], ids, *([] if learn is None else [learn])]
+    return stream(pa.Table.from_arrays(columns, schema=tokens_schema(ids.type.value_type, learn is not None)))
+
+
+def stream(table: pa.Table) -> bytes:
+    """Return rows as an Arrow IPC stream of one batch; the same bytes wherever the rows were cut from."""
+    columns = [pa.concat_arrays(column.chunks) for column in table.columns]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
+    return sink.getvalue().to_pybytes()
+
+
+def plan(folder: Path) -> tuple[list[int], bool]:
+    """Return the rows at which each shard of a marked folder ends, and whether any segment is not to be learned."""
+    identities, sizes, masked = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=np.int64)], False
+    for batch in arrow.batches(folder, ["doc_id", "segments"]):
+        segments = batch["segments"]
+        flat = segments.flatten()
+        masked = masked or not pc.all(flat.field("learn"), min_count=0).as_py()
+        reach = np.concatenate([[0], np.cumsum(pc.binary_length(flat.field("text")).to_numpy(), dtype=np.int64)])
+        sizes.append(np.diff(reach[segments.offsets.to_numpy() - segments.offsets[0].as_py()]))
+        identities.append(row_hashes(batch["doc_id"]))
+    return cuts(np.concatenate(identities), np.concatenate(sizes)), masked
+
+
+def shards(folder: Path, ends: list[int]) -> Iterator[tuple[str, bytes]]:
+    """Yield (SHA-256, content) of each shard of a marked folder; the content alone decides."""
+    waiting: list[pa.RecordBatch] = []
+    reach = 0  # rows read
+    batches = arrow.batches(folder)
+    for end in ends:
+        while reach < end:
+            waiting.append(next(batches))
+            reach += waiting[-1].num_rows
+        rows = pa.Table.from_batches(waiting)
+        here = rows.num_rows - (reach - end)
+        content = stream(rows.slice(0, here))
+        yield hashlib.sha256(content).hexdigest(), content
+        waiting = rows.slice(here).to_batches()
 
 
 def main(name: str) -> None:
     phase = read_params(f"sources.{name}", Source).phase
     marked, tokenizer = Path("data/marked", phase, name), Path("models/tokenizers", phase)
-    os.environ["RAYON_NUM_THREADS"] = str(stage.workers())
     with stage.run("tokenize_text", name, [str(marked), str(tokenizer)], [f"data/tokens/{phase}/{name}"]) as run:
         (folder,) = run.outputs
-        encoder = Encoder(tokenizer)
-        schema = tokens_schema(encoder.dtype, masked(marked))
-        rows, tokens, learned = arrow.manifest(marked)["counts"]["rows"], {"train": 0, "eval": 0}, 0
-        with arrow.Writer(folder, schema, batch_rows=256) as out:
-            for batch in run.progress(arrow.batches(marked), -(-rows // 256), "batches"):
-                ids, learn = encoder.encode(batch["segments"].to_pylist())
-                columns = [batch["doc_id"], batch["split"], lists(ids, encoder.dtype), lists(learn, pa.bool_())]
-                out.write(pa.Table.from_arrays(columns[: len(schema)], schema=schema))
-                for split, document, marks in zip(batch["split"].to_pylist(), ids, learn, strict=True):
-                    tokens[split] += len(document)
-                    learned += int(marks.sum())
-            run.balance("documents", rows, tokenised=out.rows)
-            out.counts = {**tokens, "learned": learned}
-        run.count(documents=out.rows, tokens=tokens["train"] + tokens["eval"], learned=learned)
+        ids = encoder(tokenizer).dtype
+        memo = Memo(Path(".memo") / run.name, run.recipe(run.digests[str(tokenizer)]))
+        ends, masked = plan(marked)
+        work = functools.partial(tokenised, tokenizer)
+        # Beside gigatoken a process is worth its start and the text sent to it from some 64 MB on.
+        worth = len(ends) // 8 if encoder(tokenizer).fast.name == "gigatoken" else len(ends)
+        workers = max(1, min(stage.workers(), worth))
+        results = memo.map(shards(marked, ends), work, workers, stage.die_with_parent)
+        counts = {"train": 0, "eval": 0, "learned": 0}
+        with arrow.Writer(folder, tokens_schema(ids, masked), batch_rows=256) as out:
+            for result in run.progress(results, len(ends), "shards"):
+                rows = pa.ipc.open_stream(result).read_next_batch()
+                offsets = rows["input_ids"].offsets
+                lengths, train = (
+                    np.diff(offsets.to_numpy()),
+                    pc.equal(rows["split"], "train").to_numpy(zero_copy_only=False),
+                )
+                if masked and "learn" not in rows.schema.names:
+                    all_learned = pa.array(np.ones(lengths.sum(), dtype=bool))
+                    rows = rows.append_column("learn", pa.ListArray.from_arrays(offsets, all_learned))
+                counts["train"] += int(lengths[train].sum())
+                counts["eval"] += int(lengths[~train].sum())
+                counts["learned"] += pc.sum(rows["learn"].values).as_py() if masked else int(lengths.sum())
+                out.write(rows)
+            run.balance("documents", arrow.manifest(marked)["counts"]["rows"], tokenised=out.rows)
+            out.counts = counts
+        memo.sweep()
+        run.count(documents=out.rows, tokens=counts["train"] + counts["eval"], learned=counts["learned"])
 
 
 if __name__ == "__main__":

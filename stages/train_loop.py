@@ -16,7 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kit.model import Blocks, device, load_model, mean_loss, start  # first: it says that nothing is to be fetched
+from kit.model import (
+    Blocks,
+    device,
+    load_model,
+    mean_loss,
+    new_tokens,
+    start,
+)  # first: it says that nothing is to be fetched
 
 # isort: split
 import torch
@@ -41,7 +48,12 @@ def prepare_model(base: Path, tokenizer: Path, params: Params) -> Any:
     start(params.seed)
     quantization = params.quantization.model_dump() if params.quantization else None
     vocabulary = Vocabulary(tokenizer)
-    model: Any = load_model(base, vocabulary.size, vocabulary.special_ids, quantization)
+    if params.lora and new_tokens(base, tokenizer):
+        raise SystemExit(
+            f"{tokenizer} has more tokens than {base}: an adapter neither learns their embeddings nor can be merged "
+            "with them yet; leave `lora` out in this phase, or set train_tokenizer.mode to reuse."
+        )
+    model: Any = load_model(base, vocabulary.size, vocabulary.special_ids, quantization, tokenizer)
     if quantization:
         from peft import prepare_model_for_kbit_training
 

@@ -1,88 +1,125 @@
-"""Make the tokenizer of a phase: train one on its documents, or take the one that its base carries.
+"""Make the tokenizer of a phase: train one on its documents, extend the one of its base, or take that as it is.
 
-Reads:  data/clean/PHASE and data/dedup/PHASE (the train split alone), the phase's `base` folder
-Writes: models/tokenizers/PHASE   tokenizer.json, tokenizer_config.json, chat_template.jinja
+Reads:  data/clean/PHASE and data/dedup/PHASE (to learn, the train split alone), the phase's `base` folder
+Writes: models/tokenizers/PHASE            tokenizer.json, tokenizer_config.json, chat_template.jinja
+        metrics/tokenizers/PHASE/tokenizer.json   how well it fits each source
 Params: phases.PHASE.train_tokenizer
 
 `mode: train` gives a byte-level BPE: any text comes back from its ids byte for byte, no unknown token is needed.
-`mode: reuse` copies the base's tokenizer. `chat_template` names a template of this file, or is left out to keep the
-base's own; it travels with the model, so chatting and training see the same text.
+`mode: extend` goes on with the training of the base's byte-level BPE: its ids and its merges stay, new ones follow, and
+train_model gives each new token the mean of the embeddings of what the base made of it.
+`mode: reuse` copies the base's tokenizer. `chat_template` names a template of stages/chat_templates.py, or is
+left out to keep the base's own; it travels with the model, so chatting and training see the same text.
 
 Example: two documents "aaaa aaaa", vocabulary 263, specials <s> </s> <pad>
 
     ids 0-2 the specials, 3-258 the bytes, 259 "aa", 260 "aaaa", ...; "aaaa" -> [260]
+
+A text that does not come back from its ids fails the stage; a base may mean it so (lower case, NFKC), so where it has
+a normalizer, and for `reuse`, the number is reported.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, processors
 
+import bpe_training
+from chat_templates import TEMPLATES, end_of_turn, install, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 from kit.tokenizer import FILES, Vocabulary
-
-TEMPLATES = {
-    # The prompt of S4-style instruction tuning: question, blank line, "Assistant: ", then the answer and EOS.
-    "human_assistant": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
-        "{% elif message.role == 'user' %}{{ 'Human: ' + message.content + '\\n\\nAssistant: ' }}"
-        "{% else %}{{ message.content + eos_token }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endif %}"
-        "{% endfor %}"
-    ),
-}
+from tokenizer_report import Report, drawn
 
 
-class Params(BaseModel):
-    """`phases.PHASE.train_tokenizer`: a new vocabulary, or the base's."""
+class Reference(BaseModel):
+    """A tokenizer to compare with. It is no dependency that DVC knows, so its digest is part of the parameters."""
 
     model_config = ConfigDict(extra="forbid")
 
-    mode: Literal["train", "reuse"] = Field(description="train: byte-level BPE on this phase; reuse: the base's own")
+    path: str = Field(min_length=1, description="folder with a tokenizer.json, e.g. models/base/NAME")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of that tokenizer.json")
+
+
+class Params(BaseModel):
+    """`phases.PHASE.train_tokenizer`: a new vocabulary, the base's with more entries, or the base's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Literal["train", "extend", "reuse"] = Field(
+        description="train: byte-level BPE on this phase; extend: `new_tokens` more than the base's; reuse: the base's"
+    )
     vocab_size: int | None = Field(None, ge=257, le=2**20, description="train: entries, specials included")
-    min_frequency: int = Field(2, ge=1, description="train: a pair is merged when it occurs at least so often")
+    new_tokens: int | None = Field(None, ge=1, le=2**20, description="extend: entries added to the base's")
+    min_frequency: int = Field(2, ge=1, description="train, extend: a pair is merged when it occurs at least so often")
+    pre_tokenizer: Literal["byte_level", "llama3", "o200k"] = Field(
+        "byte_level",
+        description="train: how text is cut into words, which no merge crosses. byte_level: GPT-2's; llama3, o200k: "
+        "published with these models, digits in threes, 18 % more bytes per token on Chinese laws",
+    )
+    sample_bytes: int | None = Field(
+        100_000_000, ge=1, description="train, extend: UTF-8 bytes of text to learn from, drawn by content; null: all"
+    )
     bos_token: str = Field("<s>", min_length=1, description="train: the token that begins each document")
     eos_token: str = Field("</s>", min_length=1, description="train: the token that ends each document")
     pad_token: str = Field("<pad>", min_length=1, description="train: the token that fills up the last block")
+    unk_token: str | None = Field(None, min_length=1, description="train: named for models that expect one; never used")
+    mask_token: str | None = Field(
+        None, min_length=1, description="train: what a masked model sees in place of a token"
+    )
+    special_tokens: list[str] = Field(
+        [], description="train: more tokens that no text makes, in the order of their ids; those above follow"
+    )
     chat_template: str | None = Field(None, description=f"one of {', '.join(TEMPLATES)}; null keeps the base's own")
+    report_bytes: int | None = Field(
+        8_000_000, ge=1, description="UTF-8 bytes of each source that the report reads, drawn by content; null: all"
+    )
+    report_reference: Reference | None = Field(None, description="a tokenizer to compare with; extend: the base's")
+
+    @property
+    def specials(self) -> list[str]:
+        """The special tokens of a trained tokenizer in the order of their ids."""
+        # Where the chat template ends a turn by a token of its own, that is the EOS.
+        eos = end_of_turn(self.chat_template, self.eos_token)
+        roles = [self.bos_token, eos, self.pad_token, self.unk_token, self.mask_token]
+        return list(dict.fromkeys([*self.special_tokens, *filter(None, roles), *special_tokens(self.chat_template)]))
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
-        specials = [self.bos_token, self.eos_token, self.pad_token]
-        if self.mode == "train" and self.vocab_size is None:
+        size, specials = self.vocab_size, self.specials
+        if self.mode == "train" and size is None:
             raise ValueError("mode train needs `vocab_size`, e.g. 8192")
-        if self.mode == "train" and self.vocab_size is not None and self.vocab_size < 256 + len(set(specials)):
+        if self.mode == "train" and size is not None and size < 256 + len(specials):
+            raise ValueError(f"vocab_size {size} has no room for 256 bytes and {len(specials)} specials")
+        if self.mode != "train" and size is not None:
             raise ValueError(
-                f"vocab_size {self.vocab_size} has no room for 256 bytes and {len(set(specials))} specials"
+                f"mode {self.mode} takes the base's vocabulary: leave `vocab_size` out, or choose mode train"
             )
-        if self.mode == "reuse" and self.vocab_size is not None:
-            raise ValueError("mode reuse takes the base's vocabulary: leave `vocab_size` out, or choose mode train")
+        if (self.mode == "extend") != (self.new_tokens is not None):
+            raise ValueError("`new_tokens` says by how many entries mode extend goes beyond the base; it belongs to it")
+        made = {"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "special_tokens", "pre_tokenizer"}
+        if self.mode != "train" and (given := sorted(made & self.model_fields_set)):
+            raise ValueError(f"mode {self.mode} takes {', '.join(given)} from the base: leave it out")
         if self.chat_template is not None and self.chat_template not in TEMPLATES:
             raise ValueError(f"there is no chat_template `{self.chat_template}`; known: {', '.join(TEMPLATES)}")
         return self
 
 
-def train(documents: Iterator[str], params: Params) -> Tokenizer:
+def train(documents: Iterable[str], params: Params) -> Tokenizer:
     """Return a byte-level BPE trained on `documents`; the same documents in any order give the same tokenizer."""
     assert params.vocab_size is not None
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # A mask stands in place of a word with the space before it, so that space is part of it.
+    specials = [AddedToken(t, lstrip=t == params.mask_token, special=True, normalized=False) for t in params.specials]
+    words = bpe_training.count_words(documents, params.pre_tokenizer)
+    tokenizer = bpe_training.train(words, params.vocab_size, params.min_frequency, specials)
+    tokenizer.pre_tokenizer = bpe_training.pre_tokenizer(params.pre_tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = list(dict.fromkeys([params.bos_token, params.eos_token, params.pad_token]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=params.vocab_size,
-        min_frequency=params.min_frequency,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
     # Only callers of the finished model rely on it: a plain prompt then begins as the training documents did.
     bos = params.bos_token
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -93,53 +130,85 @@ def train(documents: Iterator[str], params: Params) -> Tokenizer:
 
 def config(params: Params) -> dict[str, Any]:
     """Return tokenizer_config.json for a trained tokenizer, as `AutoTokenizer` reads it."""
+    optional = {"unk_token": params.unk_token, "mask_token": params.mask_token}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": params.bos_token,
-        "eos_token": params.eos_token,
+        "eos_token": end_of_turn(params.chat_template, params.eos_token),
         "pad_token": params.pad_token,
+        **{role: token for role, token in optional.items() if token},
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
 
 
-def train_documents(clean: Path, dedup: Path, sources: list[str]) -> Iterator[str]:
-    """Yield the texts of the train split; of a conversation, what each side says."""
-    for source in sources:
-        documents = arrow.batches(clean / source / "documents")
-        splits = iter(arrow.table(dedup / source, ["split"])["split"].to_pylist())
-        for batch in documents:
-            column = "text" if "text" in batch.schema.names else "messages"
-            for content in batch.column(column).to_pylist():
-                if next(splits) != "train":
-                    continue
-                yield from [content] if column == "text" else (message["content"] for message in content)
+def reference(params: Params, base: Path) -> Tokenizer | None:
+    """Return the tokenizer that the report compares with. Raises SystemExit when it is not the one of the digest."""
+    if params.report_reference:
+        path = Path(params.report_reference.path, "tokenizer.json")
+        if not path.is_file():
+            raise SystemExit(f"{path}, the report_reference, is not there; put it there or leave the key out.")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != params.report_reference.sha256:
+            raise SystemExit(
+                f"{path} is not the report_reference of params.yaml; if this one is meant, set its sha256 to {digest}."
+            )
+        return Tokenizer.from_file(str(path))
+    return Vocabulary(base).tokenizer if params.mode == "extend" else None
 
 
 def main(phase: str) -> None:
     params = read_params(f"phases.{phase}.train_tokenizer", Params)
-    base = read_params(f"phases.{phase}", Phase).base
+    base = Path(read_params(f"phases.{phase}", Phase).base)
     clean, dedup = Path("data/clean", phase), Path("data/dedup", phase)
-    with stage.run("train_tokenizer", phase, [str(clean), str(dedup), base], [f"models/tokenizers/{phase}"]) as run:
-        (folder,) = run.outputs
-        if params.mode == "reuse":
-            if not (Path(base) / "tokenizer.json").is_file():
-                raise SystemExit(
-                    f"{base} has no tokenizer.json to reuse; set phases.{phase}.train_tokenizer.mode to train."
-                )
-            for name in FILES:
-                if (Path(base) / name).is_file():
-                    shutil.copyfile(Path(base) / name, folder / name)
-        else:
-            tokenizer = train(train_documents(clean, dedup, phase_sources(phase, clean)), params)
+    outputs = [f"models/tokenizers/{phase}", f"metrics/tokenizers/{phase}"]
+    with stage.run("train_tokenizer", phase, [str(clean), str(dedup), str(base)], outputs) as run:
+        folder, metrics = run.outputs
+        sources = {name: (clean / name, dedup / name) for name in phase_sources(phase, clean)}
+        learned = drawn(list(sources.values()), ("train",), params.sample_bytes)
+        documents = (text for _, texts in learned for text in texts)
+        new_tokens = 0
+        if params.mode == "train":
+            tokenizer = train(documents, params)
             tokenizer.save(str(folder / "tokenizer.json"))
             arrow.write_json(folder / "tokenizer_config.json", config(params))
+            new_tokens = tokenizer.get_vocab_size()
+        else:
+            if not (base / "tokenizer.json").is_file():
+                raise SystemExit(
+                    f"{base} has no tokenizer.json to {params.mode}; set phases.{phase}.train_tokenizer.mode to train."
+                )
+            for name in FILES:
+                if (base / name).is_file():
+                    shutil.copyfile(base / name, folder / name)
+        if params.new_tokens:
+            Vocabulary(folder)  # refuses what cannot be read
+            extended, new_tokens = bpe_training.extend(
+                (base / "tokenizer.json").read_text(encoding="utf-8"),
+                documents,
+                params.new_tokens,
+                params.min_frequency,
+                str(base),
+            )
+            # Plain text never makes them, so a template may bring its own.
+            extended.add_special_tokens(special_tokens(params.chat_template))
+            extended.save(str(folder / "tokenizer.json"))
         if params.chat_template:
-            (folder / "chat_template.jinja").write_text(TEMPLATES[params.chat_template], encoding="utf-8")
-        size = Vocabulary(folder).size
-        if params.mode == "train" and params.vocab_size and size < params.vocab_size:
-            print(f"{run.name}: the text gave {size:,} entries only, of {params.vocab_size:,} asked for")
-        run.count(vocabulary=size)
+            install(folder, params.chat_template)
+        vocabulary = Vocabulary(folder)
+        if new_tokens < (asked := params.vocab_size or params.new_tokens or 0):
+            print(f"{run.name}: the text gave {new_tokens:,} entries only, of {asked:,} asked for")
+        report = Report(vocabulary.tokenizer, reference(params, base))
+        for name, (source_clean, source_dedup) in sources.items():
+            report.read(name, drawn([(source_clean, source_dedup)], ("train", "eval"), params.report_bytes))
+        result = report.result()
+        if failures := result["round_trip_failures"]:
+            what = f"{failures} texts do not come back from their ids, e.g. of document {', '.join(report.failures)}"
+            if params.mode == "train" or (params.mode == "extend" and not vocabulary.tokenizer.normalizer):
+                raise ValueError(f"{what}; nothing was published (this is a bug).")
+            print(f"{run.name}: {what}: the base's tokenizer is made so", flush=True)
+        arrow.write_json(metrics / "tokenizer.json", result)
+        run.count(vocabulary=vocabulary.size)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,9 @@ Runner = Callable[..., subprocess.CompletedProcess[str]]
 def copy_project(target: Path) -> Path:
     """Copy what Git would clone into `target`: code, dvc.yaml, configs; no data, no cache, no environment."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("stages", "models/configs"):
+    for name in ("stages", "models/configs", "data/rules", "data/benchmarks"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".dvc", "data"):
-        (target / name).mkdir()
+    (target / ".dvc").mkdir()
     for name in (
         "data/exclusions.txt",
         ".dvc/config",

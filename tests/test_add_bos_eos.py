@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import add_bos_eos
 import tiny
-from add_bos_eos import Marker, Segment, merged
+from add_bos_eos import MARKED
+from chat_segments import Marker, Segment, merged
+from chat_templates import TEMPLATES
 from conftest import Runner, write
 from kit import arrow
 from tokenize_text import Encoder
-from train_tokenizer import TEMPLATES
 
 BOS, EOS = Segment("<s>", True, False), Segment("</s>", True, True)
 Messages = list[dict[str, str]]
@@ -83,6 +89,15 @@ def test_the_worked_example_of_the_docstring(marker: Marker) -> None:
 
 def test_a_document_begins_with_no_bos_when_the_tokenizer_has_none(own: Path) -> None:
     assert with_template(own, "", bos_token=None).document("Hi") == [Segment("Hi", False, True), EOS]
+
+
+@given(texts=st.lists(TRICKY | st.just(""), max_size=5), bos=st.sampled_from(["<s>", None]))
+def test_documents_at_once_are_the_documents_one_by_one(folder: Path, texts: list[str], bos: str | None) -> None:
+    marker = Marker(folder)
+    marker.bos = bos
+    found = add_bos_eos.segments_of_texts(marker, pa.array(texts, pa.string()))
+    assert found.type == add_bos_eos.MARKED.field("segments").type
+    assert found.to_pylist() == [[segment._asdict() for segment in marker.document(text)] for text in texts]
 
 
 def test_a_template_prints_nothing_for_a_token_that_the_tokenizer_lacks(own: Path) -> None:
@@ -170,13 +185,13 @@ def test_a_template_that_allows_no_exact_mask_is_refused(own: Path, case: str) -
 
 
 def test_a_template_that_cannot_be_parsed_is_refused_with_its_file(own: Path) -> None:
-    with pytest.raises(ValueError, match=r"t/chat_template\.jinja is no template that can be rendered"):
+    with pytest.raises(ValueError, match=r"the chat template of .*/t cannot be rendered here: unexpected"):
         with_template(own, "{% for message in messages %}{{")
 
 
 def test_a_missing_template_is_refused_with_what_to_set(own: Path) -> None:
     (own / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match=r"no chat_template\.jinja.*set chat_template in the phase's train_tokenizer"):
+    with pytest.raises(ValueError, match=r"has no chat template.*set chat_template in the phase's train_tokenizer"):
         Marker(own).conversation(turns("a", "b"))
 
 
@@ -203,10 +218,11 @@ def test_the_prompt_has_the_ids_that_it_has_when_the_model_is_used(own: Path, te
     """`apply_chat_template(add_generation_prompt=True)` gives the ids that stand before the first learned one."""
     marker = with_template(own, template)
     segments = [segment._asdict() for segment in marker.conversation(turns(question, "4"))]
-    (ids,), (learn,) = Encoder(own).encode([segments])
+    ids, learn = Encoder(own).encode(pa.array([segments], MARKED.field("segments").type))
     tokenizer = AutoTokenizer.from_pretrained(own)
     prompt = tokenizer.apply_chat_template(turns(question), add_generation_prompt=True, return_dict=False)
-    assert ids[: list(learn).index(True)].tolist() == prompt
+    assert learn
+    assert ids.to_pylist()[0][: learn.to_pylist()[0].index(True)] == prompt
 
 
 def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_other_documents(
@@ -234,3 +250,83 @@ def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_othe
     assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
     assert "data/dedup/p/p_text decides about other documents than data/clean/p/p_text" in finished.stderr
     assert arrow.table(project / "data/marked/p/p_text").to_pylist() == marked
+
+
+def chat_project(project: Path, contents: list[tuple[str, str]]) -> None:
+    """Write a chat source and what clean and dedup leave for it: (split, answer) for each document."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
+    if not (project / "models/tokenizers/p").exists():
+        tiny.tokenizer(project / "models/tokenizers/p")
+    identities = pa.array([hashlib.sha256(answer.encode()).digest()[:16] for _, answer in contents], pa.binary(16))
+    messages = pa.array([turns("why?", answer) for _, answer in contents], MESSAGES)
+    splits = pa.array([split for split, _ in contents])
+    for folder, name, column in (
+        ("clean/p/p_text/documents", "messages", messages),
+        ("dedup/p/p_text", "split", splits),
+    ):
+        rows = pa.table({"doc_id": identities, name: column})
+        with arrow.Writer(project / "data" / folder, rows.schema) as out:
+            out.write(rows)
+
+
+def result(project: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (project / "data/marked/p/p_text").iterdir()}
+
+
+def remembered(project: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (project / ".memo/add_bos_eos@p_text").iterdir()}
+
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MANY = [(("train", "eval", "dropped")[number % 3], f"{number} " * 800) for number in range(3000)]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 100, 257, 1024])
+def test_what_is_remembered_does_not_depend_on_where_batches_end(tmp_path: Path, folder: Path, batch_rows: int) -> None:
+    answers = [f"{number} yes" for number in range(1000)]
+    identities = pa.array([hashlib.sha256(answer.encode()).digest()[:16] for answer in answers], pa.binary(16))
+    rows = pa.table({"doc_id": identities, "messages": pa.array([turns("why?", a) for a in answers], MESSAGES)})
+    splits = np.array([0, 1, 2, 0] * 250, np.uint8)
+    found = []
+    for name, size in (("a", 256), ("b", batch_rows)):
+        with arrow.Writer(tmp_path / name, rows.schema, batch_rows=size) as out:
+            out.write(rows)
+        shards = add_bos_eos.shards(tmp_path / name, splits, [1, 300, 900, 1000])
+        found.append([(digest, add_bos_eos._work(folder, name, shard)) for digest, shard in shards])
+    assert found[0] == found[1]
+    assert sum(pa.ipc.open_stream(result).read_all().num_rows for _, result in found[0]) == 750
+
+
+def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_build_from_nothing(
+    project: Path, run_stage: Runner
+) -> None:
+    """For 1, 2 and 5 workers; a decision that changes counts as new; a forged memory is not believed."""
+    chat_project(project, MANY)
+    assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="2").returncode == 0
+    first, first_shards = result(project), remembered(project)
+    assert len(first_shards) > 5
+    assert arrow.manifest(project / "data/marked/p/p_text")["counts"]["rows"] == 2000
+
+    changed = [*MANY[:700], ("train", "new"), *MANY[700:]]
+    changed[2000] = ({"train": "eval"}.get(changed[2000][0], "train"), changed[2000][1])
+    chat_project(project, changed)
+    assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="1").returncode == 0
+    second, second_shards = result(project), remembered(project)
+    assert len(second_shards.items() & first_shards.items()) >= len(first_shards) - 4
+    assert second != first
+
+    victim = project / ".memo/add_bos_eos@p_text" / max(second_shards)
+    victim.write_bytes(victim.read_bytes().replace(b"Human", b"Robot"))
+    assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="1").returncode == 0
+    assert result(project) == second
+    assert b"Robot" not in victim.read_bytes()
+
+    shutil.rmtree(project / ".memo")
+    assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="5").returncode == 0
+    assert result(project) == second
+
+    tokenizer = project / "models/tokenizers/p/chat_template.jinja"
+    tokenizer.write_text(TEMPLATES["default"])
+    assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
+    assert not remembered(project).keys() & second_shards.keys()
+    assert "### Assistant" in str(arrow.table(project / "data/marked/p/p_text")[0:1].to_pylist())

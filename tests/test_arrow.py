@@ -49,11 +49,12 @@ SCHEMA = pa.schema(
     ]
 )
 IDENTITY = {"doc_id": bytes(range(16))}
-PLACE = {"file": "a/文 1.txt", "start": 0, "end": 9, "line": 1}
+PLACE = {"file": "a/文 1.txt", "start": 0, "end": 9, "number": 1}
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 TOKENS = {**IDENTITY, "split": "train", "input_ids": [0, 65535, 1]}
-LEDGER = {**PLACE, "raw_id": bytes(16), "doc_id": None, "rule": "empty", "evidence": "é", "n_chars": 0}
-DECISION = {**IDENTITY, "split": "dropped", "rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0}
+LEDGER = {**PLACE, "raw_id": bytes(16), "doc_id": None, "rule": "empty", "evidence": "é", "changes": None, "n_chars": 0}
+REASON = {"rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, "evidence": None}
+DECISION = {**IDENTITY, "split": "dropped", **REASON}
 KINDS: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
     "text documents": (clean.TEXT_DOCUMENTS, {**IDENTITY, **PLACE, "text": "Hi </s>\n"}),
     "chat documents": (clean.CHAT_DOCUMENTS, {**IDENTITY, **PLACE, "messages": MESSAGES}),

@@ -70,7 +70,7 @@ MISTAKES = {
     "a key like no other": (
         "license: CC0-1.0",
         "license: CC0-1.0\n      zzz: 1",
-        "line 10: unknown key .* known keys here: format",
+        "line 10: unknown key .* known keys here: collected_on, columns",
     ),
     "a wrong type": (
         "block_size: 16",
@@ -89,7 +89,17 @@ MISTAKES = {
         "seed: 18446744073709551616",
         "line 13: .* input should be less than",
     ),
-    "a word not in the list": ("format: text", "format: pdf", "line 8: .* is 'pdf': input should be 'text'"),
+    "a word not in the list": ("format: text", "format: doc", "line 8: .* is 'doc': input should be 'text'"),
+    "a misspelt rule": (
+        "format: text",
+        "format: text\n      rules: [nfcc]",
+        "line 9: .*no rule `nfcc`; did you mean `nfc`",
+    ),
+    "a misspelt key of a rule": (
+        "format: text",
+        "format: text\n      rules: [{rule: length, min_char: 3}]",
+        r"line 9: .*rules\.0`: the rule `length` has no key `min_char`; did you mean `min_chars`\?",
+    ),
     "no licence": (
         "      license: CC0-1.0\n",
         "",
@@ -304,11 +314,12 @@ def test_a_stage_command_ends_with_the_sentence_alone(
 ) -> None:
     """Exit status 1, nothing on stdout, no traceback, and no folder begun."""
     write(project / "params.yaml", TEXT.replace(old, new, 1))
+    data = sorted((project / "data").iterdir())
     finished = run_stage(project, *arguments)
     assert (finished.returncode, finished.stdout) == (1, "")
     assert len(finished.stderr.splitlines()) == 1, finished.stderr
     assert sentence in finished.stderr
-    assert [path.name for path in (project / "data").iterdir()] == ["exclusions.txt"]
+    assert sorted((project / "data").iterdir()) == data
 
 
 def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,21 +14,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import clean
+import clean_rules
+import raw_shards
 import tiny
-from clean import Params, clean_file, normalise
+from clean import Params, Piece, doc_id
 from conftest import Runner, copy_project
 from kit import arrow
 
 FORMATS: dict[str, Any] = {
     "document": {"format": "text", "sample_by": "document"},
     "line": {"format": "text", "sample_by": "line"},
-    "jsonl": {"format": "jsonl", "text_column": "body"},
-    "alpaca": {"format": "alpaca"},
+    "jsonl": {"format": "jsonl", "columns": {"text": "body"}},
+    "alpaca": {"format": "jsonl", "record": "alpaca"},
 }
 # Files that a careless reader changes: each golden digest below is the digest of what becomes of them.
 TEXTS = {
@@ -58,14 +65,14 @@ JSONL = {
 # SHA-256 of the only shard of each folder. When the format is meant to change: set TERROIR_NEW_GOLDEN=1, run
 # `pytest tests/test_clean.py -k golden`, and copy the printed lines here; say in docs/decisions.md why old bytes end.
 GOLDEN = {
-    "alpaca/documents/data-00000.arrow": "1070dbd4c41dfcfd83d3d09ae4baae367378a1fc035fd442dfae4f96ad9a72b3",
-    "alpaca/ledger/data-00000.arrow": "3036d40e202362a4d261f48afc1818876960532183a22a43259888a16d0c1c6b",
-    "document/documents/data-00000.arrow": "b4183b1f16b88d771d91bb6a8fd2257c9707b4f292eba621b069cd6ca9896c14",
-    "document/ledger/data-00000.arrow": "52dd6bbd751dc0a95471071a226f5af5d7c6c55f4affbf7ffde4361c0da3ac9d",
-    "jsonl/documents/data-00000.arrow": "94fa8d4cb71ea190287410629d65b060ee3f44d8f2e1cad6af12752372499e94",
-    "jsonl/ledger/data-00000.arrow": "ee76d239193b9476a045dcde790c6f867f0fbb65657de9155d47d18ff350cf9a",
-    "line/documents/data-00000.arrow": "85bfd7c19cb5188d067a189c88fa2b94a0c949424c7162434e7b7afa853e3671",
-    "line/ledger/data-00000.arrow": "fdc80542b0eef15103a398cb5c1a96d79dae9b1c25c14fe553cecbc6aa15808c",
+    "alpaca/documents/data-00000.arrow": "7cb2e66d71e440deaa71eff835b38524545365d1054a11a332a49fa242d4e8b3",
+    "alpaca/ledger/data-00000.arrow": "3254c9b06c6d76f44cf6c8d1086a261bd37c20e877604e869934cc9fc1ee6fb2",
+    "document/documents/data-00000.arrow": "ce966b12f73d7df4487394cb02a13e94e90c0e2884e4a3b426fb195a09c07c83",
+    "document/ledger/data-00000.arrow": "56273d8f2ecb23268830787e21cf6b1c33517e8dc3c0408c1af387a32b1f50e1",
+    "jsonl/documents/data-00000.arrow": "db7b8407f9a55b0c3cfc0d5c0985ff8a21c39025a618593475b958cc0e67f1cd",
+    "jsonl/ledger/data-00000.arrow": "7e3e1931330332df97ee79ced998fa0a003ab3ecbad9cc7180559f2c51a24698",
+    "line/documents/data-00000.arrow": "42bbd1b0839f2521f10b460b64f35646a401994200caa23c53b34ea41bbba6aa",
+    "line/ledger/data-00000.arrow": "5492758a3a0db3433db0b3fb28ad527eb049c6f011d55ffdb2611a7215d25a3b",
 }
 
 
@@ -101,8 +108,9 @@ def cleaned(data: bytes, name: str, **more: Any) -> tuple[list[dict[str, Any]], 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.txt")
         path.write_bytes(data)
-        documents, ledger = clean_file(path, "a.txt", params(name, **more))
-    return documents.to_pylist(), ledger.to_pylist()
+        batches = clean.cleaned([Piece("a.txt", path, 0, None)], params(name, **more))
+        rows = [row for batch, _ in batches for row in batch.to_pylist()]
+    return [row for row in rows if row["doc_id"]], rows
 
 
 def contents(data: bytes, name: str, **more: Any) -> list[Any]:
@@ -111,46 +119,63 @@ def contents(data: bytes, name: str, **more: Any) -> list[Any]:
 
 
 def test_the_worked_example_of_the_docstring() -> None:
-    documents, ledger = cleaned(b"Caf\xc3\xa9\r\n\nlast", "line")
-    assert [(d["text"], d["start"], d["end"], d["line"]) for d in documents] == [("Café", 0, 7, 1), ("last", 8, 12, 3)]
-    assert [(row["start"], row["end"], row["line"], row["rule"]) for row in ledger] == [
-        (0, 7, 1, None),
-        (7, 8, 2, "empty"),
-        (8, 12, 3, None),
+    documents, ledger = cleaned(b"Cafe\xcc\x81\r\n\nlast", "line")
+    assert [(d["text"], d["start"], d["end"], d["number"]) for d in documents] == [
+        ("Café", 0, 8, 1),
+        ("last", 9, 13, 3),
+    ]
+    assert [(row["start"], row["end"], row["number"], row["rule"], row["changes"]) for row in ledger] == [
+        (0, 8, 1, None, "nfc 1"),
+        (8, 9, 2, "empty", None),
+        (9, 13, 3, None, None),
     ]
 
 
 def test_an_alpaca_row_becomes_the_prompt_of_s4() -> None:
-    """Instruction, line break, input, stripped as a whole; the answer is left as it is, but for NFC and line ends."""
+    """Instruction, line break, input, stripped as a whole; the answer is left as it is, but for the rules."""
     data = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
     assert contents(data, "alpaca") == [
-        [{"role": "user", "content": "Add. \n2+2"}, {"role": "assistant", "content": "4\n"}],
+        [{"role": "user", "content": "Add.\n2+2"}, {"role": "assistant", "content": "4\n"}],
         [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "</s> 你好 \U0001f30a"}],
     ]
     assert [row["rule"] for row in cleaned(data, "alpaca")[1]] == [None, None, "empty"]
 
 
-def test_text_is_changed_in_unicode_form_and_line_ends_only() -> None:
-    """Spaces, blank lines, control characters and look-alikes of special tokens stay; a BOM goes."""
-    assert contents(TEXTS["nfd.txt"], "document") == ["Caf\u00e9 \ud55c\n"]
-    assert contents(b"\xef\xbb\xbf \t<s>\r\n\r\n\x00\x0b\rz ", "document") == [" \t<s>\n\n\x00\x0b\nz "]
-    assert contents("a\u2028b\x0bc\x85d\n\ufeffe".encode(), "line") == ["a\u2028b\x0bc\x85d", "\ufeffe"]
+def test_rules_of_the_source_are_applied_in_order() -> None:
+    """Without rules nothing changes and only blank records go; every change and every drop has its name."""
+    text = "e\u0301 \t<s>\r\n\x00z \n"
+    assert contents(text.encode(), "document", rules=[]) == [text]
+    assert contents(text.encode(), "document") == ["\u00e9 \t<s>\nz\n"]
+    (row,) = cleaned(b"\xef\xbb\xbf" + text.encode(), "document")[1]
+    changes = {"byte_order_mark": 1, "newlines": 1, "control_characters": 1, "nfc": 1, "whitespace": 1}
+    assert row["changes"] == ", ".join(f"{name} {count}" for name, count in changes.items())
+    (row,) = cleaned(b"ab", "document", rules=[{"rule": "length", "min_chars": 3}])[1]
+    assert (row["rule"], row["evidence"], row["doc_id"], row["n_chars"]) == ("length", "2 < 3 characters", None, 0)
 
 
-def test_short_documents_are_dropped_with_their_length() -> None:
-    """White space does not count: `min_chars` 3 keeps "a b c" and drops "a b"."""
-    documents, ledger = cleaned(b"a b c\na b\n", "line", min_chars=3)
-    assert [document["text"] for document in documents] == ["a b c"]
-    assert [(row["rule"], row["evidence"], row["n_chars"]) for row in ledger] == [
-        (None, None, 5),
-        ("min_chars", "2 < 3", 0),
+@pytest.mark.parametrize("rules", [[], ["nfc"], clean_rules.DEFAULT_RULES])
+def test_nothing_blank_is_kept_whatever_the_rules(rules: list[Any]) -> None:
+    """An empty document is no text; a question without an answer teaches nothing."""
+    assert [row["rule"] for row in cleaned("a\n \n\u3000\n".encode(), "line", rules=rules)[1]] == [
+        None,
+        "empty",
+        "empty",
     ]
+    data = json.dumps({"instruction": "Why?", "input": "", "output": " "}).encode()
+    assert [row["rule"] for row in cleaned(data, "alpaca", rules=rules)[1]] == ["empty"]
 
 
-@given(st.text())
-def test_normalise_is_idempotent(text: str) -> None:
-    assert normalise(normalise(text)) == normalise(text)
-    assert "\r" not in normalise(text)
+def test_what_cannot_be_read_is_dropped_only_when_the_source_says_so() -> None:
+    """`on_error: drop` counts it in the ledger, with the sentence that `fail` would have stopped with."""
+    data = b'{"body": "a"}\n{"body": 1}\n\xff\n{"body": "b"}\n'
+    with pytest.raises(SystemExit, match=r"a\.txt: line 2: the field `body` is 1, expected a string; .*on_error: drop"):
+        cleaned(data, "jsonl")
+    documents, ledger = cleaned(data, "jsonl", on_error="drop")
+    assert [document["text"] for document in documents] == ["a", "b"]
+    assert [(row["number"], row["rule"], row["evidence"]) for row in ledger if row["rule"]] == [
+        (2, "unreadable", "line 2: the field `body` is 1, expected a string"),
+        (3, "unreadable", "byte 26 (line 3) is not UTF-8"),
+    ]
 
 
 @given(
@@ -167,12 +192,13 @@ def test_byte_ranges_tile_the_file_and_each_kept_record_is_found_by_its_place(te
     assert (ledger[-1]["end"] if ledger else 0) == len(data)
     for row in ledger:
         assert row["raw_id"] == hashlib.sha256(data[row["start"] : row["end"]]).digest()[:16]
-        assert row["line"] == data[: row["start"]].count(b"\n") + 1
+        assert row["number"] == data[: row["start"]].count(b"\n") + 1
     for document in documents:
         raw = data[document["start"] : document["end"]].decode()
         raw = raw if document["start"] else raw.removeprefix("\ufeff")
         expected = json.loads(raw)["body"] if name == "jsonl" else raw.rstrip("\r\n") if name == "line" else raw
-        assert document["text"] == normalise(expected)
+        assert document["text"] == clean_rules.apply_rules(expected, params(name).rules)[0]
+        assert document["doc_id"] == doc_id(document["text"])
     kept = [(row["doc_id"], row["start"]) for row in ledger if row["rule"] is None]
     assert kept == [(document["doc_id"], document["start"]) for document in documents]
 
@@ -181,7 +207,7 @@ def test_byte_ranges_tile_the_file_and_each_kept_record_is_found_by_its_place(te
 def machines(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same corpus in two projects: another path, other mtimes, files written in another order; two of 9 MB."""
     big = {f"big/{name}.txt": f"line of {name}\r\n".encode() * 800_000 for name in "ab"}
-    assert all(len(data) > clean.TASK_BYTES for data in big.values())  # so that workers get a group each
+    assert all(len(data) > raw_shards.SHARD_BYTES for data in big.values())  # so that workers get a group each
     projects = []
     for machine, order in enumerate((1, -1)):
         project = copy_project(tmp_path_factory.mktemp("machine") / ("long" * machine + "project"))
@@ -215,25 +241,26 @@ def test_golden_digests_for_any_workers_paths_times_and_hash_seeds(machines: lis
 
 
 def test_the_published_folder_accounts_for_every_record(machines: list[Path], run_stage: Runner) -> None:
-    """source.json counts bytes, records and kept of each file, as the ledger does; nothing of a file is missing."""
+    """source.json counts files, bytes and records as the ledger does; nothing of a file is missing."""
     project = machines[1]
     for name in FORMATS:
         assert run_stage(project, "clean", name).returncode == 0
         folder, raw = project / "data/clean/p" / name, project / "data/raw" / name
-        files = arrow.read_json(folder / "source.json")["files"]
+        about = arrow.read_json(folder / "source.json")
         visible = sorted(str(p.relative_to(raw)) for p in raw.rglob("*") if p.is_file() and p.name != ".hidden.txt")
-        assert list(files) == visible
         ledger, documents = arrow.table(folder / "ledger").to_pylist(), arrow.table(folder / "documents")
-        for file, counts in files.items():
+        assert list(dict.fromkeys(row["file"] for row in ledger)) == visible
+        for file in visible:
             rows = [row for row in ledger if row["file"] == file]
-            kept = sum(row["rule"] is None for row in rows)
-            assert counts == {"bytes": (raw / file).stat().st_size, "records": len(rows), "kept": kept}
-            assert sum(row["end"] - row["start"] for row in rows) == counts["bytes"]
-            assert documents["file"].to_pylist().count(file) == kept
+            assert sum(row["end"] - row["start"] for row in rows) == (raw / file).stat().st_size
+            assert documents["file"].to_pylist().count(file) == sum(row["rule"] is None for row in rows)
         counts = arrow.manifest(folder / "ledger")["counts"]
         dropped = sum(count for rule, count in counts.items() if rule.startswith("dropped_"))
-        assert counts["rows"] == len(ledger) == counts["kept"] + dropped
-        assert counts["kept"] == documents.num_rows
+        assert about["bytes"] == sum((raw / file).stat().st_size for file in visible)
+        assert about["files"] == len(visible)
+        assert about["records"] == counts["rows"] == len(ledger) == counts["kept"] + dropped
+        assert about["kept"] == counts["kept"] == documents.num_rows
+        assert about["dropped"] == dropped
 
 
 def test_a_ledger_row_is_found_by_file_and_line(machines: list[Path], run_stage: Runner) -> None:
@@ -241,7 +268,7 @@ def test_a_ledger_row_is_found_by_file_and_line(machines: list[Path], run_stage:
     project = machines[1]
     assert run_stage(project, "clean", "jsonl").returncode == 0
     ledger = arrow.table(project / "data/clean/p/jsonl/ledger").to_pylist()
-    (row,) = (row for row in ledger if row["file"] == "rows.jsonl" and row["line"] == 3)
+    (row,) = (row for row in ledger if row["file"] == "rows.jsonl" and row["number"] == 3)
     assert (row["rule"], row["doc_id"], row["evidence"]) == ("empty", None, "nothing but white space")
     raw = (project / "data/raw/jsonl/rows.jsonl").read_bytes()[row["start"] : row["end"]]
     assert json.loads(raw) == ROWS[2]
@@ -272,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
         "x.jsonl: line 1 has no field `text`; it has txt",
     ),
     "no input column": (
-        {"format": "alpaca"},
+        {"format": "jsonl", "record": "alpaca"},
         {"x.jsonl": b'{"instruction": "a", "output": "b"}\n'},
         "line 1 has no field `input`",
     ),
@@ -289,23 +316,23 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
     "JSON too deep": (
         {"format": "jsonl"},
         {"x.jsonl": b'{"text": ' + b"[" * 10**5},
-        "line 1 is JSON beyond what Python reads",
+        "line 1, column 1 is JSON beyond what Python reads",
     ),
     "a number too long": (
         {"format": "jsonl"},
         {"x.jsonl": b'{"n": ' + b"1" * 5000 + b"}"},
-        "line 1 is JSON beyond what Python reads",
+        "line 1, column 1 is JSON beyond what Python reads",
     ),
     "a file of another kind": (
         {"format": "text"},
         {"a.txt": b"a", "b.pdf": b"%PDF"},
-        r"raw/s/b.pdf: format text reads .txt and .md files.*`ignore`",
+        r"raw/s/b.pdf: format text reads .txt, .txt.gz, .*, .md.*`ignore`",
     ),
     "a name that is not UTF-8": ({"format": "text"}, {os.fsdecode(b"\xff.txt"): b"a"}, "name is not UTF-8.*rename"),
     "nothing but ignored files": (
         {"format": "text"},
         {".hidden.txt": b"a"},
-        "raw/s holds no file to read; put .txt or .md",
+        "raw/s holds no file to read; put .txt,",
     ),
     "nothing kept": (
         {"format": "text"},
@@ -356,10 +383,380 @@ def test_a_link_that_is_no_file_is_refused_not_passed_over(project: Path, run_st
 
 def test_ignore_leaves_out_files_and_whole_folders(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.txt": b"", "b.pdf": b"", "old/c.txt": b"", ".git/d.txt": b"", "new/old.txt": b""})
-    files = clean.raw_files(tmp_path, params("document", ignore=["*.pdf", "old", ".*"]))
+    files = raw_shards.raw_files(tmp_path, params("document"), ["*.pdf", "old", ".*"])
     assert files == ["a.txt", "new/old.txt"]
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     write_files(tmp_path, dict.fromkeys(("b.txt", "a/z.txt", "B.txt", "a.txt", "中.txt"), b"x"))
-    assert clean.raw_files(tmp_path, params("document")) == ["B.txt", "a.txt", "a/z.txt", "b.txt", "中.txt"]
+    assert raw_shards.raw_files(tmp_path, params("document"), [".*"]) == [
+        "B.txt",
+        "a.txt",
+        "a/z.txt",
+        "b.txt",
+        "中.txt",
+    ]
+
+
+# --- shards and what is remembered of them ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_shards(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which a shard has 2 kB, a file of 8 kB is cut, and one that cannot be cut is read as a stream."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(raw_shards, "SHARD_BYTES", 2_000)
+    monkeypatch.setattr(raw_shards, "WHOLE_BYTES", 8_000)
+    monkeypatch.setattr(raw_shards, "cuts", functools.partial(raw_shards.cuts, shard_bytes=2_000))
+    monkeypatch.setattr(clean, "BATCH_BYTES", 1_000)
+    return project
+
+
+def build(project: Path, name: str = "s") -> tuple[dict[str, str], int, int]:
+    """Run the stage in this process; return the digests of its output, its shards, and those not remembered."""
+    clean.main(name)
+    (counts,) = arrow.read_json(project / f"metrics/runs/clean@{name}.json")["counts"]
+    return tree(project / "data/clean/p" / name), counts["shards"], counts["shards"] - counts["shards_remembered"]
+
+
+LINES = [json.dumps({"body": f"line {number} " + "word " * (number % 40)}).encode() + b"\n" for number in range(600)]
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "5"])
+def test_cut_and_whole_files_give_the_same_bytes(
+    small_shards: Path, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files in parts by any number of workers, or all at once: places count from the beginning of the file."""
+    files = {"big.jsonl": b"\xef\xbb\xbf" + b"".join(LINES), "z.jsonl": LINES[0], "a/b.jsonl": b"".join(LINES[:20])}
+    write_files(small_shards / "data/raw/s", files)
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    monkeypatch.setenv("TERROIR_WORKERS", workers)
+    digests, shards, _ = build(small_shards)
+    assert shards > 10
+    monkeypatch.undo()
+    monkeypatch.chdir(small_shards)
+    shutil.rmtree(small_shards / ".memo")
+    assert build(small_shards)[:2] == (digests, 1)
+
+
+def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too large to be a result gives the same rows as one that is not, between the same neighbours."""
+    rows = b"".join(b'%d,"a\nb %d"\r\n' % (number, number) for number in range(900))
+    write_files(
+        small_shards / "data/raw/s", {"a.csv": b"id,body\n1,x\n", "b.csv": b"id,body\n" + rows, "c.csv": b"body\ny"}
+    )
+    write_sources(small_shards, s={"format": "csv", "columns": {"text": "body"}})
+    digests, _, _ = build(small_shards)
+    monkeypatch.undo()
+    monkeypatch.chdir(small_shards)
+    assert build(small_shards)[0] == digests
+    assert arrow.table(small_shards / "data/clean/p/s/documents").num_rows == 902
+
+
+def edited(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:300], b'{"body": "a new line"}\n', *lines[300:]]
+
+
+@pytest.mark.parametrize(
+    "change", [edited, lambda lines: lines[:300] + lines[301:], lambda lines: [b'{"body": "first"}\n', *lines]]
+)
+def test_a_changed_line_of_a_large_file_costs_its_shard(small_shards: Path, change: Any) -> None:
+    """One line comes or goes: its shard is read again, at most a neighbour too; the bytes are those of a new build."""
+    raw = small_shards / "data/raw/s/big.jsonl"
+    write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    build(small_shards)
+    raw.write_bytes(b"".join(change(LINES)))
+    digests, shards, new = build(small_shards)
+    assert shards > 10
+    assert 1 <= new <= 2
+    shutil.rmtree(small_shards / ".memo")
+    assert build(small_shards) == (digests, shards, shards)
+
+
+def test_a_new_or_removed_file_among_hundreds_costs_its_shard(small_shards: Path) -> None:
+    """Nothing is remembered of a file that is gone; a renamed one is read again, for its name stands in each row."""
+    raw = small_shards / "data/raw/s"
+    write_files(raw, {f"{number:03}.txt": f"text {number} ".encode() * 20 for number in range(300)})
+    write_sources(small_shards, s=FORMATS["document"])
+    first, shards, new = build(small_shards)
+    assert shards == new > 20
+    assert build(small_shards) == (first, shards, 0)
+    write_files(raw, {"150a.txt": b"one more"})
+    digests, shards, new = build(small_shards)
+    assert 1 <= new <= 2
+    assert digests != first
+    (raw / "150a.txt").unlink()
+    digests, _, new = build(small_shards)
+    assert digests == first
+    assert 1 <= new <= 2
+    assert len(list((small_shards / ".memo/clean@s").iterdir())) <= shards
+
+
+def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key names them all."""
+    write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
+    words = small_shards / "data/rules/words.txt"
+    words.write_text("word")
+    group = {**FORMATS["jsonl"], "rules": [{"rule": "bad_words", "file": "words.txt", "action": "mask"}]}
+    write_sources(small_shards, s=group)
+    first, shards, new = build(small_shards)
+    assert shards == new
+    words.write_text("line")
+    second, shards, new = build(small_shards)
+    assert shards == new
+    assert second != first
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    assert build(small_shards)[1:] == (shards, shards)
+    monkeypatch.setattr("kit.stage.code_digest", lambda script: "other code")
+    assert build(small_shards)[1:] == (shards, shards)
+
+
+def test_a_tampered_memory_is_worked_out_again(small_shards: Path) -> None:
+    """A flipped bit does not reach the output."""
+    write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    digests, shards, _ = build(small_shards)
+    victim = sorted((small_shards / ".memo/clean@s").iterdir())[0]
+    data = bytearray(victim.read_bytes())
+    data[-100] ^= 1
+    victim.write_bytes(data)
+    assert build(small_shards) == (digests, shards, 1)
+
+
+def test_errors_in_a_part_name_the_line_of_the_file(small_shards: Path) -> None:
+    """Also after lines before them have come or gone: a sentence with a line in it is never remembered."""
+    raw = small_shards / "data/raw/s"
+    lines = [*LINES[:500], b'{"body": 1}\n', *LINES[500:]]
+    write_files(raw, {"big.jsonl": b"".join(lines)})
+    write_sources(small_shards, s={**FORMATS["jsonl"], "on_error": "drop"})
+    for data, line in ((lines, 501), ([LINES[0], *lines], 502), (lines[7:], 494)):
+        write_files(raw, {"big.jsonl": b"".join(data)})
+        build(small_shards)
+        ledger = arrow.table(small_shards / "data/clean/p/s/ledger").to_pylist()
+        assert [(row["number"], row["evidence"]) for row in ledger if row["rule"]] == [
+            (line, f"line {line}: the field `body` is 1, expected a string")
+        ]
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    with pytest.raises(SystemExit, match=r"big\.jsonl: line 494: the field `body` is 1"):
+        build(small_shards)
+
+
+# --- malformed files -------------------------------------------------------------------------------------------------
+
+
+def table_bytes(name: str) -> bytes:
+    sink = io.BytesIO()
+    parquet.write_table(pa.table({name: ["a", "b"]}), sink)
+    return sink.getvalue()
+
+
+def stream_bytes() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+# format and more, the file, what the sentence says, and the records (kept, dropped) with `on_error: drop`
+MALFORMED: dict[str, tuple[dict[str, Any], str, bytes, str, tuple[int, int]]] = {
+    "truncated gzip": (
+        {"format": "text", "sample_by": "line"},
+        "a.txt.gz",
+        gzip.compress(b"one\ntwo\n" * 999)[:-20],
+        "gzip stream is cut or damaged",
+        (1, 1),
+    ),
+    "gzip that is none": ({"format": "text"}, "a.txt.gz", b"plain text", "gzip stream is cut or damaged", (0, 1)),
+    "zstd cut": (
+        {"format": "jsonl"},
+        "a.jsonl.zst",
+        pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9],
+        "zstd stream is cut or damaged",
+        (0, 1),
+    ),
+    "lone surrogate in JSON": (
+        {"format": "jsonl"},
+        "a.jsonl",
+        b'{"text": "\\ud800"}\n{"text": "b"}\n',
+        "line 1: the field `text` holds half of a surrogate pair",
+        (1, 1),
+    ),
+    "surrogate in UTF-8": (
+        {"format": "text", "sample_by": "line"},
+        "a.txt",
+        b"ok\n\xed\xa0\x80\n",
+        r"byte 3 \(line 2\) is not UTF-8",
+        (1, 1),
+    ),
+    "GB18030 not declared": (
+        {"format": "text"},
+        "a.txt",
+        "第一条".encode("gb18030"),
+        r"byte 0 \(line 1\) is not UTF-8",
+        (0, 1),
+    ),
+    "UTF-16 without its mark": (
+        {"format": "text", "encoding": "utf-16"},
+        "a.txt",
+        "ab".encode("utf-16-le"),
+        "no byte order mark",
+        (0, 1),
+    ),
+    "ragged csv": (
+        {"format": "csv"},
+        "a.csv",
+        b"id,text\n1,a\n2\n3,c,d\n4,e\n",
+        "line 3: it has 1 field, the header names 2",
+        (2, 2),
+    ),
+    "csv with an open quote": ({"format": "csv"}, "a.csv", b'text\na\n"b\nc\n', "is not CSV", (1, 1)),
+    "csv without the column": ({"format": "csv"}, "a.csv", b"id\n1\n", "no column `text`, only id", (0, 1)),
+    "Parquet without the column": (
+        {"format": "parquet"},
+        "a.parquet",
+        table_bytes("txt"),
+        "no column `text`, only txt",
+        (0, 1),
+    ),
+    "truncated Parquet": (
+        {"format": "parquet"},
+        "a.parquet",
+        table_bytes("text")[:-30],
+        "the file cannot be read",
+        (0, 1),
+    ),
+    "truncated Arrow": ({"format": "arrow"}, "a.arrow", stream_bytes()[:-8], "without Arrow's end mark", (2, 1)),
+    "truncated JSON": ({"format": "json"}, "a.json", b'[{"text": "a"}, {"text": "b', "is not JSON", (1, 1)),
+    "JSON with a name twice": (
+        {"format": "jsonl"},
+        "a.jsonl",
+        b'{"text": "a", "text": "b"}\n',
+        "holds `text` twice",
+        (0, 1),
+    ),
+    "two JSON values on a line": (
+        {"format": "jsonl"},
+        "a.jsonl",
+        b'{"text": "a"} {"text": "b"}\n',
+        "Extra data",
+        (0, 1),
+    ),
+    "an unknown role": (
+        {"format": "jsonl", "record": "messages"},
+        "a.jsonl",
+        b'{"messages": [{"role": "bot", "content": "a"}]}\n',
+        'has the role "bot", expected one of',
+        (0, 1),
+    ),
+    "PDF that is none": ({"format": "pdf"}, "a.pdf", b"%PDF-1.4 nothing", "the file cannot be read", (0, 1)),
+    "Word that is none": ({"format": "docx"}, "a.docx", b"PK nothing", "the file cannot be read", (0, 1)),
+    "HTML in another encoding": ({"format": "html"}, "a.html", b"<p>\xff</p>", "is not UTF-8", (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_file_stops_the_stage_or_is_counted(
+    project: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """One sentence that names file and place; with `on_error: drop` a ledger row, and the good records stay."""
+    group, file, data, sentence, (kept, dropped) = MALFORMED[case]
+    monkeypatch.chdir(project)
+    write_files(project / "data/raw/s", {file: data})
+    write_sources(project, s=group)
+    with pytest.raises(SystemExit, match=f"data/raw/s/{file}: .*{sentence}") as error:
+        clean.main("s")
+    assert "\n" not in str(error.value)
+    assert not (project / "data/clean/p/s").exists()
+    write_sources(project, s={**group, "on_error": "drop"})
+    if kept:
+        clean.main("s")
+        ledger = arrow.table(project / "data/clean/p/s/ledger").to_pylist()
+        (bad, *_) = [row for row in ledger if row["rule"]]
+        assert bad["rule"] == "unreadable"
+        assert re.search(sentence, bad["evidence"])
+        assert arrow.table(project / "data/clean/p/s/documents").num_rows == len(ledger) - dropped
+        assert sum(row["rule"] is not None for row in ledger) == dropped
+    else:
+        with pytest.raises(
+            SystemExit, match=rf"none of its {dropped} records was kept \(\{{'unreadable': {dropped}\}}\)"
+        ):
+            clean.main("s")
+
+
+def test_nul_bytes_are_removed_and_noted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    write_files(project / "data/raw/s", {"a.txt": b"a\0b\0", "empty.txt": b""})
+    write_sources(project, s={"format": "text"})
+    clean.main("s")
+    rows = arrow.table(project / "data/clean/p/s/ledger").to_pylist()
+    assert [(row["rule"], row["changes"]) for row in rows] == [(None, "control_characters 2"), ("empty", None)]
+    assert arrow.table(project / "data/clean/p/s/documents")["text"].to_pylist() == ["ab"]
+
+
+def test_a_line_of_200_megabytes_is_one_record(project: Path, run_stage: Runner) -> None:
+    (project / "data/raw/s").mkdir(parents=True)
+    with (project / "data/raw/s/a.jsonl").open("wb") as file:
+        file.write(b'{"text": "first"}\n{"text": "')
+        for _ in range(200):
+            file.write(b"0123456789abcdef" * 2**16)
+        file.write(b'"}\n{"text": "last"}\n')
+    write_sources(project, s={"format": "jsonl"})
+    finished = run_stage(project, "clean", "s")
+    assert finished.returncode == 0, finished.stderr
+    ledger = arrow.table(project / "data/clean/p/s/ledger").to_pylist()
+    assert [(row["number"], row["n_chars"], row["rule"]) for row in ledger] == [
+        (1, 5, None),
+        (2, 200 * 2**20, None),
+        (3, 4, None),
+    ]
+
+
+def test_a_loop_of_folders_is_refused(project: Path, run_stage: Runner) -> None:
+    write_files(project / "data/raw/s", {"deep/a.txt": b"a"})
+    (project / "data/raw/s/deep/up").symlink_to("..")
+    write_sources(project, s={"format": "text"})
+    finished = run_stage(project, "clean", "s")
+    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+    assert "data/raw/s/deep/up is a link to a folder" in finished.stderr
+
+
+def test_a_file_that_may_not_be_read_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who may read everything: the refusal of the system is acted."""
+    write_files(project / "data/raw/s", {"secret.txt": b"a", "a.txt": b"a"})
+    write_sources(project, s={"format": "text"})
+    monkeypatch.chdir(project)
+    path_open = Path.open
+
+    def refuse(path: Path, *args: Any, **named: Any) -> Any:
+        if path.name == "secret.txt":
+            raise PermissionError(13, "Permission denied")
+        return path_open(path, *args, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SystemExit, match=r"data/raw/s/secret.txt may not be read; give yourself the right"):
+        clean.main("s")
+
+
+# --- folders of `datasets` -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_save_to_disk_is_read_as_one_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source itself, folders within it, and splits of a DatasetDict: rows are counted through their shards."""
+    import datasets
+
+    monkeypatch.chdir(project)
+    rows = datasets.Dataset.from_dict({"text": [f"row {number}" for number in range(7)]})
+    rows.save_to_disk("data/raw/one", num_shards=2)
+    datasets.DatasetDict({"train": rows, "test": rows.select([3])}).save_to_disk("data/raw/two")
+    write_sources(project, one={"format": "arrow"}, two={"format": "arrow"})
+    clean.main("one")
+    clean.main("two")
+    found = arrow.table(project / "data/clean/p/one/ledger").to_pylist()
+    assert [(row["file"], row["number"], row["start"]) for row in found] == [("one", n, None) for n in range(1, 8)]
+    found = arrow.table(project / "data/clean/p/two/ledger").to_pylist()
+    assert [row["file"] for row in found] == ["test", *["train"] * 7]
+    assert arrow.read_json(project / "data/clean/p/two/source.json")["unit"] == "row"

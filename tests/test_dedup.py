@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import clean
 import tiny
-from conftest import Runner, write
-from dedup import Near, Params, decide, different_texts, read_exclusions, split_point
+from conftest import Runner, git, ran, repro, write
+from decontaminate import Hit
+from dedup import (
+    Near,
+    Params,
+    decide,
+    different_texts,
+    identify,
+    in_order,
+    read_exclusions,
+    read_ids,
+    split_point,
+    table,
+)
 from kit import arrow
 from near_duplicates import Params as NearParams
-from near_duplicates import clusters, near_twins, signatures
+from near_duplicates import clusters, jaccard, near_twins, signatures
 
 IDS = st.binary(min_size=16, max_size=16)
 # A pool of six, so that documents meet again in and across sources.
 SOURCES = st.dictionaries(st.sampled_from("abc"), st.lists(st.sampled_from([bytes([n]) * 16 for n in range(6)])))
 
 
+def decisions(
+    doc_ids: dict[str, list[bytes]],
+    params: Params,
+    near: Near | None = None,
+    excluded: frozenset[bytes] = frozenset(),
+    contaminated: Iterable[int] = (),
+) -> dict[str, pa.Table]:
+    """Return one table of decisions per source; `contaminated` are numbers of different documents."""
+    ids = np.frombuffer(b"".join(itertools.chain(*doc_ids.values())), np.uint8).reshape(-1, 16)
+    documents = identify(ids)
+    found = decide(documents, params, near, excluded, np.array([*contaminated], np.int64))
+    starts = dict(zip(doc_ids, np.cumsum([0, *map(len, doc_ids.values())]).tolist(), strict=False))
+    hits = dict.fromkeys(range(len(ids)), Hit("quiz", "quiz.txt line 1: what is"))
+    return {
+        source: table(pa.array(doc_ids[source], pa.binary(16)), start, found, starts, hits)
+        for source, start in starts.items()
+    }
+
+
 def splits(doc_ids: dict[str, list[bytes]], params: Params | None = None) -> dict[str, list[str]]:
-    return {source: table["split"].to_pylist() for source, table in decide(doc_ids, params or Params()).items()}
+    return {source: rows["split"].to_pylist() for source, rows in decisions(doc_ids, params or Params()).items()}
 
 
 def sides(doc_ids: dict[str, list[bytes]], params: Params) -> dict[bytes, set[str]]:
@@ -49,11 +84,12 @@ def test_the_worked_example_of_the_docstring() -> None:
         for params in (Params(eval_fraction=0.3, seed=seed) for seed in range(1000))
         if [split_point(text, params.seed) < 0.3 for text in (one, two, three)] == [False, True, False]
     )
-    tables = decide({"a": [one, two], "b": [two, three]}, params)
+    tables = decisions({"a": [one, two], "b": [two, three]}, params)
     assert tables["a"]["split"].to_pylist() == ["train", "eval"]
+    none = {"evidence": None}
     assert tables["b"].to_pylist() == [
-        {"doc_id": two, "split": "dropped", "rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0},
-        {"doc_id": three, "split": "train", "rule": None, "twin": None, "similarity": None},
+        {"doc_id": two, "split": "dropped", "rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, **none},
+        {"doc_id": three, "split": "train", "rule": None, "twin": None, "similarity": None, **none},
     ]
 
 
@@ -63,7 +99,7 @@ def test_a_text_is_kept_once_and_its_copies_name_it(
 ) -> None:
     """The first in the order of sources and rows is kept; both splits hold something."""
     assume(different(doc_ids) >= 2)
-    tables = decide(doc_ids, Params(eval_fraction=eval_fraction, seed=seed))
+    tables = decisions(doc_ids, Params(eval_fraction=eval_fraction, seed=seed))
     kept: dict[bytes, str] = {}
     used = set()
     for source, ids in doc_ids.items():
@@ -120,7 +156,7 @@ def test_another_seed_holds_out_other_documents() -> None:
 @pytest.mark.parametrize("doc_ids", [{}, {"a": []}, {"a": [bytes(16)], "b": [bytes(16)]}])
 def test_fewer_than_two_different_documents_are_refused(doc_ids: dict[str, list[bytes]]) -> None:
     with pytest.raises(ValueError, match="fewer than two different documents"):
-        decide(doc_ids, Params())
+        decisions(doc_ids, Params())
 
 
 def test_the_command_takes_the_sources_of_params_yaml_and_refuses_a_stranger(project: Path, run_stage: Runner) -> None:
@@ -149,6 +185,27 @@ def test_the_command_takes_the_sources_of_params_yaml_and_refuses_a_stranger(pro
     assert (project / "data/dedup/p/a/manifest.json").read_bytes() == before
 
 
+def phase_of_lines(project: Path, sources: dict[str, list[str]], run_stage: Runner, **settings: Any) -> dict[str, Any]:
+    """Make a phase `p` of sources whose lines are documents, clean them, and return params.yaml, written."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "dedup": settings})
+    content: dict[str, Any] = json.loads((project / "params.yaml").read_text())
+    group = {"format": "text", "sample_by": "line", "license": "unknown"}
+    content["sources"] = {name: {"phase": "p", "path": f"data/raw/{name}", "clean": group} for name in sources}
+    (project / "params.yaml").write_text(json.dumps(content))
+    for name, lines in sources.items():
+        write(project / f"data/raw/{name}/x.txt", "".join(f"{line}\n" for line in lines))
+        finished = run_stage(project, "clean", name)
+        assert finished.returncode == 0, finished.stderr
+    return content
+
+
+def decided(project: Path, run_stage: Runner, source: str) -> list[dict[str, Any]]:
+    finished = run_stage(project, "dedup", "p")
+    assert finished.returncode == 0, finished.stderr
+    rows: list[dict[str, Any]] = arrow.table(project / "data/dedup/p" / source).to_pylist()
+    return rows
+
+
 def with_near(texts: dict[str, list[str]], near: NearParams | None, excluded: frozenset[bytes] = frozenset()) -> Any:
     """Return the decisions about texts, by the real search."""
     ids = {source: [clean.doc_id(text) for text in said] for source, said in texts.items()}
@@ -158,8 +215,8 @@ def with_near(texts: dict[str, list[str]], near: NearParams | None, excluded: fr
         signed = signatures(pa.chunked_array([pa.array(different)]), near)
         cluster = clusters(signed, near)
         twins, similarities = near_twins(signed, cluster, near, pa.chunked_array([pa.array(different)]))
-        found = Near(cluster.tolist(), twins.tolist(), similarities.tolist())
-    tables = decide(ids, Params(eval_fraction=0.5, near_duplicates=near), found, excluded)
+        found = Near(cluster, twins, similarities)
+    tables = decisions(ids, Params(eval_fraction=0.5, near_duplicates=near), found, excluded)
     return {source: table.to_pylist() for source, table in tables.items()}
 
 
@@ -190,8 +247,8 @@ def test_a_cluster_is_on_one_side() -> None:
     twins, similarities = near_twins(signed, cluster, near, texts)
     assert len(set(cluster[len(OTHERS) :].tolist())) == 1
     for seed in range(20):
-        found = Near(cluster.tolist(), twins.tolist(), similarities.tolist())
-        rows = decide(ids, Params(eval_fraction=0.5, seed=seed), found)["a"].to_pylist()
+        found = Near(cluster, twins, similarities)
+        rows = decisions(ids, Params(eval_fraction=0.5, seed=seed), found)["a"].to_pylist()
         sides = {row["split"] for row in rows[len(OTHERS) :]} - {"dropped"}
         assert len(sides) == 1
         assert sum(row["split"] != "dropped" for row in rows[len(OTHERS) :]) > 1
@@ -221,5 +278,162 @@ def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
     for name in ("x", "y"):
         with arrow.Writer(tmp_path / name, clean.CHAT_DOCUMENTS) as out:
             out.write(pa.Table.from_pylist(rows, clean.CHAT_DOCUMENTS))
-    texts = different_texts({"x": tmp_path / "x", "y": tmp_path / "y"})
-    assert texts.to_pylist() == ["Q\nA", "Q\nA"]
+    folders = {"x": tmp_path / "x", "y": tmp_path / "y"}
+    texts = different_texts(folders, identify(read_ids(folders)).first)
+    assert [text for some in texts for text in some.to_pylist()] == ["Q\nA", "Q\nA"]
+
+
+def test_the_source_of_higher_priority_keeps_its_documents(project: Path, run_stage: Runner) -> None:
+    """Of equal and of near-equal documents; the others follow by name, whatever the order in params.yaml."""
+    near = LAW.replace("公民", "国民", 1)
+    sources = {"c": [near, *OTHERS[:4]], "a": [*OTHERS[4:], LAW], "b": [LAW]}
+    content = phase_of_lines(project, sources, run_stage, near_duplicates={})
+    dropped = {"b": ("exact_duplicate", "a/4"), "c": ("near_duplicate", "a/4")}
+    for source in "bc":
+        row = decided(project, run_stage, source)[0]
+        assert (row["rule"], row["twin"]) == dropped[source]
+    content["phases"]["p"]["dedup"]["priority"] = ["c", "b"]
+    (project / "params.yaml").write_text(json.dumps(content))
+    assert decided(project, run_stage, "c")[0]["rule"] is None
+    for source, place in (("a", 4), ("b", 0)):
+        row = decided(project, run_stage, source)[place]
+        assert (row["rule"], row["twin"]) == ("near_duplicate", "c/0")
+        assert row["similarity"] < 1
+    content["phases"]["p"]["dedup"]["priority"] = ["c", "bb"]
+    (project / "params.yaml").write_text(json.dumps(content))
+    finished = run_stage(project, "dedup", "p")
+    assert finished.stderr == ("dedup@p: `priority` names `bb`, which is no source of this phase; did you mean `b`?\n")
+
+
+def test_dvc_sees_the_priority_and_no_order_of_sources(project: Path, run_stage: Runner) -> None:
+    """DVC compares dicts without their order, lists with it: so the order that decides is a list."""
+    sources = {"a": ["one", "two"], "b": ["two", "three"]}
+    content = phase_of_lines(project, sources, run_stage, priority=["b", "a"])
+    git(project, "init", "--quiet")
+    repro(project, "dedup")
+    content["sources"] = dict(reversed(content["sources"].items()))
+    (project / "params.yaml").write_text(json.dumps(content))
+    assert "dedup@p" not in ran(repro(project, "dedup"))
+    content["phases"]["p"]["dedup"]["priority"] = ["a", "b"]
+    (project / "params.yaml").write_text(json.dumps(content))
+    assert "dedup@p" in ran(repro(project, "dedup"))
+    write(project / "data/benchmarks/quiz.txt", "one two three four five six seven eight\n")
+    assert "dedup@p" in ran(repro(project, "dedup"))
+
+
+@pytest.mark.parametrize("wrong", [{"priority": ["a", "a"]}, {"decontaminate": {"../x": {}}}, {"decontaminate": ["x"]}])
+def test_wrong_parameters_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Params(**wrong)
+
+
+@given(SOURCES, st.permutations("abc"))
+def test_priority_decides_which_copy_is_kept(doc_ids: dict[str, list[bytes]], priority: list[str]) -> None:
+    """The split of a text and the number of dropped copies are the same for any order."""
+    assume(different(doc_ids) >= 2)
+    order = in_order(sorted(doc_ids), [name for name in priority if name in doc_ids])
+    tables = decisions({name: doc_ids[name] for name in order}, Params())
+    for identity in {*itertools.chain(*doc_ids.values())}:
+        kept = [
+            name for name in order for row in tables[name].to_pylist() if row["doc_id"] == identity and not row["rule"]
+        ]
+        assert kept == [next(name for name in order if identity in doc_ids[name])]
+    assert sides({name: doc_ids[name] for name in order}, Params()) == sides(doc_ids, Params())
+
+
+def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path, run_stage: Runner) -> None:
+    """Each by its own text: of a pair the one without the item stays, though the other stands before it."""
+    words = [f"word{number}" for number in range(200)]
+    item = " ".join(words[20:40])
+    clear = " ".join([*words[:30], "other", *words[31:]])
+    sources = {"a": [*OTHERS, " ".join(words), clear], "b": [" ".join(words), f"Well. {item.upper()}!"]}
+    write(project / "data/benchmarks/quiz.jsonl", json.dumps({"question": item, "text": "no"}) + "\n")
+    content = phase_of_lines(
+        project, sources, run_stage, near_duplicates={}, decontaminate={"quiz": {"fields": ["question"]}}
+    )
+    rows = decided(project, run_stage, "a")
+    rule, place = "decontaminate:quiz", "data/benchmarks/quiz.jsonl line 1: "
+    assert [row["rule"] for row in rows] == [None] * 8 + [rule, None]
+    assert (rows[8]["split"], rows[8]["twin"], rows[8]["similarity"]) == ("dropped", None, None)
+    assert rows[8]["evidence"] == place + " ".join(words[20:33])[:80]
+    assert [(row["rule"], row["evidence"][: len(place)]) for row in decided(project, run_stage, "b")] == [
+        (rule, place)
+    ] * 2
+    (counts,) = json.loads((project / "metrics/runs/dedup@p.json").read_text())["counts"]
+    assert (counts["decontaminate:quiz"], counts["items of quiz"], counts["items of quiz too short"]) == (3, 1, 0)
+    # Exclusion comes first, and takes the cluster; and without the benchmark the other twin is the duplicate.
+    write(project / "data/exclusions.txt", clean.doc_id(clear).hex() + "\n")
+    assert [row["rule"] for row in decided(project, run_stage, "a")[8:]] == ["excluded", "excluded"]
+    assert [row["rule"] for row in decided(project, run_stage, "b")] == ["excluded", rule]
+    write(project / "data/exclusions.txt", "")
+    content["phases"]["p"]["dedup"]["decontaminate"] = {}
+    (project / "params.yaml").write_text(json.dumps(content))
+    assert [row["rule"] for row in decided(project, run_stage, "a")[8:]] == [None, "near_duplicate"]
+
+
+WORDS = [f"w{number}" for number in range(40)]
+
+
+def versions(edits: list[tuple[int, list[int]]]) -> list[str]:
+    """Return texts, each an earlier one with the words at these places replaced."""
+    texts = [[f"{word}x{n % 3}" for n in range(5) for word in WORDS]]
+    for number, (source, places) in enumerate(edits):
+        texts.append(list(texts[source % len(texts)]))
+        for place in places:
+            texts[-1][place] = f"edit{number}"
+    return [" ".join(words) for words in texts]
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 199), max_size=9)), min_size=3, max_size=14)
+
+
+@given(EDITS, st.permutations(range(20)), st.integers(0, 5))
+def test_no_order_decides_the_side_and_no_near_twin_is_on_the_other(
+    edits: list[tuple[int, list[int]]], order: list[int], seed: int
+) -> None:
+    """Versions of versions of a text: clusters and sides follow from content; what is dropped has a kept twin."""
+    texts = [*OTHERS[:3], *dict.fromkeys(versions(edits))]
+    near = NearParams()
+    found: list[dict[str, str]] = []
+    for arranged in (texts, [texts[place] for place in order if place < len(texts)]):
+        column = pa.array(arranged)
+        signed = signatures(column, near)
+        cluster = clusters(signed, near)
+        twin, similarity = near_twins(signed, cluster, near, column)
+        ids = {"a": [clean.doc_id(text) for text in arranged]}
+        rows = decisions(ids, Params(eval_fraction=0.5, seed=seed), Near(cluster, twin, similarity))["a"].to_pylist()
+        kept = [number for number, row in enumerate(rows) if row["rule"] is None]
+        for number, row in enumerate(rows):
+            if row["rule"]:
+                assert int(row["twin"].removeprefix("a/")) in kept
+                assert row["similarity"] >= near.threshold
+                assert int(row["twin"].removeprefix("a/")) < number
+        pairs = np.array([(a, b) for a in kept for b in kept if rows[a]["split"] > rows[b]["split"]]).reshape(-1, 2).T
+        assert (jaccard(column, *pairs, near) < 0.9).all()
+        names = {name: clean.doc_id(arranged[name]) for name in set(cluster.tolist())}
+        members = {name: min(ids["a"][row] for row in np.flatnonzero(cluster == name)) for name in names}
+        found.append({arranged[row]: members[int(cluster[row])] for row in range(len(arranged))})
+    if len(found[1]) == len(found[0]):
+        assert found[0] == found[1]
+
+
+def test_memory_does_not_grow_with_the_corpus(project: Path, run_stage: Runner) -> None:
+    """Ten times the documents: at most a tenth more memory at the peak."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "dedup": {"near_duplicates": {}}})
+    (source,) = json.loads((project / "params.yaml").read_text())["sources"]
+    rng = np.random.default_rng(0)
+    vocabulary = np.array([f"{number * 7919:x}" for number in range(20_000)])
+    originals = [" ".join(vocabulary[rng.integers(20_000, size=600)]) for _ in range(100)]
+    peaks = []
+    for count in (2_000, 20_000):
+        with arrow.Writer(project / f"data/clean/p/{source}/documents", clean.TEXT_DOCUMENTS) as out:
+            for begin in range(0, count, 100):
+                texts = [" ".join(vocabulary[rng.integers(20_000, size=600)]) for _ in range(90)]
+                texts += [f"{text} again {begin}" for text in originals[begin // 10 % 100 :][:10]]
+                place = {"file": "f", "start": 0, "end": 1, "line": 1}
+                rows = [{"doc_id": clean.doc_id(text), **place, "text": text} for text in texts]
+                out.write(pa.Table.from_pylist(rows, clean.TEXT_DOCUMENTS))
+        finished = run_stage(project, "dedup", "p")
+        assert finished.returncode == 0, finished.stderr
+        peaks.append(json.loads((project / "metrics/runs/dedup@p.json").read_text())["peak_memory_mib"])
+    assert peaks[1] <= 1.1 * peaks[0], peaks

@@ -19,13 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import document_turns
+import group_blocks
 import tiny
 from conftest import Runner, copy_project, write
-from group_blocks import Grouper, Params, blocks_schema, concatenate, pack
+from group_blocks import LEFT_OUT, Grouper, LeftOut, Params, blocks_schema, group
 from kit import arrow
 from kit.model import IGNORED, Blocks
-from tokenize_text import lists, tokens_schema
+from tokenize_text import tokens_schema
 
+EOS = 65534
 PAD = 65535  # the largest id of two bytes, so that an id that wraps round is seen
 # A document: its split, and (id, learned) for each of its tokens.
 DOCUMENT = st.tuples(
@@ -37,6 +40,13 @@ SOURCES = st.tuples(st.lists(DOCUMENT, min_size=1, max_size=8), st.lists(DOCUMEN
 Documents = list[tuple[str, list[tuple[int, bool]]]]
 
 
+def lists(values: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    """Return arrays of any lengths as one Arrow list column."""
+    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+    flat = np.concatenate(values) if values else np.array([], dtype=np.int64)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat).cast(kind))
+
+
 class Grouped(NamedTuple):
     """What a folder of blocks holds."""
 
@@ -45,16 +55,22 @@ class Grouped(NamedTuple):
     starts: list[list[int]]
     counts: dict[str, int]
     digest: str
+    left_out: list[dict[str, Any]]
+    shown: dict[str, tuple[int, int]]
 
 
-def write_tokens(folder: Path, documents: Documents, learn: bool = True, batch_rows: int = 256) -> Path:
-    """Write a folder as tokenize_text leaves it."""
+def identity(number: int) -> bytes:
+    return hashlib.sha256(str(number).encode()).digest()[:16]
+
+
+def write_tokens(folder: Path, documents: Documents, learn: bool = True, batch_rows: int = 256, first: int = 0) -> Path:
+    """Write a folder as tokenize_text leaves it; `first` numbers the documents' identities."""
     schema = tokens_schema(pa.uint16(), learn)
     columns = [
-        pa.array([bytes(16)] * len(documents), pa.binary(16)),
+        pa.array([identity(first + number) for number in range(len(documents))], pa.binary(16)),
         pa.array([split for split, _ in documents], pa.string()),
-        lists([np.array([identity for identity, _ in tokens]) for _, tokens in documents], pa.uint16()),
-        lists([np.array([mark for _, mark in tokens]) for _, tokens in documents], pa.bool_()),
+        pa.array([[token for token, _ in tokens] for _, tokens in documents], pa.list_(pa.uint16())),
+        pa.array([[mark for _, mark in tokens] for _, tokens in documents], pa.list_(pa.bool_())),
     ]
     counts = {"train": 0, "eval": 0}
     for split, tokens in documents:
@@ -66,25 +82,40 @@ def write_tokens(folder: Path, documents: Documents, learn: bool = True, batch_r
 
 
 def grouped(
-    sources: list[Documents], block_size: int, mode: str = "concat", last_block: str = "pad", **options: int
+    sources: list[Documents],
+    block_size: int,
+    mode: str = "concat",
+    last_block: str = "pad",
+    split: str = "train",
+    batch_rows: int = 256,
+    **options: Any,
 ) -> Grouped:
-    """Group the train split of `sources`. Options: batch_rows of the tokens folders, rows_at_once of the packing."""
+    """Group a split of `sources`, which are called 0, 1, ...; `batch_rows` of the tokens folders."""
+    given = Params.model_construct(**{**Params(block_size=8).model_dump(), "block_size": block_size, **options})
+    given.mode, given.last_block = mode, last_block  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
-        rows = options.get("batch_rows", 256)
-        folders = [write_tokens(Path(name, str(n)), source, batch_rows=rows) for n, source in enumerate(sources)]
+        folders, first = [], 0
+        for number, source in enumerate(sources):
+            folders.append(write_tokens(Path(name, str(number)), source, batch_rows=batch_rows, first=first))
+            first += len(source)
         out = arrow.Writer(Path(name, "out"), blocks_schema(pa.uint16(), block_size, True, starts=mode != "concat"))
+        listed = arrow.Writer(Path(name, "left_out"), LEFT_OUT)
+        left_out = LeftOut(listed if given.long_documents != "split" else None, given)
         grouper = Grouper(out, block_size, PAD)
-        if mode == "concat":
-            documents, tokens = concatenate(folders, "train", grouper)
-            dropped = grouper.finish(last_block)
-        else:
-            documents, tokens = pack(folders, "train", mode, grouper, options.get("rows_at_once", 1024))
-            dropped = 0
-        out.close(tokens=tokens - dropped, dropped_tokens=dropped, documents=documents)
+        shown = group(folders, split, given, grouper, left_out, EOS)
+        n_documents = sum(one.documents for one in shown.values())
+        out.close(tokens=grouper.tokens, dropped_tokens=left_out.tokens, documents=n_documents)
+        listed.close()
         table = arrow.table(Path(name, "out")).to_pydict()
-        starts = table.get("starts", [])
-        digest = hashlib.sha256(Path(name, "out", "data-00000.arrow").read_bytes()).hexdigest()
-        return Grouped(table["input_ids"], table["learn"], starts, out.counts, digest)
+        return Grouped(
+            table["input_ids"],
+            table["learn"],
+            table.get("starts", []),
+            out.counts,
+            hashlib.sha256(Path(name, "out", "data-00000.arrow").read_bytes()).hexdigest(),
+            arrow.table(Path(name, "left_out")).to_pylist(),
+            {name: (one.documents, one.tokens) for name, one in shown.items()},
+        )
 
 
 def train_documents(sources: list[Documents]) -> list[list[tuple[int, bool]]]:
@@ -94,6 +125,17 @@ def train_documents(sources: list[Documents]) -> list[list[tuple[int, bool]]]:
 def flat(blocks: Grouped) -> list[tuple[int, bool]]:
     """Return (id, learned) of all places of all blocks, in order."""
     return [pair for row in zip(blocks.ids, blocks.learn, strict=True) for pair in zip(*row, strict=True)]
+
+
+def packed_pieces(blocks: Grouped) -> list[list[tuple[int, bool]]]:
+    """Return what stands between the starts of each block, in order; behind the last start there is padding alone."""
+    found = []
+    for ids, learn, starts in zip(blocks.ids, blocks.learn, blocks.starts, strict=True):
+        pairs = list(zip(ids, learn, strict=True))
+        assert starts[0] == 0
+        found += [pairs[start:end] for start, end in itertools.pairwise(starts)]
+        assert pairs[starts[-1] :] == [(PAD, False)] * (len(ids) - starts[-1])
+    return found
 
 
 EXAMPLE: Documents = [("train", [(n, True) for n in ids]) for ids in ([0, 5, 6, 1], [0, 7, 1])]
@@ -151,12 +193,7 @@ def test_whole_documents_stand_between_the_starts_of_their_blocks(
     blocks = grouped(sources, block_size, mode)
     documents = train_documents(sources)
     expected = [tokens[at : at + block_size] for tokens in documents for at in range(0, len(tokens), block_size)]
-    found = []
-    for ids, learn, starts in zip(blocks.ids, blocks.learn, blocks.starts, strict=True):
-        pairs = list(zip(ids, learn, strict=True))
-        assert starts[0] == 0
-        found += [pairs[start:end] for start, end in itertools.pairwise(starts)]
-        assert pairs[starts[-1] :] == [(PAD, False)] * (block_size - starts[-1])
+    found = packed_pieces(blocks)
     assert (found if mode == "line" else sorted(found)) == (expected if mode == "line" else sorted(expected))
     assert blocks.counts["tokens"] == sum(map(len, documents))
     assert blocks.counts["documents"] == len(documents)
@@ -167,21 +204,136 @@ def test_whole_documents_stand_between_the_starts_of_their_blocks(
     block_size=st.integers(1, 20),
     mode=st.sampled_from(["concat", "line", "best_fit"]),
     batch_rows=st.integers(1, 5),
-    rows_at_once=st.integers(1, 5),
 )
 @settings(max_examples=50)
-def test_batch_boundaries_do_not_matter(
-    sources: list[Documents], block_size: int, mode: str, batch_rows: int, rows_at_once: int
-) -> None:
+def test_batch_boundaries_do_not_matter(sources: list[Documents], block_size: int, mode: str, batch_rows: int) -> None:
     """Nor do those of the sources: one source with all documents gives the bytes of two."""
     expected = grouped(sources, block_size, mode)
-    assert grouped(sources, block_size, mode, batch_rows=batch_rows, rows_at_once=rows_at_once) == expected
-    assert grouped([[document for source in sources for document in source]], block_size, mode) == expected
+    assert grouped(sources, block_size, mode, batch_rows=batch_rows) == expected
+    assert grouped([[document for source in sources for document in source]], block_size, mode)[:5] == expected[:5]
 
 
-def test_last_block_drop_is_for_a_stream_alone() -> None:
+LONG = st.fixed_dictionaries({"mode": st.sampled_from(["line", "best_fit"]), "block_size": st.integers(1, 30)})
+
+
+@given(sources=SOURCES, given_=LONG)
+def test_a_truncated_document_keeps_its_eos_and_what_is_cut_is_counted(
+    sources: list[Documents], given_: dict[str, Any]
+) -> None:
+    """EOS stands in the place of the last token of the block, with the mark that this place had."""
+    size, documents = given_["block_size"], train_documents(sources)
+    blocks = grouped(sources, long_documents="truncate", **given_)
+    expected = [
+        tokens if len(tokens) <= size else [*tokens[: size - 1], (EOS, tokens[size - 1][1])] for tokens in documents
+    ]
+    assert sorted(packed_pieces(blocks)) == sorted(expected)
+    assert blocks.counts["tokens"] == sum(map(len, expected))
+    assert blocks.counts["tokens"] + blocks.counts["dropped_tokens"] == sum(map(len, documents))
+    assert blocks.counts["documents"] == len(documents)
+    listed = [(row["tokens"], row["left_out"]) for row in blocks.left_out]
+    assert listed == [(len(tokens), len(tokens) - size) for tokens in documents if len(tokens) > size]
+
+
+@given(sources=SOURCES, given_=LONG)
+def test_a_dropped_document_is_counted_and_listed(sources: list[Documents], given_: dict[str, Any]) -> None:
+    size, documents = given_["block_size"], train_documents(sources)
+    blocks = grouped(sources, long_documents="drop", **given_)
+    assert sorted(packed_pieces(blocks)) == sorted(tokens for tokens in documents if len(tokens) <= size)
+    assert blocks.counts["tokens"] + blocks.counts["dropped_tokens"] == sum(map(len, documents))
+    numbered = [
+        (number, tokens) for number, (split, tokens) in enumerate(itertools.chain(*sources)) if split == "train"
+    ]
+    assert [(row["doc_id"], row["left_out"], row["rule"]) for row in blocks.left_out] == [
+        (identity(number), len(tokens), "drop") for number, tokens in numbered if len(tokens) > size
+    ]
+
+
+@given(
+    sources=SOURCES,
+    weights=st.lists(st.sampled_from([0.2, 0.5, 1.0, 1.5, 2.0, 3.0]), min_size=2, max_size=2),
+    mode=st.sampled_from(["concat", "line", "best_fit"]),
+)
+def test_documents_are_shown_as_often_as_weights_say_all_of_them_before_one_again(
+    sources: list[Documents], weights: list[float], mode: str
+) -> None:
+    """Turn by turn; whole weights exactly, the rest by a draw that is the document's own; eval is never weighted."""
+    named = {str(number): weight for number, weight in enumerate(weights)}
+    blocks = grouped(sources, 16, mode, weights=named)
+    numbers = iter(range(1000))
+    often = []
+    for source, weight in zip(sources, weights, strict=True):
+        for split, tokens in source:
+            identities = pa.array([identity(next(numbers))], pa.binary(16))
+            if split == "train":
+                often.append((int(document_turns.times(identities, weight)[0]), tokens))
+                assert int(weight) <= often[-1][0] <= -(-weight // 1)
+    expected = [tokens for turn in range(3) for count, tokens in often if count > turn]
+    if mode == "concat":
+        assert flat(blocks)[: blocks.counts["tokens"]] == [pair for tokens in expected for pair in tokens]
+    pieces = [tokens[at : at + 16] for tokens in expected for at in range(0, len(tokens), 16)]
+    if mode == "line":
+        assert packed_pieces(blocks) == pieces
+    if mode == "best_fit":
+        assert sorted(packed_pieces(blocks)) == sorted(pieces)
+    assert blocks.counts["tokens"] == sum(map(len, expected)) == sum(tokens for _, tokens in blocks.shown.values())
+    assert blocks.counts["documents"] == len(expected)
+    assert grouped(sources, 16, mode, weights=named, split="eval")[:5] == grouped(sources, 16, mode, split="eval")[:5]
+
+
+def test_no_block_holds_a_document_twice() -> None:
+    """best_fit would put the two halves of a block together; each turn is packed by itself."""
+    blocks = grouped([[("train", [(number, True)] * 8) for number in range(5)]], 16, "best_fit", weights={"0": 2.0})
+    assert [len({*ids}) for ids in blocks.ids] == [2, 2, 2, 2, 2, 2]
+
+
+def test_a_share_of_a_source_is_drawn_by_content() -> None:
+    """Near the share; the same documents for a smaller share too, so that raising a weight takes nothing away."""
+    identities = pa.array([identity(number) for number in range(10000)], pa.binary(16))
+    tenth, third = (document_turns.times(identities, weight) for weight in (0.1, 1.3))
+    assert 900 < tenth.sum() < 1100
+    assert 12800 < third.sum() < 13200
+    assert {*np.flatnonzero(tenth)} <= {*np.flatnonzero(third == 2)}
+    assert (document_turns.times(identities[100:200], 0.1) == tenth[100:200]).all()
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), max_size=6),
+    turns=st.lists(st.integers(0, 1), min_size=6, max_size=6).map(sorted),
+    tokens=st.integers(1, 20),
+)
+def test_windows_keep_order_and_end_at_a_document_and_a_turn(
+    lengths: list[list[int]], turns: list[int], tokens: int
+) -> None:
+    """As soon as they hold `tokens`, wherever the batches end."""
+    stream, count = [], 0
+    for turn, some in zip(turns, lengths, strict=False):
+        total = sum(some)
+        ids, identities = np.arange(count, count + total), pa.array([identity(n) for n in some], pa.binary(16))
+        stream.append(document_turns.Documents(turn, "s", identities, np.array(some), ids, None))
+        count += total
+    windows = list(document_turns.windows(iter(stream), tokens))
+    assert [one for window in windows for one in window.ids] == list(range(count))
+    assert [one for window in windows for one in window.lengths] == [one for some in lengths for one in some]
+    for window, following in itertools.pairwise(windows):
+        assert window.lengths.sum() == len(window.ids)
+        assert window.lengths[:-1].sum() < tokens
+        assert len(window.ids) >= tokens or following.turn > window.turn
+
+
+def test_several_windows_hold_every_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for other batches the same bytes."""
+    monkeypatch.setattr(group_blocks, "window_tokens", lambda block_size: 50)
+    documents: Documents = [("train", [(number, True)] * (number % 13 + 1)) for number in range(200)]
+    blocks = grouped([documents], 16, "best_fit")
+    assert sorted(packed_pieces(blocks)) == sorted(tokens for _, tokens in documents)
+    assert grouped([documents], 16, "best_fit", batch_rows=7) == blocks
+
+
+def test_what_belongs_to_another_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode best_fit pads each block and drops nothing"):
         Params(block_size=8, mode="best_fit", last_block="drop")
+    with pytest.raises(ValueError, match="long_documents: truncate is for modes best_fit and line"):
+        Params(block_size=8, long_documents="truncate")
 
 
 def test_a_block_larger_than_the_corpus_is_refused_and_the_previous_blocks_stay(
@@ -223,8 +375,43 @@ def test_the_command_writes_both_splits_and_stops_when_a_token_is_lost(
     arrow.write_json(tokens / "manifest.json", manifest)
     finished = run_stage(project, "group_blocks", "p")
     assert finished.returncode == 1
-    assert "26 train tokens were read but 25 kept + 0 dropped came out; nothing was published" in finished.stderr
+    assert "26 train tokens of p_text were read but 25 found came out; nothing was published" in finished.stderr
     assert (project / "data/blocks/p/train/manifest.json").read_bytes() == before
+
+
+def test_the_command_writes_what_places_and_counts_follow_from(project: Path, run_stage: Runner) -> None:
+    """Parameters, and for each source of each split its weight, documents and tokens; the run record counts them."""
+    group = {"block_size": 16, "mode": "best_fit", "long_documents": "truncate", "weights": {"p_text": 2}}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    write_tokens(
+        project / "data/tokens/p/p_text",
+        [("train", [(5, True)] * 20), ("eval", [(6, True)] * 9), ("train", [(7, False)])],
+    )
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 0, finished.stderr
+    folder = project / "data/blocks/p"
+    assert arrow.read_json(folder / "grouping.json") == {
+        **Params(**group).model_dump(),
+        "train": {"p_text": {"weight": 2.0, "documents": 4, "tokens": 42}},
+        "eval": {"p_text": {"weight": 1.0, "documents": 1, "tokens": 9}},
+    }
+    assert arrow.table(folder / "left_out").to_pylist() == 2 * [
+        {"doc_id": identity(0), "split": "train", "source": "p_text", "rule": "truncate", "tokens": 20, "left_out": 4}
+    ]
+    counts = {"rows": 4, "tokens": 34, "dropped_tokens": 8, "documents": 4}
+    assert arrow.manifest(folder / "train")["counts"] == counts
+    table = arrow.table(folder / "train").to_pydict()
+    assert table["input_ids"] == 2 * [[5] * 15 + [1], [7] + [2] * 15]  # 1 is EOS, 2 is padding
+    assert json.loads((project / "metrics/runs/group_blocks@p.json").read_text())["counts"][0]["p_text_tokens"] == 42
+
+
+def test_a_weight_for_no_source_of_the_phase_is_refused(project: Path, run_stage: Runner) -> None:
+    group = {"block_size": 16, "weights": {"p_txt": 2}}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    finished = run_stage(project, "check_params")
+    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+    assert "phases.p.group_blocks.weights names p_txt, no source of this phase; its sources: p_text" in finished.stderr
 
 
 def test_the_loader_gives_padding_no_loss(tmp_path: Path) -> None:
@@ -235,7 +422,8 @@ def test_the_loader_gives_padding_no_loss(tmp_path: Path) -> None:
         ("train", [(8, True), (3, False)]),
     ]
     out = arrow.Writer(tmp_path / "blocks", blocks_schema(pa.uint16(), 8, True, starts=True))
-    pack([write_tokens(tmp_path / "tokens", documents)], "train", "line", Grouper(out, 8, PAD))
+    tokens = document_turns.documents([write_tokens(tmp_path / "tokens", documents)], "train", {})
+    Grouper(out, 8, PAD).packed(next(document_turns.windows(tokens, 1000)), "line")
     out.close(tokens=14)
     labels = Blocks(arrow.table(tmp_path / "blocks"), 14).__getitems__([3, 0, 1, 2])["labels"].tolist()
     x = IGNORED
@@ -259,7 +447,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "a_files": {"format": "text", "sample_by": "document"},
     "b_copies": {"format": "text", "sample_by": "document"},
     "c_lines": {"format": "jsonl"},
-    "d_chat": {"format": "alpaca"},
+    "d_chat": {"format": "jsonl", "record": "alpaca"},
 }
 STAGES = ["clean", "dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks"]
 HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "accelerate"}

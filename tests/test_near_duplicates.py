@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import disk_rows
 import near_duplicates as nd
 
 PARAMS = nd.Params()
@@ -340,3 +343,84 @@ def test_signatures_are_frozen(mixed: list[str | None]) -> None:
     for k, digest in {64: "6bc41399fa8e6e55", 128: "0358e62c570aa596", 256: "8d3521986648837c"}.items():
         signatures = nd.signatures(pa.array(mixed), nd.Params(num_perm=k))
         assert hashlib.sha256(signatures.astype("<u2").tobytes()).hexdigest()[:16] == digest
+
+
+@given(
+    st.lists(st.integers(0, 300), max_size=5),
+    st.lists(st.integers(0, 299), max_size=700),
+    st.integers(0, 300),
+    st.integers(0, 300),
+)
+def test_rows_on_disk_are_rows_in_memory(cuts: list[int], wanted: list[int], begin: int, end: int) -> None:
+    """However they were appended: any rows in any order, near, far and twice, and slices."""
+    rows = np.arange(900, dtype=np.uint16).reshape(300, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        on_disk = disk_rows.Rows(Path(folder), 3, np.uint16)
+        for first, last in itertools.pairwise([0, *sorted(cuts), 300]):
+            on_disk.append(rows[first:last])
+        assert list(Path(folder).iterdir()) == []
+        assert len(on_disk) == 300
+        assert np.array_equal(on_disk[np.array(wanted, np.int64)], rows[np.array(wanted, np.int64)])
+        assert np.array_equal(on_disk[begin:end], rows[begin:end])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_texts_on_disk_are_texts_in_memory(mixed: list[str | None], kind: pa.DataType, tmp_path: Path) -> None:
+    """Some texts of each slice of a column, null as an empty one."""
+    column = pa.array(["before", *mixed], kind)[1:]
+    texts = disk_rows.Texts(tmp_path)
+    kept = np.array([row for row in range(len(mixed)) if row % 3])
+    for begin, end in itertools.pairwise([0, 0, 7, 20, 20, len(mixed)]):
+        texts.append(column[begin:end], kept[(kept >= begin) & (kept < end)] - begin, begin)
+    for rows in (kept, kept[3:9], kept[:0]):
+        expected = [mixed[row] or "" for row in rows.tolist()]
+        assert texts.take(rows).to_pylist() == expected
+        assert texts.sizes(rows).tolist() == [len(text.encode()) for text in expected]
+
+
+@pytest.mark.parametrize("make", [english, chinese])
+def test_on_disk_and_in_memory_are_one(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters and twins from files, in blocks of 7, are those from arrays."""
+    rng = random.Random(4)
+    documents = [make(rng.randint(5, 200), rng) for _ in range(100)]
+    twins = [twin_of(words, 0.85, make, rng) for words in documents if len(words) > 80]
+    texts = [join(words) for words in [*documents, *twins]]
+    column = pa.array([*texts, "", None, *texts[:5]])
+    memory = nd.signatures(column, PARAMS)
+    cluster = nd.clusters(memory, PARAMS)
+    twin, similarity = nd.near_twins(memory, cluster, PARAMS, column)
+    assert (twin >= 0).sum() > 20
+    monkeypatch.setattr(nd, "BLOCK", 7)
+    disk, spooled = disk_rows.Rows(tmp_path, 128, np.uint16), disk_rows.Texts(tmp_path)
+    disk.append(memory)
+    spooled.append(column, np.flatnonzero(nd.in_company(cluster)), 0)
+    assert np.array_equal(nd.clusters(disk, PARAMS), cluster)
+    found = nd.near_twins(disk, cluster, PARAMS, spooled)
+    assert np.array_equal(found[0], twin)
+    assert np.array_equal(found[1], similarity)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=30), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_clusters_follow_from_content(picks: list[int], seed: int, shuffle: random.Random) -> None:
+    """The same documents in another order make the same clusters."""
+    words = english(60, random.Random(seed))
+    chain = [join(words[n : n + 40]) for n in range(13)]
+    found = []
+    for order in (picks, shuffle.sample(picks, len(picks))):
+        cluster = nd.clusters(nd.signatures(pa.array([chain[n] for n in order]), PARAMS), PARAMS).tolist()
+        found.append({frozenset(n for n, c in zip(order, cluster, strict=True) if c == name) for name in cluster})
+    assert found[0] == found[1]
+
+
+@given(st.text(ALPHABET, max_size=40))
+def test_spans_are_the_units(text: str) -> None:
+    """As many as by the plain way, in order; each span folds to its unit, and equal units have equal bytes."""
+    names, places = nd.spans(text)
+    expected = units(text)
+    assert len(names) == len(places) == len(expected)
+    assert len({*zip(names, expected, strict=True)}) == len({*names})
+    assert all(a < b <= c for (a, b), (c, _) in itertools.pairwise([*places, (10**6, 0)]))
+    (_, hashes, counts) = next(nd.pieces(pa.array([text])))
+    assert len(hashes) == counts[0] == len(expected)
+    assert len({*zip(hashes.tolist(), names, strict=True)}) == len({*names})

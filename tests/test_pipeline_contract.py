@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 import check_params
+import clean_rules
 from conftest import ROOT, copy_project, git
 from kit import params, stage
 
@@ -426,7 +427,7 @@ def test_data_stage_starts_quickly(name: str, root: Path) -> None:
 def test_every_parameter_is_described() -> None:
     """`--help` sends the reader to the class Params: each field says what it does, each group has a docstring."""
     bare = []
-    for model in models(check_params.Everything):
+    for model in [*models(check_params.Everything), *clean_rules.RULES.values()]:
         if not (model.__doc__ or "").strip():
             bare.append(model.__name__)
         for name, field in model.model_fields.items():

@@ -403,10 +403,13 @@ def test_input_edited_during_repro_is_refused(workspace: Path, held: Callable[[]
     assert arrow.table(workspace / "data/clean/chat/tiny_qa/documents").num_rows == 62
 
 
+LONG = [{"rule": "length", "min_chars": 60}]
+
+
 @pytest.mark.parametrize(
     ("edit", "name"),
     [
-        (param("sources.tiny_qa.clean.min_chars", 60), "sources.tiny_qa.clean in params.yaml"),
+        (param("sources.tiny_qa.clean.rules", LONG), "sources.tiny_qa.clean in params.yaml"),
         (comment("stages/clean.py"), "stages/clean.py"),
     ],
     ids=["params", "code"],

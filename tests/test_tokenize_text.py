@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import tiny
+import tokenize_text
 import train_tokenizer
-from add_bos_eos import MARKED, Marker
+from add_bos_eos import MARKED
+from chat_segments import Marker
 from conftest import Runner, write
-from kit import arrow
+from kit import arrow, memo
 from tokenize_text import Encoder
 
+SEGMENTS = MARKED.field("segments").type
 # What looks like a special token, whole and in parts, between text of any kind.
 SPECIALS = ["<s>", "</s>", "<pad>", "<|im_end|>", "<|im_start|>", "<", "/s>", "|>", "\u0120", "\u010a"]
 TRICKY = st.lists(st.sampled_from(SPECIALS) | st.text(max_size=4), min_size=1).map("".join).filter(bool)
@@ -32,11 +38,11 @@ class Chain:
 
     def ids(self, content: str | list[dict[str, str]]) -> tuple[list[int], list[bool]]:
         mark = self.marker.document if isinstance(content, str) else self.marker.conversation
-        (ids,), (learn,) = self.encoder.encode([[segment._asdict() for segment in mark(content)]])
-        return ids.tolist(), learn.tolist()
+        ids, learn = self.encoder.encode(pa.array([[segment._asdict() for segment in mark(content)]], SEGMENTS))
+        return ids.to_pylist()[0], learn.to_pylist()[0] if learn else [True] * len(ids[0])
 
     def text(self, ids: list[int]) -> str:
-        return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self.encoder.vocabulary.tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def write_tokenizer(folder: Path, *specials: str, **settings: str | None) -> Path:
@@ -61,7 +67,11 @@ def write_marked(project: Path, *rows: tuple[str, list[tuple[str, bool, bool]]])
     tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
     keys = ("text", "special", "learn")
     values = [
-        {"doc_id": bytes([row]) * 16, "split": split, "segments": [dict(zip(keys, s, strict=True)) for s in segments]}
+        {
+            "doc_id": row.to_bytes(16, "little"),
+            "split": split,
+            "segments": [dict(zip(keys, s, strict=True)) for s in segments],
+        }
         for row, (split, segments) in enumerate(rows)
     ]
     with arrow.Writer(project / "data/marked/p/p_text", MARKED, batch_rows=2) as out:
@@ -110,8 +120,8 @@ def test_of_a_conversation_exactly_the_answers_and_their_eos_are_learned(
 
 @given(texts=st.lists(TRICKY, min_size=1, max_size=5))
 def test_the_ids_do_not_depend_on_the_batch(chain: Chain, texts: list[str]) -> None:
-    segments = [[segment._asdict() for segment in chain.marker.document(text)] for text in texts]
-    together = [ids.tolist() for ids in chain.encoder.encode(segments)[0]]
+    segments = pa.array([[s._asdict() for s in chain.marker.document(text)] for text in ["first", *texts]], SEGMENTS)
+    together = chain.encoder.encode(segments.slice(1))[0].to_pylist()
     assert together == [chain.ids(text)[0] for text in texts]
 
 
@@ -135,24 +145,162 @@ def test_ids_take_two_bytes_up_to_65536_entries_then_four(
 def test_the_command_writes_learn_only_where_something_is_not_learned(
     project: Path, run_stage: Runner, learned: bool
 ) -> None:
-    """And counts the tokens of each split; equal bytes for other numbers of threads and another hash seed."""
+    """And counts the tokens of each split; equal bytes for other numbers of workers, hash seeds and encoders."""
     write_tokenizer(project / "models/tokenizers/p")
     ends = [("<s>", True, True), ("</s>", True, True)]
     rows: list[tuple[str, list[Any]]] = [("train", [ends[0], ("zq", False, True), ends[1]])] * 4
     rows.append(("eval", [ends[0], ("zzz", False, learned), ends[1]]))
     write_marked(project, *rows)
     folder, results = project / "data/tokens/p/p_text", []
-    for threads, seed in (("1", "0"), ("3", "1")):
-        finished = run_stage(project, "tokenize_text", "p_text", TERROIR_WORKERS=threads, PYTHONHASHSEED=seed)
+    for workers, seed, engine in (("1", "0", "gigatoken"), ("2", "1", "tiktoken"), ("5", "2", "hf")):
+        settings = {"TERROIR_WORKERS": workers, "PYTHONHASHSEED": seed, "TERROIR_ENCODER": engine}
+        finished = run_stage(project, "tokenize_text", "p_text", **settings)
         assert finished.returncode == 0, finished.stderr
-        results.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert results[0] == results[1]
+        results.append(contents(folder))
+        shutil.rmtree(project / ".memo")
+    assert results[0] == results[1] == results[2]
     table = arrow.table(folder)
     assert ("learn" in table.schema.names) is not learned
     if not learned:
         assert table["learn"].to_pylist() == [[True] * 4] * 4 + [[True, False, False, False, True]]
     counts = {"rows": 5, "train": 16, "eval": 5, "learned": 21 if learned else 18}
     assert arrow.manifest(folder)["counts"] == counts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Shards:
+    """A source of 3 MB in shards of about 32 KB, tokenised in this process; `seen` counts the shards worked on."""
+
+    def __init__(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.project, self.folder = project, project / "data/tokens/p/p_text"
+        write_tokenizer(project / "models/tokenizers/p")
+        tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
+        self.real, self.seen = tokenize_text.tokenised, 0
+        self.learn_of: dict[int, bool] = {}
+        self.rows = list(range(1000))
+
+        monkeypatch.chdir(project)
+        monkeypatch.setattr(memo, "SHARD_BYTES", 2**15)
+        monkeypatch.setattr(memo, "CHECKED", 0)
+        monkeypatch.setattr(tokenize_text, "cuts", functools.partial(memo.cuts, shard_bytes=2**15))
+
+    def write(self) -> None:
+        """Write what add_bos_eos leaves for `rows`; the text of a row follows from its number."""
+        rows = [
+            {
+                "doc_id": hashlib.sha256(bytes([row % 256, row // 256])).digest()[:16],
+                "split": "eval" if row % 10 == 0 else "train",
+                "segments": [
+                    {"text": "<s>", "special": True, "learn": True},
+                    {
+                        "text": f"row {row} 法律 " * (row % 200 + 1),
+                        "special": False,
+                        "learn": self.learn_of.get(row, True),
+                    },
+                    {"text": "</s>", "special": True, "learn": True},
+                ],
+            }
+            for row in self.rows
+        ]
+        with arrow.Writer(self.project / "data/marked/p/p_text", MARKED, batch_rows=64) as out:
+            out.write(pa.Table.from_pylist(rows, MARKED))
+
+    def run(self, workers: int = 1) -> int:
+        """Run the stage; return the number of shards that were worked on (known for one worker)."""
+        self.write()
+        self.seen = 0
+        tokenize_text.encoder.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TERROIR_WORKERS", str(workers))
+            if workers == 1:
+                patch.setattr(tokenize_text, "tokenised", self.counted)
+            tokenize_text.main("p_text")
+        return self.seen
+
+    def counted(self, tokenizer: Path, content: bytes) -> bytes:
+        self.seen += 1
+        return self.real(tokenizer, content)
+
+    def from_nothing(self, workers: int = 1) -> dict[str, bytes]:
+        """Return what a run without memory writes."""
+        shutil.rmtree(self.project / ".memo", ignore_errors=True)
+        self.run(workers)
+        return contents(self.folder)
+
+
+@pytest.fixture
+def shards(project: Path, monkeypatch: pytest.MonkeyPatch) -> Shards:
+    return Shards(project, monkeypatch)
+
+
+def test_the_bytes_do_not_depend_on_the_workers_nor_on_the_shards(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = shards.from_nothing(1)
+    assert shards.seen > 20
+    assert [shards.from_nothing(workers) for workers in (2, 5)] == [first, first]
+    monkeypatch.setattr(tokenize_text, "cuts", memo.cuts)
+    assert shards.from_nothing(1) == first
+    assert shards.seen == 1
+
+
+@pytest.mark.parametrize("place", [0, 500, 1000])
+def test_one_more_document_costs_its_own_shard(shards: Shards, place: int) -> None:
+    """The shard that it joins and, where it ends one, the next; the result is that of a run from nothing."""
+    shards.run()
+    assert shards.run() == 0
+    shards.rows.insert(place, 1001)
+    assert 1 <= shards.run() <= 2
+    found = contents(shards.folder)
+    assert found == shards.from_nothing()
+    shards.rows.remove(1001)
+    shards.run()
+    assert contents(shards.folder) != found
+
+
+def test_a_document_of_the_same_id_with_other_marks_or_split_is_done_again(shards: Shards) -> None:
+    """What decides is the content of the rows, not doc_id: the chat template marks them, and dedup splits them."""
+    shards.run()
+    shards.learn_of[400] = False  # for the first time something is not learned: the column appears in each shard
+    assert shards.run() == 1
+    found = contents(shards.folder)
+    table = arrow.table(shards.folder)
+    assert [row for row in range(1000) if not all(table["learn"][row].as_py())] == [400]
+    assert table["learn"][399].as_py() == [True] * len(table["input_ids"][399])
+    counts = arrow.manifest(shards.folder)["counts"]
+    assert counts["train"] + counts["eval"] - counts["learned"] == len(table["input_ids"][400]) - 2
+    assert found == shards.from_nothing()
+
+
+def test_another_tokenizer_gets_nothing_from_memory(shards: Shards) -> None:
+    shards.run()
+    number = shards.run()
+    assert number == 0
+    path = shards.project / "models/tokenizers/p/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    assert shards.run() > 20
+
+
+def test_what_was_tampered_with_is_computed_again(shards: Shards) -> None:
+    whole = shards.from_nothing()
+    entries = sorted((shards.project / ".memo").rglob("*"))
+    victims = [path for path in entries if path.is_file()][:3]
+    for number, path in enumerate(victims):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 + number] ^= 1
+        path.write_bytes(content if number else b"")
+    assert shards.run() == 3
+    assert contents(shards.folder) == whole
+
+
+def test_a_source_without_documents_gives_no_rows(shards: Shards) -> None:
+    shards.rows = []
+    assert shards.run() == 0
+    counts = {"rows": 0, "train": 0, "eval": 0, "learned": 0}
+    assert arrow.manifest(shards.folder)["counts"] == counts
 
 
 PLAIN, END = {"id": 260, "special": True}, {"id": 1, "special": False}

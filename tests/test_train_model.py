@@ -11,16 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bpe_training
 import tiny
 import train_loop
+import train_tokenizer
 from block_order import BlockOrder
 from conftest import Runner, copy_project
 from kit import arrow
-from kit.model import IGNORED, Blocks, load_model, mean_loss
+from kit.model import IGNORED, Blocks, load_model, mean_loss, new_tokens
 from kit.tokenizer import Vocabulary
 from train_model import Params, total_steps
 
@@ -290,3 +295,84 @@ def test_random_weights_carry_the_special_ids_of_the_tokenizer(base: Path, tmp_p
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         params(**changes)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def extended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A base with weights and its tokenizer, embeddings tied or not, and the same tokenizer with 9 tokens more."""
+    own = tiny.tokenizer(tmp_path / "own")
+    config = tiny.base(tmp_path / "config", tie_word_embeddings=request.param)
+    train_loop.save(train_loop.prepare_model(config, own, params()), own, config, params(), tmp_path / "weights")
+    longer = Path(shutil.copytree(own, tmp_path / "longer"))
+    text = (own / "tokenizer.json").read_text()
+    documents = ["brown bears, brown foxes and 法律法律" for _ in range(3)]
+    bpe_training.extend(text, documents, 9, 2, "own")[0].save(str(longer / "tokenizer.json"))
+    return tmp_path / "weights", longer
+
+
+def test_new_tokens_begin_as_the_mean_of_their_pieces(extended: tuple[Path, Path]) -> None:
+    """In the input and in the output embeddings; no other row changes, and both stay tied, or untied."""
+    weights, longer = extended
+    before, after = AutoModelForCausalLM.from_pretrained(weights), train_loop.prepare_model(weights, longer, params())
+    base, tokenizer = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in extended)
+    layers = [(each.get_input_embeddings().weight, each.get_output_embeddings().weight) for each in (before, after)]
+    assert [after.config.vocab_size, *(weight.shape[0] for weight in layers[1])] == [309] * 3
+    tied = [weights[0].data_ptr() == weights[1].data_ptr() for weights in layers]
+    assert tied == [before.config.tie_word_embeddings] * 2
+    for old, new in zip(*layers, strict=True):
+        assert torch.equal(old, new[:300])
+        whole = [number for number in range(300, 309) if "\ufffd" not in tokenizer.decode([number])]
+        assert len(whole) > 4
+        for number in whole:
+            pieces = base.encode(tokenizer.decode([number]), add_special_tokens=False).ids
+            assert len(pieces) > 1
+            assert torch.equal(new[number], old[pieces].mean(0))
+    if not tied[0]:
+        assert not torch.equal(layers[1][0], layers[1][1])
+
+
+def test_new_tokens_that_fit_into_the_rows_are_not_left_as_padding(extended: tuple[Path, Path], tmp_path: Path) -> None:
+    """Some bases have more rows than tokens; those rows were never trained."""
+    weights, longer = extended
+    model = AutoModelForCausalLM.from_pretrained(weights)
+    model.resize_token_embeddings(320)
+    model.save_pretrained(tmp_path / "padded")
+    shutil.copyfile(weights / "tokenizer.json", tmp_path / "padded/tokenizer.json")
+    grown = train_loop.prepare_model(weights, longer, params()).get_input_embeddings().weight
+    padded = train_loop.prepare_model(tmp_path / "padded", longer, params()).get_input_embeddings().weight
+    assert padded.shape[0] == 320
+    assert torch.equal(padded[:309], grown)
+
+
+def test_a_longer_vocabulary_is_trained_saved_and_loaded(extended: tuple[Path, Path], tmp_path: Path) -> None:
+    """The new rows learn; transformers opens the result with as many embeddings as tokens."""
+    weights, longer = extended
+    model = train_loop.prepare_model(weights, longer, params())
+    begun = model.get_input_embeddings().weight[300:].clone()
+    train, held_out = tiny.blocks(tmp_path / "train", 8), tiny.blocks(tmp_path / "eval", 2)
+    blocks = open_blocks(train)
+    blocks._chunks = [np.where(np.arange(tiny.BLOCK_SIZE) % 2, 308, chunk) for chunk in blocks._chunks]
+    train_loop.train(
+        model, blocks, open_blocks(held_out), BlockOrder(8, 0), 2, params(max_steps=2), tmp_path / "w", "t"
+    )
+    train_loop.save(model, longer, weights, params(), tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    assert loaded.get_input_embeddings().weight.shape[0] == len(tokenizer) == loaded.config.vocab_size == 309
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert not torch.equal(loaded.get_input_embeddings().weight[308], begun[8])
+    loaded(torch.tensor([tokenizer("brown 法律").input_ids]))
+
+
+def test_an_adapter_with_new_tokens_is_refused(extended: tuple[Path, Path]) -> None:
+    """LoRA leaves embeddings as they are: the new ones would never be learned."""
+    with pytest.raises(SystemExit, match=r"more tokens than .*; leave `lora` out"):
+        train_loop.prepare_model(*extended, params(lora=tiny.LORA))
+
+
+def test_another_tokenizer_is_no_extension(weights: Path, tmp_path: Path) -> None:
+    """Its ids mean something else, so they get no rows of the base."""
+    other = train_tokenizer.Params(mode="train", vocab_size=310, min_frequency=1)
+    other_folder = Path(shutil.copytree(tmp_path / "tokenizer", tmp_path / "other"))
+    train_tokenizer.train(iter(["entirely other words " * 9]), other).save(str(other_folder / "tokenizer.json"))
+    assert new_tokens(weights, other_folder) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -13,30 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
+from tokenizers.decoders import Strip
+from tokenizers.normalizers import NFKC
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 import tiny
-from add_bos_eos import Marker
+from chat_templates import TEMPLATES
 from clean import CHAT_DOCUMENTS, TEXT_DOCUMENTS
 from conftest import Runner, write
 from dedup import DECISIONS
 from kit import arrow
-from train_tokenizer import TEMPLATES, Params, train, train_documents
+from tokenizer_report import drawn
+from train_tokenizer import Params, config, train
 
+NEWLINE = b"\n"
 CORPUS = [
     "the cat sat on the mat\r\n",
     "法律 第一条 法律\n",
     "naïve cafe\u0301 \U0001f30a",
     "Human: Assistant: </s><s>",
 ] * 3
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "2+2?\nSay </s> {{ messages }}"},
-    {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "再来 \ue000"},
-    {"role": "assistant", "content": "五\n"},
-]
 PLACE = {"file": "a.txt", "start": 0, "end": 1, "line": 1}
 
 
@@ -54,7 +52,7 @@ TOKENIZER = trained(CORPUS)
 def write_phase(project: Path, settings: dict[str, Any], **texts: str) -> None:
     """Write params.yaml, and what clean and dedup leave for one source: a text for each split of `texts`."""
     tiny.params_yaml(project, p={"base": "models/base/b", "train_tokenizer": settings})
-    rows = [{"doc_id": text[:16].ljust(16).encode(), **PLACE, "text": text} for text in texts.values()]
+    rows = [{"doc_id": text[:16].ljust(16).encode()[:16], **PLACE, "text": text} for text in texts.values()]
     with arrow.Writer(project / "data/clean/p/p_text/documents", TEXT_DOCUMENTS) as out:
         out.write(pa.Table.from_pylist(rows, TEXT_DOCUMENTS))
     decisions = [{"doc_id": row["doc_id"], "split": split} for row, split in zip(rows, texts, strict=True)]
@@ -104,7 +102,8 @@ def test_only_the_train_split_is_read_and_both_sides_of_a_conversation(tmp_path:
             out.write(pa.Table.from_pylist(documents, schema))
         with arrow.Writer(tmp_path / "dedup" / name, DECISIONS) as out:
             out.write(pa.Table.from_pylist([{"split": split} for split in splits], DECISIONS))
-    found = list(train_documents(tmp_path / "clean", tmp_path / "dedup", ["texts", "chats"]))
+    sources = [(tmp_path / "clean" / name, tmp_path / "dedup" / name) for name in ("texts", "chats")]
+    found = [text for _, texts in drawn(sources, ("train",), None) for text in texts]
     assert found == ["train", "train", "ask", "say"]
 
 
@@ -148,17 +147,6 @@ def test_a_plain_prompt_begins_with_one_bos_and_reads_back(folder: Path, text: s
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("length", [2, 3, 5])
-def test_each_template_is_rendered_by_transformers_as_the_segments_say(folder: Path, name: str, length: int) -> None:
-    """One question, with a system turn before it, and two rounds; contents with line breaks, jinja and special text."""
-    messages = CONVERSATION[1:3] if length == 2 else CONVERSATION[:length]
-    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    segments = Marker(folder).conversation(messages)
-    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
-    assert "".join(segment.text for segment in segments) == rendered
-
-
 def test_reuse_copies_the_tokenizer_of_the_base_and_may_add_a_template(project: Path, run_stage: Runner) -> None:
     """Byte for byte, its own template too, unless `chat_template` names another."""
     base, result = tiny.tokenizer(project / "models/base/b"), project / "models/tokenizers/p"
@@ -172,6 +160,124 @@ def test_reuse_copies_the_tokenizer_of_the_base_and_may_add_a_template(project: 
         if template:
             expected["chat_template.jinja"] = TEMPLATES[template].encode()
         assert {path.name: path.read_bytes() for path in result.iterdir()} == expected
+
+
+def report(project: Path) -> dict[str, Any]:
+    return arrow.read_json(project / "metrics/tokenizers/p/tokenizer.json")
+
+
+def test_the_report_stands_beside_every_tokenizer(project: Path, run_stage: Runner) -> None:
+    """By source, of both splits that are kept; nothing of a dropped document."""
+    tiny.tokenizer(project / "models/base/b")
+    for settings in ({"mode": "train", "vocab_size": 300}, {"mode": "reuse"}, {"mode": "extend", "new_tokens": 5}):
+        write_phase(project, settings, train="training " * 9, eval="evaluation " * 9, dropped="dropped " * 9)
+        finished = run_stage(project, "train_tokenizer", "p")
+        assert finished.returncode == 0, finished.stderr
+        row = report(project)["sources"][0]
+        assert (row["documents"], row["bytes"], row["round_trip_failures"]) == (2, 9 * 20, 0)
+        assert row["fertility"] == round(row["tokens"] / 18, 6)
+        assert ("reference_bytes_per_token" in row) == (settings["mode"] == "extend")
+    assert row["bytes_per_token"] > row["reference_bytes_per_token"]
+
+
+def test_a_base_is_extended_in_place_of_its_file_alone(project: Path, run_stage: Runner) -> None:
+    base = tiny.tokenizer(project / "models/base/b")
+    write_phase(project, {"mode": "extend", "new_tokens": 5}, train="contract " * 9, eval="evaluation " * 9)
+    results = []
+    for seed, threads in (("0", "1"), ("1", "3")):
+        environment = {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "TERROIR_WORKERS": threads}
+        assert run_stage(project, "train_tokenizer", "p", **environment).returncode == 0
+        results.append({path.name: path.read_bytes() for path in (project / "models/tokenizers/p").iterdir()})
+    assert results[0] == results[1]
+    own = {path.name: path.read_bytes() for path in base.iterdir()}
+    assert {name for name in own if own[name] != results[0][name]} == {"tokenizer.json"}
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, project / "models/tokenizers/p"))
+    assert (len(before), len(after)) == (300, 305)
+    assert before.all_special_ids == after.all_special_ids
+    text = "contract, evaluation </s>"
+    assert after.decode(after(text, add_special_tokens=False).input_ids) == text
+    assert set(after("contract").input_ids) & set(range(300, 305))
+    assert not any("eval" in token for token in after.convert_ids_to_tokens(range(300, 305)))
+
+
+@pytest.mark.parametrize("cause", ["normalizer", "decoder"])
+@pytest.mark.parametrize("settings", [{"mode": "extend", "new_tokens": 5}, {"mode": "reuse"}])
+def test_a_text_that_does_not_come_back_is_told_or_stops_the_stage(
+    project: Path, run_stage: Runner, settings: dict[str, Any], cause: str
+) -> None:
+    """A base with NFKC makes full-width letters small, and means to; a fault of ours would look like a bad decoder."""
+    base = tiny.tokenizer(project / "models/base/b")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    if cause == "normalizer":
+        tokenizer.normalizer = NFKC()
+    else:
+        tokenizer.decoder = Strip("\uff21", 1, 0)
+    tokenizer.save(str(base / "tokenizer.json"))
+    write_phase(project, settings, train="ＡＢＣ " * 9, eval="plain")
+    finished = run_stage(project, "train_tokenizer", "p")
+    failed = " do not come back from their ids, e.g. of document "
+    if settings["mode"] == "reuse" or cause == "normalizer":
+        assert finished.returncode == 0, finished.stderr
+        assert failed in finished.stdout
+        assert report(project)["round_trip_failures"] == 1
+    else:
+        assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+        assert failed + "ＡＢＣ Ａ".encode()[:16].hex() in finished.stderr
+        assert not (project / "models/tokenizers/p").exists()
+
+
+def test_a_sample_is_enough_to_learn_from(project: Path, run_stage: Runner) -> None:
+    """One document, the one of the lowest id, is all that 5 bytes need."""
+    write_phase(project, {"mode": "train", "vocab_size": 300, "sample_bytes": 5}, train="bbbb " * 9, eval="e")
+    write(project / "models/base/b/config.json", "{}")
+    documents, decisions = (
+        arrow.table(project / "data" / path) for path in ("clean/p/p_text/documents", "dedup/p/p_text")
+    )
+    rows = [{**documents.to_pylist()[0], "text": "aaaa " * 9, "doc_id": bytes(16)}, *documents.to_pylist()]
+    splits = [{**decisions.to_pylist()[0], "doc_id": bytes(16)}, *decisions.to_pylist()]
+    for path, schema, content in (
+        ("clean/p/p_text/documents", TEXT_DOCUMENTS, rows),
+        ("dedup/p/p_text", DECISIONS, splits),
+    ):
+        with arrow.Writer(project / "data" / path, schema) as out:
+            out.write(pa.Table.from_pylist(content, schema))
+    finished = run_stage(project, "train_tokenizer", "p")
+    assert finished.returncode == 0, finished.stderr
+    vocabulary = arrow.read_json(project / "models/tokenizers/p/tokenizer.json")["model"]["vocab"]
+    assert "aaaa" in vocabulary
+    assert "bb" not in vocabulary
+    assert report(project)["sources"][0]["documents"] == 3
+
+
+def test_a_reference_is_known_by_its_digest(project: Path, run_stage: Runner) -> None:
+    """DVC does not watch it, so another file in its place is refused."""
+    base = tiny.tokenizer(project / "models/base/b")
+    content = (base / "tokenizer.json").read_bytes()
+    reference = {"path": "models/base/b", "sha256": hashlib.sha256(content).hexdigest()}
+    write_phase(project, {"mode": "train", "vocab_size": 400, "report_reference": reference}, train="training " * 9)
+    finished = run_stage(project, "train_tokenizer", "p")
+    assert finished.returncode == 0, finished.stderr
+    row = report(project)["sources"][0]
+    assert row["reference_bytes_per_token"] < row["bytes_per_token"]
+    (base / "tokenizer.json").write_bytes(content + NEWLINE)
+    finished = run_stage(project, "train_tokenizer", "p")
+    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+    assert f"set its sha256 to {hashlib.sha256(content + NEWLINE).hexdigest()}" in finished.stderr
+
+
+def test_special_tokens_stand_first_in_their_order(tmp_path: Path) -> None:
+    """RoBERTa's five; a mask takes the space before it, as the word did in whose place it stands."""
+    order = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    settings = params(special_tokens=order, unk_token="<unk>", mask_token="<mask>")
+    tokenizer = train(iter(CORPUS), settings)
+    assert [tokenizer.id_to_token(number) for number in range(6)] == [*order, "!"]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    arrow.write_json(tmp_path / "tokenizer_config.json", config(settings))
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert (found.mask_token, found.unk_token, found.mask_token_id, found.pad_token_id) == ("<mask>", "<unk>", 4, 1)
+    ids = [found(text, add_special_tokens=False).input_ids for text in ("the", " sat", "the <mask> sat")]
+    assert ids[2] == [*ids[0], 4, *ids[1]]
+    assert sorted(found.all_special_ids) == [0, 1, 2, 3, 4]
 
 
 BAD_BASES = {
@@ -208,6 +314,12 @@ def test_a_base_without_a_fit_tokenizer_gets_one_sentence(project: Path, run_sta
         ({"mode": "train"}, "mode train needs `vocab_size`"),
         ({"mode": "train", "vocab_size": 258}, "no room for 256 bytes and 3 specials"),
         ({"mode": "reuse", "vocab_size": 300}, "leave `vocab_size` out"),
+        ({"mode": "extend"}, "`new_tokens` says by how many entries"),
+        ({"mode": "train", "vocab_size": 300, "new_tokens": 5}, "`new_tokens` says by how many entries"),
+        ({"mode": "extend", "new_tokens": 5, "vocab_size": 300}, "mode extend takes the base's vocabulary"),
+        ({"mode": "extend", "new_tokens": 5, "pre_tokenizer": "llama3"}, "takes pre_tokenizer from the base"),
+        ({"mode": "reuse", "bos_token": "<s>"}, "takes bos_token from the base"),
+        ({"mode": "train", "vocab_size": 259, "special_tokens": ["<a>"]}, "no room for 256 bytes and 4 specials"),
         ({"mode": "reuse", "chat_template": "chatml2"}, "no chat_template `chatml2`; known: human_assistant"),
     ],
 )

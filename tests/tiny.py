@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 import train_tokenizer
+from chat_templates import install
 from group_blocks import blocks_schema
 from kit import arrow
 
@@ -39,14 +40,14 @@ CONFIG = {
 }
 
 
-def tokenizer(folder: Path) -> Path:
-    """Write a byte-level BPE of 300 entries, with the human_assistant template."""
-    params = train_tokenizer.Params(mode="train", vocab_size=300, min_frequency=1)
+def tokenizer(folder: Path, chat_template: str = "human_assistant") -> Path:
+    """Write a byte-level BPE of 300 entries, with a chat template."""
+    params = train_tokenizer.Params(mode="train", vocab_size=300, min_frequency=1, chat_template=chat_template)
     folder.mkdir(parents=True)
     texts = ["the quick brown fox jumps over the lazy dog " * 3, "Human: Assistant: 法律 第一条"]
     train_tokenizer.train(iter(texts), params).save(str(folder / "tokenizer.json"))
     arrow.write_json(folder / "tokenizer_config.json", train_tokenizer.config(params))
-    (folder / "chat_template.jinja").write_text(train_tokenizer.TEMPLATES["human_assistant"])
+    install(folder, chat_template)
     return folder
 
 

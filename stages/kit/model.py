@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 import numpy as np
 import pyarrow as pa
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -63,13 +64,50 @@ def has_weights(base: Path) -> bool:
     return any(base.glob("*.safetensors"))
 
 
+def new_tokens(base: Path, tokenizer: Path) -> dict[int, list[int]]:
+    """Return each id that the tokenizer in `tokenizer` adds to the one in `base`, and the ids of its pieces there.
+
+    Empty when `base` has no tokenizer, or another one: its ids mean something else.
+    """
+    files = [folder / "tokenizer.json" for folder in (base, tokenizer)]
+    if not files[0].is_file() or files[0].read_bytes() == files[1].read_bytes():
+        return {}
+    before, after = (Tokenizer.from_file(str(file)) for file in files)
+    known, vocabulary = before.get_vocab(), after.get_vocab()
+    if any(vocabulary.get(text) != number for text, number in known.items()):
+        return {}
+    added = sorted((number, text) for text, number in vocabulary.items() if text not in known)
+    return {number: [piece.id for piece in before.model.tokenize(text)] for number, text in added}
+
+
+@torch.no_grad()
+def grow(model: PreTrainedModel, size: int, added: dict[int, list[int]]) -> None:
+    """Give `model` rows for `size` tokens; a row of `added` is the mean of its pieces' rows, or of all if it has none.
+
+    So a new token begins as what the model took its text for (rather than at random), in input and output alike.
+    """
+    if model.get_input_embeddings().weight.shape[0] < size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    output = model.get_output_embeddings()
+    rows = [model.get_input_embeddings().weight, *([] if output is None else [output.weight, output.bias])]
+    for each in {id(values): values for values in rows if values is not None}.values():  # once, where both are tied
+        mean = each[: min(added)].mean(0)
+        for number, pieces in added.items():
+            each[number] = each[pieces].mean(0) if pieces else mean
+
+
 def load_model(
-    base: Path, size: int, special_ids: dict[str, int], quantization: dict[str, Any] | None = None
+    base: Path,
+    size: int,
+    special_ids: dict[str, int],
+    quantization: dict[str, Any] | None = None,
+    tokenizer: Path | None = None,
 ) -> PreTrainedModel:
     """Return the model of `base` in float32: its weights, or random ones (seeded) when it is a config.json alone.
 
     Random weights get `size` embeddings and the `special_ids` of the tokenizer in their config; weights must have a row
-    for each of the tokenizer's `size` entries. `quantization`: arguments of transformers' BitsAndBytesConfig.
+    for each of the tokenizer's `size` entries, unless the folder `tokenizer` holds an extension of the base's own: see
+    `grow`. `quantization`: arguments of transformers' BitsAndBytesConfig.
     """
     check_base(base)
     if not has_weights(base):
@@ -88,12 +126,20 @@ def load_model(
         # no gradient passes through the layer, so one evaluation would silently cripple the training after it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if tokenizer and (added := new_tokens(base, tokenizer)):
+        grow(model, size, added)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < size:
         raise SystemExit(
             f"{base} has embeddings for {rows:,} tokens but the tokenizer has {size:,}; "
-            "set train_tokenizer.mode to reuse."
+            "set train_tokenizer.mode to reuse, or to extend."
         )
+    # A chat template may end answers with a token that the base did not stop at; where the base stopped it still stops.
+    if (generation := model.generation_config) is not None:
+        end, ends = special_ids["eos_token_id"], generation.eos_token_id
+        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end not in known:
+            generation.eos_token_id = [end, *known]
     return model
 
 
@@ -140,7 +186,9 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         labels = input_ids.clone()
         if self._learn is not None:
             labels[~torch.from_numpy(self._learn[rows])] = IGNORED
-        labels[torch.arange(self.block_size) >= torch.from_numpy(self._filled(rows))[:, None]] = IGNORED
+        filled = self._filled(rows)
+        if (filled < self.block_size).any():  # seldom in a stream: comparing each token would double the time
+            labels[torch.arange(self.block_size) >= torch.from_numpy(filled)[:, None]] = IGNORED
         return {"input_ids": input_ids, "labels": labels}
 
 

@@ -1,0 +1,121 @@
+"""Text for the benchmarks, the same for the same seed, and a project that holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_STAGES = ("clean", "dedup", "add_bos_eos", "tokenize_text", "group_blocks")
+PHASE = {
+    "base": "models/base",
+    "dedup": {},
+    "train_tokenizer": {"mode": "reuse"},
+    "group_blocks": {"block_size": 1024},
+    "train_model": {"max_steps": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3},
+    "evaluate_model": {"max_length": 1024},
+}
+
+
+def _ranks(words: int) -> np.ndarray:
+    """Return the cumulated share of words by rank: Zipf's law as Mandelbrot flattened it, 1 / (rank + 2.7)."""
+    return np.cumsum(1 / (np.arange(words) + 2.7)) / np.sum(1 / (np.arange(words) + 2.7))
+
+
+def english(n_bytes: int, seed: int) -> Iterator[str]:
+    """Yield documents of 100 to 1,500 words, about `n_bytes` in all; word frequencies fall like English ones."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    shares = 0.8 ** np.arange(26)
+    lengths = rng.integers(1, 12, 30_000)
+    drawn = rng.choice(letters, lengths.sum(), p=shares / shares.sum())
+    words = ["".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
+    ranks = _ranks(len(words))
+    while n_bytes > 0:
+        drawn = np.searchsorted(ranks, rng.random(int(rng.integers(100, 1_500))))
+        chosen = [words[rank] for rank in drawn.tolist()]
+        lines = [" ".join(chosen[at : at + 17]).capitalize() + "." for at in range(0, len(chosen), 17)]
+        text = "\n".join(lines) + "\n"
+        n_bytes -= len(text)
+        yield text
+
+
+def chinese(n_bytes: int, seed: int) -> Iterator[str]:
+    """Yield documents of 200 to 4,000 characters, about `n_bytes` in all, mostly of words of two that recur."""
+    rng = np.random.default_rng(seed)
+    characters = np.minimum(rng.exponential(350, (40_000, 2)), 6_000).astype(int)
+    words = [chr(0x4E00 + first) + chr(0x4E00 + second) for first, second in characters.tolist()]
+    ranks = _ranks(len(words))
+    while n_bytes > 0:
+        drawn = np.searchsorted(ranks, rng.random(int(rng.integers(100, 2_000))))
+        chosen = [words[rank] for rank in drawn.tolist()]
+        parts = ["".join(chosen[at : at + 6]) for at in range(0, len(chosen), 6)]
+        text = "，".join(parts) + "。\n"
+        n_bytes -= 3 * len(text)
+        yield text
+
+
+class Cost(NamedTuple):
+    """What a process and its children took."""
+
+    cpu: float  # seconds, user and system
+    wall: float  # seconds
+    peak: int  # MiB, as the stage's own run record says
+
+
+def project(folder: Path, tokenizer: Path) -> Path:
+    """Make a project with one source `text` (jsonl, data/raw/text) and a base whose tokenizer is reused."""
+    shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("data/rules", "data/benchmarks"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, folder / name)
+    (folder / "data/raw/text").mkdir(parents=True)
+    shutil.copyfile(ROOT / "data/exclusions.txt", folder / "data/exclusions.txt")
+    shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
+    shutil.copytree(ROOT / "models/configs/llama_small", folder / "models/base")
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / "models/base" / path.name)
+    source = {"phase": "p", "path": "data/raw/text", "clean": {"format": "jsonl", "license": "unknown"}}
+    content = {"imports": {}, "bases": {}, "sources": {"text": source}, "phases": {"p": PHASE}}
+    (folder / "params.yaml").write_text(json.dumps(content))
+    return folder
+
+
+def write_jsonl(path: Path, documents: Iterator[str]) -> int:
+    """Write one document a line as {"text": ...}; return the bytes of the texts."""
+    size = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in documents:
+            size += len(text.encode())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return size
+
+
+def run_stage(folder: Path, stage: str, **environment: str) -> Cost:
+    """Run a stage of the project in a process of its own; raise SystemExit when it fails."""
+    item = "text" if stage in ("clean", "add_bos_eos", "tokenize_text") else "p"
+    started = time.perf_counter()
+    arguments = [sys.executable, f"stages/{stage}.py", item]
+    null = os.open(os.devnull, os.O_WRONLY)
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        pid = os.posix_spawn(
+            sys.executable, arguments, {**os.environ, **environment}, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)]
+        )
+    finally:
+        os.chdir(here)
+        os.close(null)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"{stage} failed in {folder}")
+    record = json.loads((folder / f"metrics/runs/{stage}@{item}.json").read_text())
+    return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, record["peak_memory_mib"])

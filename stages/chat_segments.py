@@ -1,0 +1,168 @@
+"""What of a document or conversation is special and what is learned: the part of add_bos_eos that renders.
+
+marker = Marker(Path("models/tokenizers/chat"))
+marker.document("Hi")                     ->  *+"<s>"  +"Hi"  *+"</s>"          (* special, + learn)
+marker.conversation([user "2+2?", assistant "4"])
+                                          ->  *"<s>"  "Human: 2+2?\\n\\nAssistant: "  +"4"  *+"</s>"
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kit import arrow
+from kit.tokenizer import Vocabulary
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Segment(NamedTuple):
+    """A piece of a document with its marks."""
+
+    text: str
+    special: bool
+    learn: bool
+
+
+class Marker:
+    """Turns documents and conversations into segments, as one tokenizer folder says."""
+
+    def __init__(self, tokenizer: Path) -> None:
+        vocabulary = Vocabulary(tokenizer)
+        self.folder = tokenizer
+        self.special = vocabulary.special
+        self.bos, self.eos = self.special.get("bos_token"), self.special["eos_token"]
+        # The longest first: of two tokens that begin alike, the longer is meant.
+        specials = sorted(vocabulary.special_texts, key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, specials)))
+        self._skeletons: dict[tuple[str, ...], list[str]] = {}
+        self._template = None
+        if (template := chat_template(tokenizer)) is not None:
+            # The options with which `transformers` renders a template; anything else moves line breaks.
+            extensions = ["jinja2.ext.loopcontrols"]
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+            environment.filters["tojson"] = _to_json
+            environment.globals["raise_exception"] = _refuse
+            try:
+                self._template = environment.from_string(template)
+            except TemplateError as error:
+                raise ValueError(f"the chat template of {tokenizer} cannot be rendered here: {error}.") from None
+
+    def document(self, text: str) -> list[Segment]:
+        """Return BOS, the text, EOS, all of it learned; no BOS when the tokenizer has none."""
+        ends = [Segment(self.bos, True, True)] if self.bos else []
+        return [*ends, Segment(text, False, True), Segment(self.eos, True, True)]
+
+    def conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
+        """Return the rendered conversation; what the assistant says, and the token that ends it, is learned.
+
+        Each content is rendered as a stand-in and put back afterwards, so no content can change the template's course
+        or be taken for a special token. Raises ValueError when the template does not use each content just once, in
+        order and unchanged, or does not end an answer with a special token.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._skeleton(roles)
+        own = self._skeletons[roles]
+        said = [message["content"] for message in messages]
+        if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self._render(
+            messages
+        ):
+            raise ValueError("the chat template changes what the messages say; clean the text instead.")
+        segments = list(self._template_text(own[0], after_answer=False))
+        for role, content, text in zip(roles, said, own[1:], strict=True):
+            answer = role == "assistant"
+            segments.append(Segment(content, False, answer))
+            segments += self._template_text(text, answer)
+        return merged(segments)
+
+    def _skeleton(self, roles: tuple[str, ...]) -> list[str]:
+        """Return the template's own text before, between and after the contents of messages of these roles."""
+        if self._template is None:
+            raise ValueError(
+                f"{self.folder} has no chat template but the source holds conversations; "
+                "set chat_template in the phase's train_tokenizer."
+            )
+        if unknown := [role for role in roles if role not in ROLES]:
+            raise ValueError(f"a message has the role {unknown[0]!r}; known roles: {', '.join(ROLES)}.")
+        hidden = [{"role": role, "content": f"\ue000{place}\ue001"} for place, role in enumerate(roles)]
+        pieces = re.split("\ue000(\\d+)\ue001", self._render(hidden))
+        if pieces[1::2] != [str(place) for place in range(len(roles))]:
+            raise ValueError("the chat template leaves out, repeats or reorders messages; no loss mask can be exact.")
+        return pieces[::2]
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        assert self._template
+        try:
+            # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.special
+            )
+        except Exception as error:  # a template is a program and can fail in any way
+            raise ValueError(f"the chat template refuses a conversation: {error}.") from None
+
+    def _template_text(self, text: str, after_answer: bool) -> Iterator[Segment]:
+        """Yield the template's own text cut at special tokens; the first one after an answer ends it."""
+        if after_answer and not self._specials.match(text):
+            raise ValueError(
+                "the chat template does not end an answer with a special token, so the model would never stop."
+            )
+        position = 0
+        for match in self._specials.finditer(text):
+            if match.start() > position:
+                yield Segment(text[position : match.start()], False, False)
+            yield Segment(match.group(), True, after_answer and match.start() == 0)
+            position = match.end()
+        if position < len(text):
+            yield Segment(text[position:], False, False)
+
+
+def chat_template(tokenizer: Path) -> str | None:
+    """Return the chat template of a tokenizer folder: its file, else its settings, else None.
+
+    In tokenizer_config.json a template is a string, or one of a list of {name, template}, where "default" counts.
+    """
+    file = tokenizer / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    given = arrow.read_json(tokenizer / "tokenizer_config.json").get("chat_template")
+    if not isinstance(given, list):
+        return given
+    named = {template["name"]: template["template"] for template in given}
+    if "default" not in named:
+        raise ValueError(
+            f"{tokenizer}/tokenizer_config.json names the chat templates {', '.join(named)} but no default; "
+            "write the one that counts into chat_template.jinja, or set chat_template in the phase's train_tokenizer."
+        )
+    return str(named["default"])
+
+
+def merged(segments: list[Segment]) -> list[Segment]:
+    """Return `segments` with plain neighbours of the same `learn` joined and empty ones left out.
+
+    >>> merged([Segment("a", False, False), Segment("b", False, False), Segment("c", False, True)])
+    [Segment(text='ab', special=False, learn=False), Segment(text='c', special=False, learn=True)]
+    """
+    result: list[Segment] = []
+    for segment in segments:
+        last = result[-1] if result else None
+        if last and not last.special and not segment.special and last.learn == segment.learn:
+            result[-1] = last._replace(text=last.text + segment.text)
+        elif segment.text:
+            result.append(segment)
+    return result
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})  # as `transformers`; Jinja's own escapes for HTML
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,143 @@
+"""The raw files of a source, and the shards in which they are read: cut by content, so that a change moves few of them.
+
+raw_files(Path("data/raw/laws"), params)        -> ["a.md", "b/c.md"]
+shards(root, files, digests, params)            -> ("5f1c...", [Piece("a.md", ...), Piece("b/c.md", ...)]), ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import raw_formats
+from kit.memo import SHARD_BYTES, cuts
+
+WHOLE_BYTES = 4 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
+
+
+class Piece(NamedTuple):
+    """A file, or whole lines of one."""
+
+    file: str  # as the ledger calls it
+    path: Path
+    start: int  # first byte, and the byte after the last; None: the whole file
+    end: int | None
+
+
+def raw_files(root: Path, params: raw_formats.Params, ignore: list[str]) -> list[str]:
+    """Return the files to read, relative to `root`, sorted; the file's own name when `root` is one.
+
+    A folder of `save_to_disk` is one such file. Raises SystemExit for a file of another kind, and for what is neither
+    file nor folder, e.g. a link to a folder.
+    """
+    folder, names = root.parent, [root.name]
+    if root.is_dir() and not _is_dataset(root, params):
+        folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
+        names = [name for name in names if not any(fnmatch(part, p) for part in name.split("/") for p in ignore)]
+        datasets = {name for name in names if _is_dataset(folder / name, params)}
+        names = [name for name in names if name in datasets or not datasets.intersection(_parents(name))]
+        names = [name for name in names if name in datasets or not _is_folder(folder / name)]
+        names = [name for name in names if params.format != "arrow" or Path(name).name != "dataset_dict.json"]
+    suffixes = raw_formats.SUFFIXES[params.format]
+    for name in names:
+        path = folder / name
+        if not path.is_file() and not _is_dataset(path, params):
+            raise SystemExit(
+                f"{path} is a link to a folder, or to nothing; put the files there, or name it in `ignore`."
+            )
+        if path.is_file() and not name.lower().endswith(suffixes):
+            raise SystemExit(
+                f"{path}: format {params.format} reads {', '.join(suffixes)} files; "
+                "move it elsewhere or name it in `ignore`, so that nothing is left out in silence."
+            )
+        if "__pycache__" in name.split("/"):
+            raise SystemExit(f"{path}: DVC does not track what lies in __pycache__; rename the folder.")
+        if name != name.encode(errors="replace").decode():
+            raise SystemExit(f"{path}: the file's name is not UTF-8, so the ledger cannot name it; rename it.")
+    if not names:
+        raise SystemExit(f"{root} holds no file to read; put {', '.join(suffixes)} files there.")
+    return names
+
+
+def paths(root: Path, file: str) -> list[Path]:
+    """Return the files on the disk that are `file` to the ledger: one, or those of a folder of `save_to_disk`."""
+    path = root / file if (root / file).exists() else root
+    return [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+
+
+def _is_dataset(path: Path, params: raw_formats.Params) -> bool:
+    return params.format == "arrow" and (path / "state.json").is_file() and not path.is_symlink()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _parents(name: str) -> list[str]:
+    return [parent.as_posix() for parent in Path(name).parents]
+
+
+def shards(
+    root: Path, files: list[str], digests: dict[str, str], params: raw_formats.Params
+) -> Iterator[tuple[str, list[Piece]]]:
+    """Yield (digest of the content, pieces) of about 8 MB, in order; digest "": a file too large to be one result.
+
+    `digests`: SHA-256 of each file below `root`. Small files are put together and large ones cut where their content
+    says, so that a file or a line that comes or goes changes the shard that holds it and seldom a neighbour.
+    """
+    small: list[tuple[Piece, str, int]] = []
+    for file in files:
+        inside = paths(root, file)
+        size = sum(path.stat().st_size for path in inside)
+        path = root if file == root.name and not (root / file).exists() else root / file
+        if size <= WHOLE_BYTES:
+            known = [digests[one.relative_to(root).as_posix() if one != root else ""] for one in inside]
+            identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
+            small.append((Piece(file, path, 0, None), identity, size))
+            continue
+        yield from _grouped(small)
+        small = []
+        if not raw_formats.cuttable(path, params):
+            yield "", [Piece(file, path, 0, None)]
+            continue
+        for start, end, digest in line_shards(path):
+            identity = hashlib.sha256(json.dumps([file, start == 0, digest]).encode()).hexdigest()
+            yield identity, [Piece(file, path, start, end)]
+    yield from _grouped(small)
+
+
+def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Piece]]]:
+    identities = np.array([int(identity[:8], 16) for _, identity, _ in small], dtype=np.uint32)
+    begin = 0
+    for end in cuts(identities, np.array([size for *_, size in small], dtype=np.int64)) if small else []:
+        group = small[begin:end]
+        digest = hashlib.sha256("".join(identity for _, identity, _ in group).encode()).hexdigest()
+        yield digest, [piece for piece, *_ in group]
+        begin = end
+
+
+def line_shards(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Yield start, end and SHA-256 of the shards of a file; each ends with a line.
+
+    Three quarters of a shard are taken as they come; then a line ends it with a probability of its length / (a quarter
+    of SHARD_BYTES), decided by its CRC-32, and at twice SHARD_BYTES any line does.
+    """
+    start, spread = 0, SHARD_BYTES // 4
+    with path.open("rb") as file:
+        while head := file.read(SHARD_BYTES - spread):
+            digest = hashlib.sha256(head)
+            size = len(head)
+            for number, line in enumerate(file):
+                digest.update(line)
+                size += len(line)
+                if (number and zlib.crc32(line) / 2**32 < len(line) / spread) or size >= 2 * SHARD_BYTES:
+                    break
+            yield start, start + size, digest.hexdigest()
+            start += size

@@ -1,0 +1,176 @@
+"""The part of train_tokenizer that measures: how well a tokenizer fits the text of each source.
+
+It reads a sample of each source (see `Sample`), one batch at a time, and keeps one count for each entry, so its memory
+does not grow with the corpus.
+
+    "the cat 猫は" in 6 tokens: 15 bytes -> 2.5 bytes per token; 2 words and 2 characters -> fertility 1.5
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from kit import arrow
+
+BATCH = 64  # documents read, and texts encoded, at once
+LONGEST = 20
+# Scripts that are written without spaces: a character is the unit there. Thai to Burmese, Khmer, kana and Han.
+NO_SPACES = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+UNIT = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
+
+
+class Sample:
+    """A part of documents that their content alone decides: those of the lowest ids until `size` bytes are reached.
+
+    doc_id is a hash of the content, so neither the order nor the neighbours of a document decide, and the draw is even.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+        self._heap: list[tuple[bytes, int]] = []  # the greatest id first: see _turned
+        self._bytes = 0
+        self.limit: bytes | None = None  # ids up to this one are in the sample, None: all
+
+    def offer(self, doc_id: bytes, n_bytes: int) -> None:
+        """Tell of a document. All are to be told of before `holds` is asked."""
+        if self.size is None or (self.limit is not None and doc_id >= self.limit):
+            return
+        heapq.heappush(self._heap, (_turned(doc_id), n_bytes))
+        self._bytes += n_bytes
+        while self._bytes - self._heap[0][1] >= self.size:
+            turned, gone = heapq.heappop(self._heap)
+            self._bytes -= gone
+            self.limit = _turned(turned)  # and none after it
+
+    def holds(self, doc_id: bytes) -> bool:
+        """Return whether the document is in the sample."""
+        return self.limit is None or doc_id < self.limit
+
+
+def _turned(doc_id: bytes) -> bytes:
+    return bytes(255 - byte for byte in doc_id)
+
+
+def documents(clean: Path, dedup: Path, splits: tuple[str, ...]) -> Iterator[tuple[bytes, list[str]]]:
+    """Yield doc_id and texts of the documents of one source: its text, or what each side of the conversation says."""
+    decided = arrow.table(dedup, ["split"])["split"]
+    first = 0
+    for whole in arrow.batches(clean / "documents"):
+        column = "text" if "text" in whole.schema.names else "messages"
+        for start in range(0, whole.num_rows, BATCH):
+            batch = whole.slice(start, BATCH)
+            chosen = decided.slice(first + start, batch.num_rows).to_pylist()
+            rows = (batch["doc_id"].to_pylist(), batch[column].to_pylist(), chosen)
+            for doc_id, content, split in zip(*rows, strict=True):
+                if split in splits:
+                    yield doc_id, [content] if column == "text" else [message["content"] for message in content]
+        first += whole.num_rows
+
+
+def drawn(
+    sources: list[tuple[Path, Path]], splits: tuple[str, ...], size: int | None
+) -> Iterator[tuple[bytes, list[str]]]:
+    """Yield the documents of a sample of `size` bytes (None: all) of the sources, given as clean and dedup folders."""
+    sample = Sample(size)
+    if size is not None:
+        for clean, dedup in sources:
+            for doc_id, texts in documents(clean, dedup, splits):
+                sample.offer(doc_id, sum(len(text.encode("utf-8")) for text in texts))
+    for clean, dedup in sources:
+        for doc_id, texts in documents(clean, dedup, splits):
+            if sample.holds(doc_id):
+                yield doc_id, texts
+
+
+def units(text: str) -> int:
+    """Return the number of words, and of characters where words have no spaces between them.
+
+    >>> units("the cat 猫は!")
+    4
+    """
+    return sum(1 for _ in UNIT.finditer(text))
+
+
+class Report:
+    """What is measured of one tokenizer, source by source."""
+
+    def __init__(self, tokenizer: Tokenizer, reference: Tokenizer | None) -> None:
+        self.tokenizer, self.reference = tokenizer, reference
+        for each in (tokenizer, reference):
+            if each:
+                each.encode_special_tokens = True  # as tokenize_text reads plain text
+                each.no_truncation()
+                each.no_padding()
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        self.used = np.zeros(max(ids, default=0) + 1, np.int64)
+        self.sources: dict[str, dict[str, Any]] = {}
+        self.failures: list[str] = []  # the first few doc_ids whose text does not come back
+
+    def read(self, source: str, rows: Iterator[tuple[bytes, list[str]]]) -> None:
+        """Measure the documents (doc_id, texts) of a source."""
+        totals = dict.fromkeys(("documents", "bytes", "units", "tokens", "reference", "failures"), 0)
+        waiting: list[tuple[bytes, str]] = []
+        for doc_id, texts in rows:
+            totals["documents"] += 1
+            waiting += [(doc_id, text) for text in texts]
+            if len(waiting) >= BATCH:
+                self._measure(waiting, totals)
+                waiting = []
+        self._measure(waiting, totals)
+        tokens = totals["tokens"]
+        self.sources[source] = {
+            "documents": totals["documents"],
+            "bytes": totals["bytes"],
+            "tokens": tokens,
+            "bytes_per_token": _ratio(totals["bytes"], tokens),
+            "fertility": _ratio(tokens, totals["units"]),
+            **({"reference_bytes_per_token": _ratio(totals["bytes"], totals["reference"])} if self.reference else {}),
+            "round_trip_failures": totals["failures"],
+        }
+
+    def _measure(self, rows: list[tuple[bytes, str]], totals: dict[str, int]) -> None:
+        texts = [text for _, text in rows]
+        encoded = [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        decoded = self.tokenizer.decode_batch(encoded, skip_special_tokens=False)
+        for (doc_id, text), ids, back in zip(rows, encoded, decoded, strict=True):
+            self.used += np.bincount(np.array(ids, np.int64), minlength=len(self.used))
+            totals["tokens"] += len(ids)
+            totals["bytes"] += len(text.encode("utf-8"))
+            totals["units"] += units(text)
+            if text != back:
+                totals["failures"] += 1
+                self.failures = [*self.failures, doc_id.hex()][:3]
+        if self.reference:
+            totals["reference"] += sum(map(len, self.reference.encode_batch_fast(texts, add_special_tokens=False)))
+
+    def result(self) -> dict[str, Any]:
+        """Return the whole report; lists stay out of the table of `dvc metrics show`."""
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        pieces = [(text, number) for text, number in vocabulary.items() if text not in added]
+        unused = sum(1 for _, number in pieces if not self.used[number])
+        longest = heapq.nsmallest(LONGEST, pieces, key=lambda piece: (-len(piece[0]), piece[1]))
+        total = {name: sum(row[name] for row in self.sources.values()) for name in ("bytes", "tokens")}
+        return {
+            "vocabulary": len(vocabulary),
+            "unused": unused,
+            "unused_share": round(unused / max(1, len(pieces)), 6),
+            "bytes_per_token": _ratio(total["bytes"], total["tokens"]),
+            "round_trip_failures": sum(row["round_trip_failures"] for row in self.sources.values()),
+            "sources": [{"source": name, **row} for name, row in sorted(self.sources.items())],
+            "longest": [self.tokenizer.decode([number], skip_special_tokens=False) for _, number in longest],
+        }
+
+
+def _ratio(above: int, below: int) -> float:
+    return round(above / below, 6) if below else 0.0

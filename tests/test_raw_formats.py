@@ -1,0 +1,835 @@
+"""raw_formats: every byte of a raw file is in one record, good or bad, and nothing that stands in a file raises."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import tempfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+import raw_formats
+from kit import arrow
+from raw_formats import COMPRESSIONS, SUFFIXES, Params, Record, records, unit
+
+TILED = ("text", "jsonl", "json", "csv", "tsv", "html")
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+# Texts that a careless reader cuts or changes.
+TEXTS = ["a\u2028b\x85c\x0bd", 'say "hi", twice\r\nor\tonce', "第一条　上\U0001f30a上A上", "nul \x00 and \ufeff", "x"]
+AWKWARD = st.text(st.sampled_from('a"\n\r,\t \u4e0aA\U0001f30a\ufeff\x00\x85\u2028[]{}:'), max_size=40)
+ENCODINGS = st.sampled_from(["utf-8", "gb18030", "utf-16"])
+
+
+def params(name: str, **more: Any) -> Params:
+    return Params.model_validate({"format": name, **more})
+
+
+def read(data: bytes, name: str, packed: str = "", **more: Any) -> list[Record]:
+    """Return the records of a file of these bytes, and check what holds for every file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a" + SUFFIXES[name][0] + packed)
+        path.write_bytes(PACKERS[packed](data))
+        found = list(records(path, params(name, **more)))
+    check(found, data if name in TILED else None, more.get("encoding", "utf-8"))
+    return found
+
+
+def check(found: list[Record], data: bytes | None, encoding: str = "utf-8") -> None:
+    """Check that the ranges tile `data`, or that there are none; that numbers, raw bytes and errors are as promised."""
+    assert found
+    if data is None:
+        assert [(record.start, record.end, record.number) for record in found] == [
+            (None, None, number) for number in range(1, len(found) + 1)
+        ]
+    else:
+        ends = [record.end for record in found]
+        assert [record.start for record in found] == [0, *ends[:-1]]
+        assert ends[-1] == len(data)
+        for record in found:
+            assert record.raw == data[record.start : record.end]
+            before = data[: record.start].decode(encoding, "replace") if encoding != "utf-8" else data[: record.start]
+            assert record.number == len(re.findall("\n" if isinstance(before, str) else b"\n", before)) + 1
+    for record in found:
+        if record.error is not None:
+            assert record.content == ""
+            assert re.fullmatch(r"[^\n]+[^.\n]", record.error)
+            record.error.encode()
+
+
+def contents(found: list[Record]) -> list[Any]:
+    assert [record.error for record in found if record.error] == []
+    return [record.content for record in found]
+
+
+def turns(*parts: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in parts]
+
+
+# Worked examples ------------------------------------------------------------------------------------------------------
+
+
+def test_the_worked_example_of_the_module() -> None:
+    assert read(b'id,body\r\n1,"a\nb"\r\n2\r\n', "csv", columns={"text": "body"}) == [
+        Record(0, 18, 1, b'id,body\r\n1,"a\nb"\r\n', "a\nb", None),
+        Record(18, 21, 4, b"2\r\n", "", "line 4: it has 1 field, the header names 2"),
+    ]
+
+
+def test_a_json_array_is_cut_at_its_objects() -> None:
+    found = read(b'[{"text": "a"}, {"text": "b"}]', "json")
+    assert [(record.start, record.end, record.content) for record in found] == [(0, 16, "a"), (16, 30, "b")]
+    found = read(b'\xef\xbb\xbf [\n {"text": "\xc3\xa9"},\n\n {"text": "b",\n "z": NaN}\n]\n', "json")
+    assert [(record.number, record.content) for record in found] == [(1, "é"), (4, "b")]
+    assert contents(read(b' {"text": "one object"}\n', "json")) == ["one object"]
+    assert contents(read(b" [ ]\n", "json")) == [""]
+
+
+def test_html_is_what_a_browser_shows() -> None:
+    def shown(page: str) -> Any:
+        return contents(read(page.encode(), "html"))[0]
+
+    assert shown("<h1>A</h1><p>b <b>c</b><br>d<table><tr><td>1<td>2</table>") == "A\nb c\nd\n1\t2"
+    assert shown("<title>t</title><script>x</script><!-- y --><p> a&lt;b&nbsp;\n c <i> d</i>e ") == "a<b\xa0 c de"
+    assert shown("<pre>\n if x:\n\n   y </pre>after<ul><li>1</li><li>2</ul>") == " if x:\n\n   y\nafter\n1\n2"
+    assert shown("<div>" * 5_000 + "deep") == "deep"
+    assert shown("no tags") == "no tags"
+    assert shown("") == ""
+
+
+def test_separators_begin_documents_and_stay_in_them() -> None:
+    data = "\ufeff# 一\r\ntext\r\n# 二\n## 三\n".encode()
+    found = read(data, "text", sample_by="separator", separator="^# ")
+    assert [(record.number, record.content) for record in found] == [(1, "# 一\r\ntext\r\n"), (3, "# 二\n## 三\n")]
+    assert contents(read(b"intro\n---\na\n---\n", "text", sample_by="separator", separator="^---$")) == [
+        "intro\n",
+        "---\na\n",
+        "---\n",
+    ]
+    assert contents(read(b"ab", "text", sample_by="separator", separator="(?=b)")) == ["a", "b"]
+
+
+def test_lines_end_at_line_feeds_only() -> None:
+    data = "\ufeffone\r\n\na\u2028b\x85c\rd\x0ce\ufeff\n\x00".encode()
+    assert contents(read(data, "text", sample_by="line")) == ["one", "", "a\u2028b\x85c\rd\x0ce\ufeff", "\x00"]
+
+
+@pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be"])
+def test_a_line_feed_of_utf_16_is_a_code_unit(mark: str) -> None:
+    """The bytes of U+4E0A U+0041, of U+0A00 and of U+000A all hold 0x0A; only the last is a line end."""
+    lines = ["上A", "\u0a00\u0a0a", "", "\U0001f30a", "上" * 70]
+    data = "\ufeff".encode(mark) + "\n".join(lines).encode(mark)
+    found = read(data, "text", sample_by="line", encoding="utf-16")
+    assert contents(found) == lines
+    assert [record.end for record in found[:2]] == [8, 14]
+
+
+def test_gb18030_offsets_are_those_of_the_file() -> None:
+    """Two bytes for 中, four for an emoji; a trailing byte is never taken for a line feed."""
+    data = '[{"text": "中\U0001f30a"}, {"text": "b"}]'.encode("gb18030")
+    assert [record.end for record in read(data, "json", encoding="gb18030")] == [21, 35]
+
+
+def test_placeholders_are_filled_once_and_in_every_turn() -> None:
+    fill = {"name": "{{author}}", "author": "Terroir", "a.b": "dot"}
+    data = b'{"prompt": "{{name}} {{author}} {{x}} {name} {{a.b}} {{aXb}}", "completion": "I am {{name}}"}'
+    assert contents(read(data, "jsonl", record="prompt_completion", fill=fill)) == [
+        turns(("user", "{{author}} Terroir {{x}} {name} dot {{aXb}}"), ("assistant", "I am {{author}}"))
+    ]
+    assert contents(read(b"{{author}}", "text", fill=fill)) == ["Terroir"]
+
+
+def test_units() -> None:
+    assert [unit(params(name)) for name in SUFFIXES] == ["line"] * 5 + ["row", "row", "page", "paragraph", "line"]
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+CALLS = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}]
+CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Brief.", "history": [["1+1", "2"]]},
+        turns(("system", "Brief."), ("user", "1+1"), ("assistant", "2"), ("user", "Add.\n2+2"), ("assistant", "4")),
+    ),
+    "alpaca without what it may lack": (
+        "alpaca",
+        {"instruction": " Add.", "input": None, "output": " 4\n", "system": "", "history": None},
+        turns(("user", "Add."), ("assistant", " 4\n")),
+    ),
+    "messages with tools": (
+        "messages",
+        {
+            "messages": [
+                {"role": "developer", "content": "Brief."},
+                {"role": "user", "content": "Rain today?"},
+                {"role": "assistant", "content": None, "tool_calls": CALLS},
+                {"role": "tool", "content": "no", "tool_call_id": "1"},
+                {"role": "assistant", "content": "No.", "function_call": {"name": "log"}},
+            ]
+        },
+        turns(
+            ("system", "Brief."),
+            ("user", "Rain today?"),
+            ("assistant", json.dumps(CALLS, ensure_ascii=False)),
+            ("tool", "no"),
+            ("assistant", 'No.\n{"name": "log"}'),
+        ),
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {
+            "system": "Brief.",
+            "conversations": [
+                {"from": "human", "value": "Rain?"},
+                {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "no"},
+                {"from": "gpt", "value": "No."},
+            ],
+        },
+        turns(("system", "Brief."), ("user", "Rain?"), ("assistant", "{}"), ("tool", "no"), ("assistant", "No.")),
+    ),
+    "prompt and completion": (
+        "prompt_completion",
+        {"prompt": "2+2", "completion": "4"},
+        turns(("user", "2+2"), ("assistant", "4")),
+    ),
+    "prompt of messages": (
+        "prompt_completion",
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2"}], "completion": "4"},
+        turns(("system", "s"), ("user", "2+2"), ("assistant", "4")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_become_messages_in_every_format_that_can_hold_them(name: str) -> None:
+    record, row, expected = CONVERSATIONS[name]
+    assert contents(read(json.dumps(row).encode(), "jsonl", record=record)) == [expected]
+    assert contents(read(json.dumps([row]).encode(), "json", record=record)) == [expected]
+    assert contents(read(table_bytes([row], "parquet"), "parquet", record=record)) == [expected]
+    assert contents(read(table_bytes([row], "arrow"), "arrow", record=record)) == [expected]
+
+
+def test_the_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "Rain "}, {"type": "text", "text": "today?"}]
+    row = {"messages": [{"role": "user", "content": parts}]}
+    assert contents(read(json.dumps(row).encode(), "jsonl", record="messages")) == [turns(("user", "Rain today?"))]
+
+
+def test_conversations_from_csv() -> None:
+    data = b"question,context,answer\n2+2,,4\n"
+    columns = {"instruction": "question", "input": "context", "output": "answer"}
+    assert contents(read(data, "csv", record="alpaca", columns=columns)) == [turns(("user", "2+2"), ("assistant", "4"))]
+
+
+BAD_ROWS = {
+    '{"messages": [{"role": "robot", "content": ""}]}': 'message 1, has the role "robot", expected one of system, ',
+    '{"messages": [{"role": ["user"], "content": ""}]}': "message 1, has the role a list, expected",
+    '{"messages": [{"content": "a"}]}': "message 1, has the role null, expected",
+    '{"messages": []}': "line 1: the field `messages` is an empty conversation",
+    '{"messages": "a"}': 'the field `messages` is "a", expected a list of messages',
+    '{"messages": ["a"]}': 'message 1, is "a", expected an object with `role` and `content`',
+    '{"messages": [{"role": "user", "content": 5}]}': "message 1, `content` is 5, expected a string",
+    '{"messages": [{"role": "user", "content": null}]}': "message 1, `content` is null, expected a string",
+    '{"messages": [{"role": "user", "content": 5, "tool_calls": [1]}]}': "message 1, `content` is 5, expected a string",
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "part 1 is null, expected a string",
+    '{"messages": [{"role": "user", "content": "\\udc00"}]}': "message 1, `content` holds half of a surrogate pair",
+    '{"conversations": []}': "line 1 has no field `messages`; it has conversations",
+    '{"\\ud800": []}': "line 1 has no field `messages`; it has \\ud800",
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_what_is_wrong_with_a_conversation_is_said(row: str) -> None:
+    (record,) = read(row.encode(), "jsonl", record="messages")
+    assert record.error and BAD_ROWS[row] in record.error
+
+
+def test_a_history_must_be_pairs() -> None:
+    for history in ("5", '"ab"', "[[1]]", '["ab"]', '{"a": 1}'):
+        data = '{"instruction": "a", "input": "", "output": "b", "history": %s}' % history  # noqa: UP031
+        (record,) = read(data.encode(), "jsonl", record="alpaca")
+        assert record.error and "expected a list of pairs" in record.error
+
+
+# Each format, plain and compressed ------------------------------------------------------------------------------------
+
+
+def table_bytes(rows: list[dict[str, Any]], name: str) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), io.BytesIO()
+    if name == "parquet":
+        parquet.write_table(table, sink, row_group_size=2)
+    else:
+        opened = pa.ipc.new_file if name == "arrow file" else pa.ipc.new_stream
+        with opened(sink, table.schema) as writer:
+            writer.write_table(table, 2)
+    return sink.getvalue()
+
+
+def pdf_bytes(pages: list[str]) -> bytes:
+    """Return a PDF that shows one ASCII text a page."""
+    kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in enumerate(pages):
+        font, content = "<< /Font << /F 3 0 R >> >>", f"BT /F 12 Tf 9 99 Td ({text}) Tj ET"
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Resources {font} /Contents {5 + 2 * number} 0 R >>"
+        )
+        objects.append(f"<< /Length {len(content)} >> stream\n{content}\nendstream")
+    data, places = "%PDF-1.4\n", []
+    for number, text in enumerate(objects, start=1):
+        places.append(len(data))
+        data += f"{number} 0 obj {text} endobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    trailer = f"trailer << /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(data)}\n%%EOF\n"
+    return f"{data}xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{trailer}".encode()
+
+
+def docx_bytes(body: str) -> bytes:
+    """Return a Word file made by python-docx whose body is this XML."""
+    docx = pytest.importorskip("docx", reason="the extra `documents` is not installed")
+    plain, changed = io.BytesIO(), io.BytesIO()
+    docx.Document().save(plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(changed, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name == "word/document.xml":
+                data = re.sub(rb"<w:body>.*</w:body>", f"<w:body>{body}</w:body>".encode(), data, flags=re.DOTALL)
+            target.writestr(name, data)
+    return changed.getvalue()
+
+
+def paragraph(text: str) -> str:
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def csv_bytes(delimiter: str) -> bytes:
+    sink = io.StringIO()
+    csv.writer(sink, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in TEXTS)])
+    return sink.getvalue().encode()
+
+
+def designed(name: str) -> tuple[str, bytes, list[str]]:
+    """Return format, bytes and the expected contents of a file that holds TEXTS."""
+    rows = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    if name == "pdf":
+        pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+        return name, pdf_bytes(["Page one", "Page two"]), ["Page one", "Page two"]
+    if name == "docx":
+        return name, docx_bytes(paragraph("一") + paragraph("b &lt; c")), ["一", "b < c"]
+    if name == "html":
+        pytest.importorskip("selectolax", reason="the extra `documents` is not installed")
+        return name, "<p>一<p>b".encode(), ["一\nb"]
+    files = {
+        "text": "\n".join(TEXTS).encode(),
+        "jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "json": json.dumps(rows, indent=1, ensure_ascii=False).encode(),
+        "csv": csv_bytes(","),
+        "tsv": csv_bytes("\t"),
+    }
+    expected = ["\n".join(TEXTS)] if name == "text" else TEXTS
+    return name.split()[0], files[name] if name in files else table_bytes(rows, name), expected
+
+
+@pytest.mark.parametrize("packed", ["", *COMPRESSIONS])
+@pytest.mark.parametrize("name", [*SUFFIXES, "arrow file"])
+def test_a_file_of_each_format_and_compression(name: str, packed: str) -> None:
+    form, data, expected = designed(name)
+    assert contents(read(data, form, packed)) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16"])
+@pytest.mark.parametrize("name", TILED)
+def test_a_file_of_each_encoding(name: str, encoding: str) -> None:
+    form, data, expected = designed(name)
+    marked = data.decode() if encoding == "utf-16" else "\ufeff" + data.decode()  # Python writes a mark for UTF-16
+    assert contents(read(marked.encode(encoding), form, encoding=encoding)) == expected
+
+
+@pytest.mark.parametrize("name", [*SUFFIXES])
+def test_a_file_without_a_record_is_a_blank_record_or_an_error(name: str) -> None:
+    """Zero bytes are no Parquet, Arrow, PDF or Word file; of the others they are an empty one."""
+    (record,) = read(b"", name)
+    assert (record.content, bool(record.error)) == ("", name in raw_formats.UNITS)
+
+
+def test_a_table_without_rows_and_a_header_without_rows_are_a_blank_record() -> None:
+    sink = io.BytesIO()
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), sink)
+    assert read(sink.getvalue(), "parquet") == [Record(None, None, 1, b"", "", None)]
+    assert read(b"text\n", "csv") == [Record(0, 5, 1, b"text\n", "", None)]
+
+
+def test_a_row_is_told_by_the_columns_that_are_read() -> None:
+    """Their JSON, keys sorted, is what `raw_id` is the digest of: a new column elsewhere changes nothing."""
+    rows = [{"id": 1, "body": "é\ud7ff", "when": "now"}]
+    found = read(table_bytes(rows, "parquet"), "parquet", columns={"text": "body"})
+    assert found == [Record(None, None, 1, '{"body": "é\ud7ff"}'.encode(), "é\ud7ff", None)]
+
+
+def test_a_folder_of_save_to_disk_is_read_as_one_table(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(700)]
+    datasets.Dataset.from_dict({"id": range(700), "text": texts}).save_to_disk(tmp_path / "theirs", num_shards=3)
+    found = list(records(tmp_path / "theirs", params("arrow")))
+    check(found, None)
+    assert contents(found) == texts
+    schema = pa.schema([("text", pa.string())])
+    with arrow.Writer(tmp_path / "ours", schema, batch_rows=300) as writer:
+        writer.write(pa.table({"text": texts}))
+    assert contents(list(records(tmp_path / "ours", params("arrow")))) == texts
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "splits")
+    (record,) = records(tmp_path / "splits", params("arrow"))
+    assert record.error and "no state.json" in record.error and "one split" in record.error
+    (tmp_path / "theirs" / "data-00001-of-00003.arrow").unlink()
+    *good, bad = records(tmp_path / "theirs", params("arrow"))
+    assert len(good) == 234
+    assert bad.error == "from row 235 on, the file cannot be read (No such file or directory)"
+
+
+def test_word_tables_boxes_and_changes() -> None:
+    """Nothing of the body is left out or said twice."""
+    cell = "<w:tc>{}</w:tc>".format
+    box = (
+        '<w:p><w:r><w:t>around </w:t></w:r><w:r><mc:AlternateContent xmlns:mc="http://schemas.openxmlformats.org/'
+        'markup-compatibility/2006"><mc:Choice Requires="wps"><w:txbxContent>{0}</w:txbxContent></mc:Choice>'
+        "<mc:Fallback><w:txbxContent>{0}</w:txbxContent></mc:Fallback></mc:AlternateContent></w:r></w:p>"
+    ).format(paragraph("box"))
+    changes = (
+        "<w:p><w:r><w:t>a</w:t><w:tab/></w:r><w:ins><w:r><w:t>new</w:t></w:r></w:ins>"
+        "<w:del><w:r><w:delText>old</w:delText></w:r></w:del>"
+        "<w:moveFrom><w:r><w:t>moved</w:t></w:r></w:moveFrom><w:moveTo><w:r><w:t> moved</w:t></w:r></w:moveTo></w:p>"
+    )
+    table = f"<w:tbl><w:tr>{cell(paragraph('1') + paragraph('2'))}{cell(paragraph('3'))}</w:tr>"
+    table += f"<w:tr>{cell('<w:p/>')}{cell(paragraph('4'))}</w:tr></w:tbl>"
+    control = f"<w:sdt><w:sdtContent>{paragraph('in a control')}</w:sdtContent></w:sdt>"
+    found = read(docx_bytes(paragraph("one") + table + control + "<w:p/>" + box + changes), "docx")
+    assert contents(found) == ["one", "1\n2\t3\n\t4", "in a control", "", "around box", "a\tnew moved"]
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module, package in (
+        ("pdf", "pypdf", "pypdf"),
+        ("docx", "docx", "python-docx"),
+        ("html", "selectolax.lexbor", "selectolax"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(SystemExit, match=f"format {name} needs the package {package}; install"):
+            read(b"a", name)
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+
+@given(text=AWKWARD, encoding=ENCODINGS, separator=st.sampled_from([None, "上", "^a", "(?<=\n)", "\r\n|\\[", "[^a]$"]))
+def test_text_is_cut_without_loss(text: str, encoding: str, separator: str | None) -> None:
+    """The contents, with the line ends that reading by line takes off, are the file without its mark."""
+    data = text.encode(encoding)
+    expected = text if encoding == "utf-16" else text.removeprefix("\ufeff")
+    more = {"sample_by": "separator", "separator": separator} if separator else {}
+    found = contents(read(data, "text", encoding=encoding, **more))
+    assert "".join(found) == expected
+    if separator:
+        begins = [m.start() for m in re.finditer(separator, expected, re.MULTILINE) if m.start()]
+        assert len(found) == len(set(begins)) + 1
+    lines = expected.split("\n")
+    lines = [line.rstrip("\r") for line in (lines if lines[-1] or len(lines) == 1 else lines[:-1])]
+    assert contents(read(data, "text", sample_by="line", encoding=encoding)) == lines or expected == ""
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(["text", "b", "中"]), AWKWARD)), encoding=ENCODINGS, data=st.data()
+)
+def test_json_is_read_as_the_standard_library_reads_it(rows: list[dict[str, str]], encoding: str, data: Any) -> None:
+    space = st.sampled_from(["", " ", "\n", "\r\n\t"])
+    plain = data.draw(st.booleans())
+    texts = [json.dumps(row, ensure_ascii=plain) for row in rows]
+    expected = [(row.get("text", ""), "text" not in row) for row in rows]
+    array = data.draw(space) + "[" + ",".join(data.draw(space) + text + data.draw(space) for text in texts) + " ]\n"
+    found = read(array.encode(encoding), "json", encoding=encoding)
+    assert [(record.content, bool(record.error)) for record in found] == (expected or [("", False)])
+    blank = data.draw(st.sampled_from(["\n", "\r\n", " \t\n"]))
+    found = read("".join(text + "\r\n" + blank for text in texts).encode(encoding), "jsonl", encoding=encoding)
+    assert [(record.content, bool(record.error)) for record in found[::2]] == (expected or [("", False)])
+    assert not any(record.content or record.error for record in found[1::2])
+
+
+@given(
+    rows=st.lists(st.tuples(AWKWARD, AWKWARD)),
+    end=st.sampled_from(["\n", "\r\n"]),
+    encoding=ENCODINGS,
+    name=st.sampled_from(["csv", "tsv"]),
+)
+def test_csv_is_read_as_it_was_written(rows: list[tuple[str, str]], end: str, encoding: str, name: str) -> None:
+    sink = io.StringIO()
+    delimiter = "," if name == "csv" else "\t"
+    csv.writer(sink, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([("text", "b"), *rows])
+    found = read(sink.getvalue().encode(encoding), name, encoding=encoding)
+    assert contents(found) == ([text for text, _ in rows] or [""])
+
+
+@given(
+    data=AWKWARD.map(str.encode) | st.binary(max_size=40),
+    name=st.sampled_from(TILED),
+    encoding=ENCODINGS,
+    sample_by=st.sampled_from(["document", "line"]),
+)
+def test_no_bytes_raise_and_all_are_accounted_for(data: bytes, name: str, encoding: str, sample_by: str) -> None:
+    """`read` checks it."""
+    by = {"sample_by": sample_by} if name == "text" else {}
+    found = read(data, name, encoding=encoding, **by)
+    assert found == read(data, name, ".zst", encoding=encoding, **by)
+
+
+@given(cut=st.floats(0, 1), flip=st.booleans(), packed=st.sampled_from([".gz", ".zst"]), document=st.booleans())
+def test_damage_spoils_what_it_reaches(cut: float, flip: bool, packed: str, document: bool) -> None:
+    """Of a cut or changed compressed file, the records before the damage are those of the whole one."""
+    lines = b"".join(f"line {number} {hash_of(number)}\n".encode() for number in range(3_000))
+    whole = PACKERS[packed](lines)
+    at = int(cut * (len(whole) - 1))
+    damaged = whole[:at] + (bytes([whole[at] ^ 1]) + whole[at + 1 :] if flip else b"")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"a.txt{packed}")
+        path.write_bytes(damaged)
+        *good, last = records(path, params("text", sample_by="document" if document else "line"))
+    if last.error is None:  # nothing at all is left, or a flag that matters to nobody was flipped
+        assert at == 0 or flip
+        return
+    assert "is cut or damaged" in last.error and folder not in last.error
+    data = b"".join(record.raw for record in [*good, last])
+    check([*good, last], data)
+    if not flip:
+        assert lines.startswith(data)
+        assert [record.raw for record in good] == lines[: good[-1].end if good else 0].splitlines(keepends=True)
+    assert not (document and good)
+
+
+def hash_of(number: int) -> str:
+    return f"{number * 2654435761 % 2**64:016x}"
+
+
+# Malformed files ------------------------------------------------------------------------------------------------------
+
+ROW = b'{"text": "good"}\n'
+GOOD = (None, "good")
+
+
+def bad_utf8_table() -> bytes:
+    column = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"\xff", b"good"]).buffers())
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, pa.schema([("text", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch({"text": column}))
+    return sink.getvalue()
+
+
+# name: format, bytes, more parameters, and of each record the error (a pattern) or the content.
+MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, str]]]] = {
+    "NUL bytes are content": ("text", b"a\x00b\x00", {}, [(None, "a\x00b\x00")]),
+    "not UTF-8": ("text", b"ab\ncd\xffe", {}, [(r"byte 5 \(line 2\) is not UTF-8$", "")]),
+    "not UTF-8, by line": (
+        "text",
+        b"good\ncd\xffe\ngood",
+        {"sample_by": "line"},
+        [GOOD, (r"^byte 7 \(line 2\) is not UTF-8$", ""), GOOD],
+    ),
+    "not GB18030": ("text", b"ab\xff", {"encoding": "gb18030"}, [(r"byte 2 \(line 1\) is not GB18030", "")]),
+    "UTF-16 without its mark": ("text", b"a\0b\0", {"encoding": "utf-16"}, [("no byte order mark", "")]),
+    "UTF-16 with half a unit": (
+        "text",
+        b"\xff\xfea\0b",
+        {"encoding": "utf-16"},
+        [(r"byte 4 \(line 1\) is not UTF-16$", "")],
+    ),
+    "UTF-16 with half a pair": (
+        "text",
+        "\ufeffa\n".encode("utf-16-be") + b"\xd8\x00\n\0good".replace(b"good", "good".encode("utf-16-be")),
+        {"encoding": "utf-16"},
+        [(r"byte 6 \(line 2\) is not UTF-16$", "")],
+    ),
+    "jsonl: not JSON": (
+        "jsonl",
+        ROW + b'{"text": }\n' + ROW,
+        {},
+        [GOOD, (r"line 2, column 10 is not JSON \(Exp", ""), GOOD],
+    ),
+    "jsonl: no end": ("jsonl", ROW + b'{"text": "a', {}, [GOOD, (r"line 2, column 10 is not JSON \(Unterminated", "")]),
+    "jsonl: no value": ("jsonl", b'{"text":\r\n', {}, [(r"line 1, column 9 is not JSON \(Expecting value\)", "")]),
+    "jsonl: two values": ("jsonl", b"{} {}\n", {}, [(r"line 1, column 4 is not JSON \(Extra data\)", "")]),
+    "jsonl: a list": ("jsonl", ROW + b"[]\n", {}, [GOOD, ("^line 2 is JSON but not an object with named fields$", "")]),
+    "jsonl: no such field": ("jsonl", b'{"txt": "", "a": 1}', {}, [("line 1 has no field `text`; it has a, txt", "")]),
+    "jsonl: not a string": ("jsonl", b'{"text": 5}', {}, [("line 1: the field `text` is 5, expected a string", "")]),
+    "jsonl: half a pair": (
+        "jsonl",
+        b'{"text": "\\ud800"}',
+        {},
+        [("the field `text` holds half of a surrogate pair", "")],
+    ),
+    "jsonl: a name twice": ("jsonl", b'{"text": "a", "text": "b"}\n' + ROW, {}, [("holds `text` twice", ""), GOOD]),
+    "jsonl: a deep name twice": ("jsonl", b'{"text": "a", "m": [{"b": 1, "b": 2}]}', {}, [("holds `b` twice", "")]),
+    "jsonl: nested too deep": ("jsonl", b"[" * 100_000 + b"\n" + ROW, {}, [("beyond what Python reads", ""), GOOD]),
+    "jsonl: too long a number": ("jsonl", b"9" * 5_000 + b"\n" + ROW, {}, [("beyond what Python reads", ""), GOOD]),
+    "jsonl: NaN elsewhere": ("jsonl", b'{"text": "good", "n": NaN, "i": -Infinity}', {}, [GOOD]),
+    "jsonl in UTF-16": (
+        "jsonl",
+        ROW.decode().encode("utf-16"),
+        {},
+        [("byte 0 .line 1. is not UTF-8", ""), ("line 2, column 1 is not JSON", "")],
+    ),
+    "json: jsonl": ("json", ROW + ROW, {}, [(r"line 2, column 1 is not JSON \(Extra data\)", "")]),
+    "json: cut": (
+        "json",
+        b"[" + ROW + b"," + ROW,
+        {},
+        [GOOD, GOOD, ("line 3, column 1 is not JSON .expecting a comma", "")],
+    ),
+    "json: cut in a value": ("json", b"[" + ROW + b', {"te', {}, [GOOD, ("line 2, column 4 is not JSON", "")]),
+    "json: a comma too many": ("json", b"[" + ROW + b",]", {}, [GOOD, ("line 2, column 2 is not JSON", "")]),
+    "json: no comma": (
+        "json",
+        b"[" + ROW + ROW + b"]",
+        {},
+        [GOOD, ("line 2, column 1 is not JSON .expecting a comma", "")],
+    ),
+    "json: text behind": ("json", b"[" + ROW + b"] x", {}, [GOOD, ("line 2, column 1 is not JSON", "")]),
+    "json: a number": (
+        "json",
+        b"[" + ROW + b", 5,\n" + ROW + b"]",
+        {},
+        [GOOD, ("line 2 is JSON but not an obj", ""), GOOD],
+    ),
+    "json: a string": ("json", b'[\n\n"a"]', {}, [("line 3 is JSON but not an object", "")]),
+    "json: a name twice": (
+        "json",
+        b"[" + ROW + b', {"text": "", "text": ""},' + ROW + b"]",
+        {},
+        [GOOD, ("line 2, column 3 is an object that holds `text` twice", ""), GOOD],
+    ),
+    "json: not UTF-8": ("json", b'["\xff"]', {}, [(r"byte 2 \(line 1\) is not UTF-8", "")]),
+    "csv: ragged": (
+        "csv",
+        b"text,b\ngood,1\na\nb,1,2\n\ngood,2\n",
+        {},
+        [GOOD, ("line 3: it has 1 field, the header names 2", ""), ("line 4: it has 3 fields", ""), (None, ""), GOOD],
+    ),
+    "csv: no such column": (
+        "csv",
+        b"id\n1\n2\n",
+        {},
+        [("line 2: the header has no column `text`, only id", ""), ("line 3: the header has no", "")],
+    ),
+    "csv: a column twice": ("csv", b"text,text\na,b\n", {}, [("line 2: the header has the column `text` twice", "")]),
+    "csv: a quote that never ends": (
+        "csv",
+        b'text\ngood\n"a\nb\n',
+        {},
+        [GOOD, ("the row of line 3 is not CSV .unexpected end", "")],
+    ),
+    "csv: text behind a quote": ("csv", b'text\n"a"b\ngood\n', {}, [("the row of line 2 is not CSV", ""), GOOD]),
+    "csv: a lone CR": (
+        "csv",
+        b"text\na\rb\ngood\n",
+        {},
+        [("the row of line 2 is not CSV .new-line character seen in unquoted field.$", ""), GOOD],
+    ),
+    "csv: not UTF-8": ("csv", b"text\n\xff\ngood\n", {}, [("byte 5 .line 2. is not UTF-8", ""), GOOD]),
+    "csv: a header that is not UTF-8": ("csv", b"text,\xff\ngood,\n", {}, [("byte 5 .line 1. is not UTF-8", "")]),
+    "parquet: no such column": (
+        "parquet",
+        table_bytes([{"id": 1, "body": "a"}], "parquet"),
+        {},
+        [(r"^the file cannot be read \(it has no column `text`, only id, body\)$", "")],
+    ),
+    "parquet: cut": (
+        "parquet",
+        table_bytes([{"text": "a"}], "parquet")[:-9],
+        {},
+        [("the file cannot be read .*Parquet", "")],
+    ),
+    "parquet: a column of numbers": (
+        "parquet",
+        table_bytes([{"text": 5}], "parquet"),
+        {},
+        [("row 1: the field `text` is 5", "")],
+    ),
+    "parquet: null": (
+        "parquet",
+        table_bytes([{"text": "good"}, {"text": None}], "parquet"),
+        {},
+        [GOOD, ("row 2: the field `text` is null, expected a string", "")],
+    ),
+    "arrow: cut in a batch": (
+        "arrow",
+        table_bytes([{"text": "good"}] * 4, "arrow")[:-80],
+        {},
+        [GOOD, GOOD, ("from row 3 on, the file", "")],
+    ),
+    "arrow: cut behind a batch": (
+        "arrow",
+        table_bytes([{"text": "good"}], "arrow")[:-8],
+        {},
+        [GOOD, ("from row 2 on.*without Arrow's end mark", "")],
+    ),
+    "arrow: not UTF-8": ("arrow", bad_utf8_table(), {}, [GOOD, ("the row cannot be read .*Invalid UTF8", ""), GOOD]),
+    "arrow: text": ("arrow", b"text, not Arrow", {}, [("the file cannot be read", "")]),
+    "pdf: text": ("pdf", b"text, not a PDF", {}, [("the file cannot be read .PdfStreamError", "")]),
+    "docx: text": ("docx", b"text, not a Word file", {}, [("the file cannot be read .BadZipFile", "")]),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_errors_and_good_records(name: str) -> None:
+    form, data, more, expected = MALFORMED[name]
+    found = read(data, form, **more)
+    assert [record.content for record in found] == [content for _, content in expected]
+    for record, (error, _) in zip(found, expected, strict=True):
+        assert (record.error is None) == (error is None)
+        assert re.search(error or "", record.error or ""), record.error
+
+
+def test_a_cut_gzip_gives_the_lines_before_the_cut(tmp_path: Path) -> None:
+    """The last line begun is the error; where the cut falls between two lines, the error has no bytes."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(ROW + b'{"text": "0123456789"}\n')[:-12])
+    *good, last = records(path, params("jsonl"))
+    assert [record.content for record in good] == ["good"]
+    assert last.end is not None and (last.start, last.number) == (len(ROW), 2)
+    assert last.raw == b'{"text": "0123456789"}'[: last.end - len(ROW)]
+    assert (
+        last.error
+        == f"the gzip stream is cut or damaged after byte {last.end} of its content (Truncated compressed stream)"
+    )
+    path.write_bytes(gzip.compress(ROW + ROW) + b"behind")
+    *good, last = records(path, params("jsonl"))
+    assert [record.content for record in good] == ["good", "good"]
+    assert (last.start, last.end, last.number, last.raw) == (34, 34, 3, b"")
+    path.write_bytes(ROW)
+    (record,) = records(path, params("jsonl"))
+    assert record[:5] == (0, 0, 1, b"", "") and "gzip stream is cut or damaged after byte 0" in str(record.error)
+
+
+def test_several_gzip_members_and_zstd_frames_are_one_file(tmp_path: Path) -> None:
+    for packed in COMPRESSIONS:
+        path = tmp_path / f"a.jsonl{packed}"
+        path.write_bytes(PACKERS[packed](ROW) + PACKERS[packed](ROW))
+        assert contents(list(records(path, params("jsonl")))) == ["good", "good"]
+
+
+def test_a_file_that_may_not_be_opened_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its path: the sentence goes into the ledger, which is the same on every machine."""
+    path = tmp_path / "a.txt"
+    for name in ("text", "parquet"):
+        (record,) = records(path, params(name))
+        assert record.error == "the file cannot be read (No such file or directory)"
+        (record,) = records(tmp_path, params(name))
+        assert record.error == "the file cannot be read (Is a directory)"
+    path.symlink_to(path)
+    (record,) = records(path, params("text"))
+    assert record.error == "the file cannot be read (Too many levels of symbolic links)"
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert list(records(path, params("jsonl"))) == [
+        Record(0, 0, 1, b"", "", "the file cannot be read (Permission denied)")
+    ]
+
+
+def test_a_damaged_length_in_arrow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow says MemoryError when a changed byte makes it ask for more than there is (found by changing bytes)."""
+
+    def greedy(*_: Any) -> None:
+        raise MemoryError("malloc of size 9 failed")
+
+    monkeypatch.setitem(raw_formats.TABLES, "arrow", greedy)
+    (record,) = read(b"", "arrow")
+    assert record.error == "the file cannot be read (malloc of size 9 failed)"
+
+
+# Size -----------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """50 MB of lines, in 20 MB; a reader that gathers them would need more than 50."""
+    line = json.dumps({"text": "长 text " * 600}).encode() + b"\n"
+    files = {
+        "jsonl": [line] * (50_000_000 // len(line)),
+        "csv": [b"text\n", *[b'"' + b"long text " * 500 + b'\n"\n'] * 10_000],
+    }
+    for name, lines in files.items():
+        path = tmp_path / f"a.{name}.gz"
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.writelines(lines)
+        size = sum(map(len, lines))
+        assert size > 49_000_000
+        lines.clear()
+        tracemalloc.start()
+        last = None
+        for last in records(path, params(name)):
+            assert last.error is None
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert last and last.end == size
+        assert peak < 20_000_000, name
+
+
+def test_one_long_line() -> None:
+    """Longer than any buffer, and than the field limit of the csv module; compressed, too."""
+    text = "长 line " * 2_000_000
+    assert contents(read(text.encode(), "text", ".zst", sample_by="line")) == [text]
+    assert contents(read(text.encode("utf-16"), "text", sample_by="line", encoding="utf-16")) == [text]
+    assert contents(read(json.dumps({"text": text}).encode(), "jsonl")) == [text]
+    assert contents(read(f"text\n{text}\n".encode(), "csv")) == [text]
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        ({"format": "text", "record": "alpaca"}, "format text has no rows"),
+        ({"format": "pdf", "columns": {"text": "a"}}, "format pdf has no rows"),
+        ({"format": "csv", "record": "messages"}, "a cell of csv is a text, and record messages needs lists"),
+        ({"format": "jsonl", "sample_by": "line"}, "`sample_by` is for format text only"),
+        ({"format": "text", "sample_by": "separator"}, "`sample_by: separator` and a `separator` go together"),
+        ({"format": "text", "separator": "^#"}, "`sample_by: separator` and a `separator` go together"),
+        ({"format": "text", "sample_by": "separator", "separator": "("}, r"separator \( is not a regular expression"),
+        ({"format": "text", "sample_by": "separator", "separator": "a*"}, r"separator a\* matches the empty text"),
+        ({"format": "parquet", "encoding": "utf-16"}, "format parquet knows its own encoding"),
+        ({"format": "jsonl", "columns": {"txt": "a"}}, "`columns` names `txt`, but record text reads text"),
+        ({"format": "jsonl", "fill": {"{{a}}": "b"}}, "write the name without its braces"),
+        ({"format": "jsonl", "text_column": "a"}, "Extra inputs"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(group: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Params.model_validate(group)
+
+
+def test_every_parameter_is_described_and_every_format_has_its_suffixes() -> None:
+    assert all(field.description for field in Params.model_fields.values())
+    assert SUFFIXES["html"] == (".html", ".html.gz", ".html.zst", ".htm", ".htm.gz", ".htm.zst")
+    assert set(SUFFIXES) == {*raw_formats.FORMATS, *raw_formats.TABLES}
+    assert set(raw_formats.TABLES) == set(raw_formats.UNITS)
