@@ -29,6 +29,7 @@ bench: setup  ## measure the budgets
 		echo "--- $$bench"; python bench/$$bench.py || missed=1; done; test -z "$$missed"
 
 recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
+	@test -f recipes/$(NAME).yaml || { echo "make recipe NAME=...: one of $(basename $(notdir $(wildcard recipes/*.yaml)))"; exit 1; }
 	cp recipes/$(NAME).yaml params.yaml
 
 setup: $(BIN)/.installed

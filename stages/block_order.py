@@ -8,9 +8,16 @@ Each epoch shows every block once. The permutation is a Feistel network over the
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): plain integer arithmetic, so no library's random
 generator can change it, nothing is stored, and "which step saw this block" is a calculation. It does not know batch or
 world size.
+
+    step_receipt(7, [block_receipt(block, input_ids, labels) for each block of step 7])   ->   16 bytes
+
+A receipt proves what a step was fed: anyone who has the blocks and the order can compute it again.
 """
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
 
 ROUNDS = 8
 MASK = 2**64 - 1
@@ -60,3 +67,16 @@ class BlockOrder:
     def _keys(self, epoch: int) -> list[int]:
         base = mix(mix(self.seed) ^ epoch)
         return [mix(base + number) for number in range(ROUNDS)]
+
+
+RECEIPT_BYTES = 16
+
+
+def block_receipt(block: int, input_ids: bytes, labels: bytes) -> bytes:
+    """Return 16 bytes of SHA-256 over a block's number (8 bytes) and what the model saw of it: int32, little-endian."""
+    return hashlib.sha256(block.to_bytes(8, "little") + input_ids + labels).digest()[:RECEIPT_BYTES]
+
+
+def step_receipt(step: int, blocks: Iterable[bytes]) -> bytes:
+    """Return 16 bytes of SHA-256 over a step's number (from 1) and the receipts of its blocks, in the order's order."""
+    return hashlib.sha256(step.to_bytes(8, "little") + b"".join(blocks)).digest()[:RECEIPT_BYTES]

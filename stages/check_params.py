@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ import evaluate_model
 import group_blocks
 import import_base
 import import_python_docs
+import merge_lora
 import train_model
 import train_tokenizer
 from kit import params
@@ -68,6 +70,7 @@ class Phase(params.Phase):
     train_tokenizer: train_tokenizer.Params
     group_blocks: group_blocks.Params
     train_model: train_model.Params
+    merge_lora: merge_lora.Params
     evaluate_model: evaluate_model.Params
 
 
@@ -157,5 +160,7 @@ def _near(name: str, known: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        raise SystemExit(print(__doc__))
     check()
     print("params.yaml: in order")

@@ -60,7 +60,8 @@ LEDGER = pa.schema(
 )
 BATCH_BYTES = 4 * 2**20  # of text, held as Python values at a time
 
-Day = Annotated[str, BeforeValidator(lambda day: day.isoformat() if isinstance(day, datetime.date) else day)]
+# YAML reads 2026-11-21 as a date and 2026 as a number.
+Day = Annotated[str, BeforeValidator(lambda day: str(day) if isinstance(day, datetime.date | int) else day)]
 
 
 class Params(raw_formats.Params):
@@ -89,10 +90,22 @@ class Params(raw_formats.Params):
     purpose: str = Field("unknown", description="what the text was collected for")
 
 
+# What decides a text and is no library of every stage: by format, or by rule.
+LIBRARIES = {"pdf": "pypdf", "docx": "python-docx", "html": "selectolax", "language": "py3langid"}
 ABOUT = ("license", "owner", "origin", "language", "collected_on", "purpose", "format", "record", "encoding")
 
 
-Work = tuple[list[Piece], Params]
+# Pieces, how to read them, and the state of their files when the stage began (None: a new one).
+Work = tuple[list[Piece], Params, list[tuple[str, int, int, int, int] | None]]
+
+
+def libraries(params: Params) -> list[str]:
+    """Return the version of each library that only this format and these rules need; `Run.recipe` names the others."""
+    import importlib.metadata  # 17 ms that the start of other stages does not wait for
+
+    needed = {LIBRARIES[name] for name in (params.format, *(rule.rule for rule in params.rules)) if name in LIBRARIES}
+    found = {dist.name: dist.version for name in needed for dist in importlib.metadata.distributions(name=name)}
+    return [f"{name} {version}" for name, version in sorted(found.items())]
 
 
 def documents_schema(params: Params) -> pa.Schema:
@@ -188,13 +201,18 @@ def _count_lines(path: Path, end: int) -> int:
 
 
 def clean_shard(work: Work) -> bytes:
-    """Return what `cleaned` gives as an Arrow IPC stream, behind b"1" or, when it is not to be remembered, b"0"."""
-    pieces, params = work
+    """Return what `cleaned` gives as an Arrow IPC stream, behind b"1" or, when it is not to be remembered, b"0".
+
+    Nor is it when a file was written since it was digested: the stage will refuse to publish, but the rows would come
+    back under the digest of the old content once that is restored.
+    """
+    pieces, params, before = work
     sink, keep = pa.BufferOutputStream(), True
     with pa.ipc.new_stream(sink, _rows_schema(params)) as stream:
         for batch, portable in cleaned(pieces, params):
             stream.write_batch(batch)
             keep = keep and portable
+    keep = keep and before == [state for piece in pieces for state in stage.state(piece.path)]
     return (b"1" if keep else b"0") + sink.getvalue().to_pybytes()
 
 
@@ -265,7 +283,7 @@ def read(work: Iterator[tuple[str, Work]], memo: Memo) -> Iterator[tuple[pa.Reco
                     yield batch, start, number == 0
         more = bool(too_large)
         while too_large:
-            for number, (batch, _) in enumerate(cleaned(*too_large.pop())):
+            for number, (batch, _) in enumerate(cleaned(*too_large.pop()[:2])):
                 yield batch, 0, number == 0
 
 
@@ -273,7 +291,7 @@ def main(name: str) -> None:
     params = read_params(f"sources.{name}.clean", Params)
     where = read_params(f"sources.{name}", Source)
     root = Path(where.path)
-    with stage.run("clean", name, [where.path, str(clean_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
+    with stage.run("clean", name, [str(root), str(clean_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
         (folder,) = run.outputs
         for rule in params.rules:
             rule.load()
@@ -281,7 +299,13 @@ def main(name: str) -> None:
         lists = run.files[str(clean_rules.FOLDER)]
         memo = Memo(
             Path(".memo") / run.name,
-            run.recipe([params.model_dump(), [[file, lists[file]] for file in clean_rules.files(params.rules)]]),
+            run.recipe(
+                [
+                    params.model_dump(),
+                    [[file, lists[file]] for file in clean_rules.files(params.rules)],
+                    libraries(params),
+                ]
+            ),
         )
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
@@ -290,7 +314,11 @@ def main(name: str) -> None:
         documents = arrow.Writer(folder / "documents", schema, batch_rows=256)
         ledger = arrow.Writer(folder / "ledger", LEDGER)
         size = sum(path.stat().st_size for file in files for path in paths(root, file))
-        work = ((digest, (pieces, params)) for digest, pieces in shards(root, files, run.files[where.path], params))
+        states = {state[0]: state for state in run.states[str(root)]}
+        work = (
+            (digest, (pieces, params, [states.get(str(path)) for piece in pieces for path in paths(root, piece.file)]))
+            for digest, pieces in shards(root, files, run.files[str(root)], params)
+        )
         for batch, start, is_first in run.progress(read(work, memo), -(-size // BATCH_BYTES), "batches"):
             rows = account.place(batch, start, is_first)
             kept = rows.filter(rows["doc_id"].is_valid()) if rows["doc_id"].null_count else rows

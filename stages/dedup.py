@@ -219,8 +219,12 @@ def _draw(ids: Array, rows: Array, params: Params) -> Array:
 def read_exclusions(path: Path) -> frozenset[bytes]:
     """Return the document ids of an exclusions file: 32 hexadecimal digits a line, `#` begins a comment."""
     ids = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.split("#", 1)[0].strip()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
+    for number, line in enumerate(lines, start=1):
+        text = line.split("#", 1)[0].strip().lower()
         if text and not re.fullmatch("[0-9a-f]{32}", text):
             raise SystemExit(f"{path} line {number}: {text[:40]!r} is no doc_id; write its 32 hexadecimal digits.")
         ids.update([bytes.fromhex(text)] if text else [])

@@ -9,6 +9,8 @@ the learned text. Every learned token is predicted once: a document of tokens t0
 
     t0 t1 t2 t3 | t3 t4 t5 t6 | t6 t7 t8 t9      predicting 1-3, 4-6, 7-9; t0 (BOS) is given
 
+A masked model has no bits per byte: loss and share of right guesses are of the same masked tokens for each model.
+
 For conversations only what the assistant says counts, given everything before it.
 """
 
@@ -28,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 from kit.tokenizer import Vocabulary
+from masking import Masking
 
 
 class Params(BaseModel):
@@ -118,13 +121,55 @@ def negative_log_likelihood(model: Any, documents: list[tuple[np.ndarray, np.nda
     return total
 
 
+def guesses(
+    model: Any, documents: list[tuple[np.ndarray, np.ndarray]], params: Params, masking: Any
+) -> dict[str, float]:
+    """Return loss and share of right guesses of a masked model on the documents, masked alike for each model."""
+    import torch
+
+    from kit.model import device
+
+    model.eval()
+    step = params.max_length
+    pieces = [
+        (i, m[n : n + step]) for ids, m in documents for n in range(0, len(ids), step) for i in [ids[n : n + step]]
+    ]
+    numbers = sorted(range(len(pieces)), key=lambda number: len(pieces[number][0]))
+    total, right, tokens = 0.0, 0, 0
+    for start in range(0, len(pieces), params.per_device_eval_batch_size):
+        chosen_numbers = numbers[start : start + params.per_device_eval_batch_size]
+        shape = len(chosen_numbers), len(pieces[chosen_numbers[-1]][0])
+        ids, filled, learned = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for row, number in enumerate(chosen_numbers):
+            piece, marks = pieces[number]
+            ids[row, : len(piece)], filled[row, : len(piece)], learned[row, : len(piece)] = piece, 1, marks
+        inputs, chosen = masking(ids, learned, np.array(chosen_numbers))
+        places = [torch.from_numpy(values).to(device()) for values in (inputs, filled, chosen, ids)]
+        with torch.no_grad():
+            logits = model(input_ids=places[0], attention_mask=places[1]).logits[places[2]].float()
+        wanted = places[3][places[2]]
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+        right += int((logits.argmax(-1) == wanted).sum())
+        tokens += len(wanted)
+    return {"masked_loss": round(total / tokens, 6), "masked_accuracy": round(right / tokens, 6)}
+
+
 def answers(folder: Path, params: Params) -> list[dict[str, str]]:
     """Return each prompt with what the merged model writes, greedily, through the text-generation pipeline."""
     from transformers import AutoTokenizer, pipeline
 
+    from kit.model import objective
+
     if not params.prompts:
         return []
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if objective(folder) == "mlm":
+        if strangers := [prompt for prompt in params.prompts if prompt.count(tokenizer.mask_token) != 1]:
+            raise ValueError(
+                f"the prompt {strangers[0]!r} of a masked model needs one {tokenizer.mask_token} to fill in."
+            )
+        fill = pipeline("fill-mask", model=str(folder), tokenizer=tokenizer)
+        return [{"prompt": prompt, "answer": fill(prompt, top_k=1)[0]["sequence"]} for prompt in params.prompts]
     generate = pipeline("text-generation", model=str(folder), tokenizer=tokenizer)
     rows = []
     for prompt in params.prompts:
@@ -142,8 +187,9 @@ def load_trained(base: Path, trained: Path, vocabulary: Vocabulary) -> Any:
         return load_model(trained, vocabulary.size, vocabulary.special_ids)
     from peft import PeftModel
 
-    quantization = arrow.read_json(trained / "training.json")["quantization"]
-    model = load_model(base, vocabulary.size, vocabulary.special_ids, quantization)
+    about = arrow.read_json(trained / "training.json")
+    kind = about.get("objective", "clm")
+    model = load_model(base, vocabulary.size, vocabulary.special_ids, about["quantization"], trained, kind)
     return PeftModel.from_pretrained(model, str(trained))
 
 
@@ -163,14 +209,24 @@ def main(phase: str) -> None:
         from kit.model import load_model, start
 
         vocabulary = Vocabulary(models / "merged")
+        about = arrow.read_json(models / "trained/training.json")
+        kind = about.get("objective", "clm")
+        masking = (
+            Masking(vocabulary, about["mlm_probability"], about["whole_word_mask"], seed=0) if kind == "mlm" else None
+        )
         result: dict[str, Any] = {"scale": scale(text)}
         loaders = {
-            "base": lambda: load_model(base, vocabulary.size, vocabulary.special_ids, tokenizer=models / "merged"),
+            "base": lambda: load_model(
+                base, vocabulary.size, vocabulary.special_ids, tokenizer=models / "merged", kind=kind
+            ),
             "trained": lambda: load_trained(base, models / "trained", vocabulary),
             "merged": lambda: load_model(models / "merged", vocabulary.size, vocabulary.special_ids),
         }
         for name, load in run.progress(loaders.items(), len(loaders), "models"):
             start(0)
+            if masking:
+                result[name] = guesses(load(), documents, params, masking)
+                continue
             nll = negative_log_likelihood(load(), documents, params)
             result[name] = {
                 "bits_per_byte": round(nll / math.log(2) / n_bytes, 6),
@@ -178,7 +234,7 @@ def main(phase: str) -> None:
                 "perplexity": round(math.exp(nll / n_tokens), 4),
             }
         result["answers"] = answers(models / "merged", params)
-        arrow.write_json(folder / "evaluation.json", result)
+        arrow.write_json(folder / "evaluation.json", result, only_ascii=True)
         run.count(documents=len(documents), bytes=n_bytes, tokens=n_tokens)
 
 

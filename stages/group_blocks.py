@@ -257,12 +257,17 @@ def main(phase: str) -> None:
                 expected += tokens_shown
             run.balance(f"{split} tokens", expected, kept=grouper.tokens, dropped=left_out.tokens)
             if not out.rows or (split == "train" and grouper.tokens + left_out.tokens < params.block_size):
+                key = "long_documents" if listed else "last_block"
+                beside = f" beside {left_out.tokens:,} that `{key}` leaves out" if left_out.tokens else ""
                 raise SystemExit(
-                    f"phase {phase}: the {split} split has {grouper.tokens:,} tokens, too few for a block of "
-                    f"{params.block_size:,}; lower phases.{phase}.group_blocks.block_size or add text."
+                    f"phase {phase}: the {split} split has {grouper.tokens:,} tokens{beside}, too few for a block of "
+                    f"{params.block_size:,}; lower phases.{phase}.group_blocks.block_size or add text"
+                    f"{f', or change `{key}`' * bool(beside)}."
                 )
             padding = out.rows * params.block_size - grouper.tokens
             run.count(**{f"{split}_blocks": out.rows, f"{split}_tokens": grouper.tokens, f"{split}_padding": padding})
+            if left_out.tokens:
+                run.count(**{f"{split}_left_out": left_out.tokens})
             if split == "train" and params.weights:
                 run.count(**{f"{name}_tokens": one.tokens for name, one in shown.items()})
         if listed:

@@ -2,24 +2,28 @@
 
 Reads:  models/PHASE/trained, the phase's `base` folder, data/blocks/PHASE/eval
 Writes: models/PHASE/merged   a whole model with its tokenizer; a phase without an adapter passes through
-Params: none (the adapter's own settings decide)
+Params: phases.PHASE.merge_lora (what is merged, the adapter's own settings decide)
 
 For a layer with weight W and adapter B A, merged is W + lora_alpha / r * (B A): Hu et al., "LoRA", 2021, section 4.1.
 
 Example: W = [[1, 0], [0, 1]], A = [[1, 1]], B = [[1], [0]], r 1, lora_alpha 2   ->   [[3, 2], [0, 1]]
 
-The base's weight files are copied and the changed tensors are rewritten in place, so one layer at a time is in memory.
-The proof: base + adapter and merged model see the same held-out blocks; when their logits differ by more than
-TOLERANCE nothing is published. The base is the unquantised one, also when the adapter was trained on 4 bits.
+The files are written tensor by tensor (stages/merge_weights.py), so one weight at a time is in memory. The proof: base
++ adapter and merged model see the same held-out blocks; when their logits differ by more than TOLERANCE, or by half as
+much as the adapter changed them, nothing is published.
+
+An adapter that was trained on 4 bits can be merged into the weights as they were before (`base: original`) or as it saw
+them (`dequantized`). Which is better is a matter of the text, so the eval loss of both is measured.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
 import shutil
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from kit import arrow, stage
 from kit.params import Phase, read_params
@@ -28,90 +32,23 @@ from kit.tokenizer import Vocabulary
 if TYPE_CHECKING:
     import torch
 
-TOLERANCE = 1e-3  # of logits in float32, where rounding alone gives some 1e-5
+# Of the largest difference of logits, over the largest logit where that is beyond 1. float32: rounding alone gives some
+# 1e-5. The others round each merged weight to 11 or 8 bits.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 PROOF_BLOCKS = 4
-PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+TRAINING = ("training.json", "receipts.bin", "README.md")  # of the training, not of the model
 
 
-def check_adapter(config: dict[str, Any]) -> None:
-    """Raise ValueError when the adapter is of a kind that this merge does not cover."""
-    plain = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
-    for name, value in plain.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"the adapter has {name} {config[name]!r}, which cannot be merged yet; train with {value!r}."
-            )
-    for name in ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication"):
-        if config.get(name):
-            raise ValueError(f"the adapter has {name}, which cannot be merged yet; train without it.")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"the adapter is of type {config.get('peft_type')}, only LORA can be merged.")
+class Params(BaseModel):
+    """`phases.PHASE.merge_lora`: what the adapter is added to."""
 
+    model_config = ConfigDict(extra="forbid")
 
-def tensors(file: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the data of a safetensors file begins, and its header: name -> dtype, shape, data_offsets."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return 8 + length, header
-
-
-def merge_file(file: Path, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]], scaling: float) -> list[str]:
-    """Add scaling * B @ A to the tensors of a safetensors file in place; return the names of those changed.
-
-    `deltas`: tensor name -> (A of shape (r, in), B of shape (out, r)). Raises ValueError when the shapes do not fit.
-    """
-    import torch
-
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    begin, header = tensors(file)
-    changed = sorted(deltas.keys() & header.keys())
-    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as data:
-        for name in changed:
-            a, b = deltas[name]
-            entry = header[name]
-            if tuple(entry["shape"]) != (b.shape[0], a.shape[1]):
-                raise ValueError(
-                    f"{name} has shape {entry['shape']} but the adapter was made for {[b.shape[0], a.shape[1]]}."
-                )
-            if entry["dtype"] not in kinds:
-                raise ValueError(f"{name} is stored as {entry['dtype']}; only {', '.join(kinds)} can be merged.")
-            first, last = entry["data_offsets"]
-            raw = bytearray(data[begin + first : begin + last])
-            weight = torch.frombuffer(raw, dtype=kinds[entry["dtype"]]).view(entry["shape"])
-            # As peft 0.21 merges: the sum in float32, rounded once to the weight's dtype. So both give the same bits.
-            weight += (b.float() @ a.float()) * scaling
-            data[begin + first : begin + last] = bytes(raw)
-        data.flush()
-    return changed
-
-
-def merge(base: Path, adapter: Path, folder: Path) -> int:
-    """Write base + adapter into `folder`; return the number of merged tensors. Raises ValueError for a misfit."""
-    from safetensors.torch import load_file
-
-    config = arrow.read_json(adapter / "adapter_config.json")
-    check_adapter(config)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    deltas = {}
-    for name, a in weights.items():
-        if name.endswith(SUFFIX_A):
-            layer = name.removeprefix(PREFIX).removesuffix(SUFFIX_A)
-            deltas[f"{layer}.weight"] = (a, weights[name.removesuffix(SUFFIX_A) + SUFFIX_B])
-    if len(weights) != 2 * len(deltas):
-        raise ValueError(f"{adapter} holds tensors besides lora_A and lora_B pairs; they would be lost.")
-    merged: list[str] = []
-    for path in sorted(base.iterdir()):
-        if path.suffix in (".json", ".safetensors") and not path.name.startswith("tokenizer"):
-            shutil.copyfile(path, folder / path.name)
-        if path.suffix == ".safetensors":
-            merged += merge_file(folder / path.name, deltas, config["lora_alpha"] / config["r"])
-    if len(merged) != len(deltas):
-        raise ValueError(
-            f"{base} has no weight for {', '.join(sorted(deltas.keys() - set(merged))[:3])} of the adapter."
-        )
-    return len(merged)
+    base: Literal["original", "dequantized"] = Field(
+        "original",
+        description="of an adapter trained with `quantization`. original: the base's own weights; dequantized: what "
+        "4 bits left of them, as the adapter saw them",
+    )
 
 
 def stop_at(folder: Path, end: int) -> None:
@@ -129,56 +66,134 @@ def stop_at(folder: Path, end: int) -> None:
         arrow.write_json(path, {**kept, "eos_token_id": [end, *known]})
 
 
-def prove(base: Path, adapter: Path, merged: Path, blocks_folder: Path) -> dict[str, float]:
-    """Return the largest and mean logit difference, and the eval loss, of base + adapter and of the merged model.
+def load(folder: Path, vocabulary: Vocabulary, quantization: dict[str, Any] | None = None) -> Any:
+    """Return the model of a folder in float32, or what `quantization` leaves of it."""
+    from kit.model import load_model
 
-    Raises ValueError when the largest difference is beyond TOLERANCE or the merged model lacks a tensor.
-    """
-    from kit.model import Blocks, load_model, mean_loss, start  # first: it says that nothing is to be fetched
+    if quantization:  # the matrices of 4 bits, computed with in float32: as exact as the merged model
+        quantization = {**quantization, "bnb_4bit_compute_dtype": "float32"}
+    return load_model(folder, vocabulary.size, vocabulary.special_ids, quantization, vocabulary.folder)
 
-    # isort: split
+
+def held_out(folder: Path, vocabulary: Vocabulary, about: dict[str, Any]) -> Any:
+    """Return held-out blocks as the model saw them in training; `about`: what training.json says of that."""
+    from kit.model import Blocks, MaskedBlocks
+
+    blocks = Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
+    if about.get("objective") != "mlm":
+        return blocks
+    from masking import Masking
+
+    return MaskedBlocks(blocks, Masking(vocabulary, about["mlm_probability"], about["whole_word_mask"], seed=0))
+
+
+def look(model: Any, blocks: Any) -> tuple[torch.Tensor, float]:
+    """Return the logits of the first blocks and the mean loss of all."""
     import torch
+
+    from kit.model import mean_loss
+
+    model.eval()
+    batch = blocks.__getitems__(list(range(min(PROOF_BLOCKS, len(blocks)))))
+    inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs).logits.float().cpu()
+    return logits, mean_loss(model, blocks, 16)
+
+
+def prove(
+    base: Path, adapter: Path, merged: Path, blocks: Any, quantization: dict[str, Any] | None, dtype: str
+) -> dict[str, float]:
+    """Return how far the logits, and the eval loss, of the merged model are from those of base + adapter.
+
+    `quantization` is that of the base in the comparison, `dtype` the one the merged model is stored in. Raises
+    ValueError when the difference is beyond TOLERANCE[dtype], or half as large as what the adapter does.
+    """
     from peft import PeftModel
 
-    start(0)
     vocabulary = Vocabulary(merged)
-    blocks = Blocks(arrow.table(blocks_folder), arrow.manifest(blocks_folder)["counts"]["tokens"])
-    ids = blocks.__getitems__(list(range(min(PROOF_BLOCKS, len(blocks)))))["input_ids"]
-    logits, losses = [], []
-    for folder in (base, merged):
-        model: Any = load_model(folder, vocabulary.size, vocabulary.special_ids)
-        if folder == base:
-            model = PeftModel.from_pretrained(model, str(adapter))
-        model.eval()
-        with torch.no_grad():
-            logits.append(model(input_ids=ids).logits)
-        losses.append(mean_loss(model, blocks, 16))
-    difference = (logits[0] - logits[1]).abs()
-    worst = float(difference.max())
-    if not worst <= TOLERANCE:
-        raise ValueError(f"the merged model's logits differ by {worst:.2e} from base + adapter, more than {TOLERANCE}.")
+    model = PeftModel.from_pretrained(load(base, vocabulary, quantization), str(adapter))
+    before, loss_before = look(model, blocks)
+    with model.disable_adapter():
+        plain, _ = look(model, blocks)
+    del model
+    after, loss_after = look(load(merged, vocabulary), blocks)
+    difference = (before - after).abs()
+    worst, mean, effect = float(difference.max()), float(difference.mean()), float((before - plain).abs().mean())
+    tolerance = TOLERANCE[dtype] * max(1.0, float(before.abs().max()))
+    if not worst <= tolerance:
+        raise ValueError(
+            f"the merged model's logits differ by {worst:.2e} from base + adapter, more than {tolerance:.2e}; "
+            "nothing was published."
+        )
+    if worst > TOLERANCE["float32"] and mean > effect / 2:
+        raise ValueError(
+            f"of what the adapter does ({effect:.2e} in the mean logit) {mean:.2e} is lost in the rounding of the "
+            f"merged weights to {dtype}; train longer, or convert the base to float32; nothing was published."
+        )
     return {
         "logit_difference_max": worst,
-        "logit_difference_mean": float(difference.mean()),
-        "eval_loss_adapter": round(losses[0], 6),
-        "eval_loss_merged": round(losses[1], 6),
+        "logit_difference_mean": mean,
+        "logit_effect_mean": effect,
+        "eval_loss_adapter": round(loss_before, 6),
+        "eval_loss_merged": round(loss_after, 6),
     }
 
 
+def stored_dtype(folder: Path) -> str:
+    """Return the coarsest dtype among the weights of a model folder."""
+    from merge_weights import DTYPES, tensors, weight_files
+
+    found = {entry["dtype"] for file in weight_files(folder) for entry in tensors(file)[1].values()}
+    names = {str(DTYPES[each]).removeprefix("torch.") for each in found if each in DTYPES}
+    return next((each for each in ("bfloat16", "float16") if each in names), "float32")
+
+
 def main(phase: str) -> None:
+    params = read_params(f"phases.{phase}.merge_lora", Params)
     base, trained = Path(read_params(f"phases.{phase}", Phase).base), Path("models", phase, "trained")
     blocks = Path("data/blocks", phase, "eval")
     with stage.run("merge_lora", phase, [str(base), str(trained), str(blocks)], [f"models/{phase}/merged"]) as run:
         (folder,) = run.outputs
-        for path in sorted(trained.iterdir()):
-            if not path.name.startswith("adapter_") and path.name not in ("training.json", "README.md"):
-                shutil.copyfile(path, folder / path.name)
-        if (trained / "adapter_config.json").is_file():
-            run.count(merged_tensors=merge(base, trained, folder))
-            stop_at(folder, Vocabulary(folder).special_ids["eos_token_id"])
-            run.metric(**prove(base, trained, folder, blocks))
-        else:
+        if not (trained / "adapter_config.json").is_file():
+            carry(trained, folder)
             run.count(merged_tensors=0)
+            return
+        from kit.model import mean_loss, start  # first: it says that nothing is to be fetched
+
+        # isort: split
+        from merge_weights import merge
+
+        start(0)
+        about = arrow.read_json(trained / "training.json")
+        quantization = about["quantization"] or {}
+        in_4_bits = bool(quantization.get("load_in_4bit"))
+        if params.base == "dequantized" and not in_4_bits:
+            raise SystemExit(
+                f"phases.{phase}.merge_lora.base is dequantized, but the adapter was not trained on 4 bits; "
+                "set it to original."
+            )
+        seen = quantization if params.base == "dequantized" else None
+        run.count(merged_tensors=merge(base, trained, folder, seen))
+        carry(trained, folder)
+        vocabulary = Vocabulary(folder)
+        stop_at(folder, vocabulary.special_ids["eos_token_id"])
+        held = held_out(blocks, vocabulary, about)
+        run.metric(**prove(base, trained, folder, held, seen, stored_dtype(base)))
+        if in_4_bits:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-other-") as name:
+                merge(base, trained, Path(name), None if seen else quantization)
+                loss = round(mean_loss(load(Path(name), vocabulary), held, 16), 6)
+            losses = [loss, run.metrics["eval_loss_merged"]]
+            original, dequantized = losses if seen else losses[::-1]
+            run.metric(eval_loss_merged_original=original, eval_loss_merged_dequantized=dequantized)
+
+
+def carry(trained: Path, folder: Path) -> None:
+    """Copy what is no adapter, tokenizer and chat template or a whole model, from `trained` into `folder`."""
+    for path in sorted(trained.iterdir()):
+        if not path.name.startswith("adapter_") and path.name not in TRAINING:
+            shutil.copyfile(path, folder / path.name)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def shards(
         size = sum(path.stat().st_size for path in inside)
         path = root if file == root.name and not (root / file).exists() else root / file
         if size <= WHOLE_BYTES:
-            known = [digests[one.relative_to(root).as_posix() if one != root else ""] for one in inside]
+            # One that has come since has none: the stage will refuse to publish.
+            known = [digests.get(one.relative_to(root).as_posix() if one != root else "") for one in inside]
             identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
             small.append((Piece(file, path, 0, None), identity, size))
             continue

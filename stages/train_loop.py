@@ -9,17 +9,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.model import (
+    IGNORED,
     Blocks,
+    MaskedBlocks,
     device,
     load_model,
+    max_positions,
     mean_loss,
     new_tokens,
     start,
@@ -27,129 +30,136 @@ from kit.model import (
 
 # isort: split
 import torch
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from block_order import BlockOrder
-from kit.arrow import write_json
+import adapters
+import optimizers
+from block_order import RECEIPT_BYTES, BlockOrder, block_receipt, step_receipt
+from kit import arrow
 from kit.tokenizer import FILES as TOKENIZER_FILES
 from kit.tokenizer import Vocabulary
+from masking import Masking
 
 if TYPE_CHECKING:
     from train_model import Params
 
 MARKER = "whole"  # written last into a checkpoint
+TRAINED = "trained.pt"  # in a checkpoint: what an adapter learned, as it stands
+RECEIPTS = "receipts.bin"
 Curves = dict[str, list[dict[str, float]]]
 
 
-def prepare_model(base: Path, tokenizer: Path, params: Params) -> Any:
-    """Return the model to train: all weights trainable, or a frozen base with a LoRA adapter."""
+def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None = None) -> Any:
+    """Return the model to train: all weights trainable, or a frozen base with an adapter for `steps` steps."""
     start(params.seed)
-    quantization = params.quantization.model_dump() if params.quantization else None
+    quantization = params.quantization.arguments() if params.quantization else None
     vocabulary = Vocabulary(tokenizer)
-    if params.lora and new_tokens(base, tokenizer):
-        raise SystemExit(
-            f"{tokenizer} has more tokens than {base}: an adapter neither learns their embeddings nor can be merged "
-            "with them yet; leave `lora` out in this phase, or set train_tokenizer.mode to reuse."
-        )
-    model: Any = load_model(base, vocabulary.size, vocabulary.special_ids, quantization, tokenizer)
+    model: Any = load_model(base, vocabulary.size, vocabulary.special_ids, quantization, tokenizer, params.objective)
     if quantization:
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=params.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if params.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if params.lora:
-        model = add_adapter(model, params)
-    elif params.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        if params.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = adapters.add(model, params, steps or params.max_steps or 1, bool(new_tokens(base, tokenizer)))
     return model if quantization else model.to(device())
 
 
-def add_adapter(model: PreTrainedModel, params: Params) -> Any:
-    """Return `model` with a new LoRA adapter. Raises SystemExit when the target modules match no layer."""
-    from peft import LoraConfig, get_peft_model
+def open_blocks(folder: Path) -> Blocks:
+    """Return the blocks of one split."""
+    return Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
 
-    assert params.lora
-    linear = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+def seen(blocks: Blocks, tokenizer: Path, params: Params) -> Blocks | MaskedBlocks:
+    """Return the blocks as the objective shows them to the model."""
+    if params.objective == "clm":
+        return blocks
+    return MaskedBlocks(
+        blocks, Masking(Vocabulary(tokenizer), params.mlm_probability, params.whole_word_mask, params.seed)
     )
-    targets = params.lora.target_modules
-    missing = [] if isinstance(targets, str) else [target for target in targets if target not in linear]
-    if missing:
-        raise SystemExit(
-            f"lora.target_modules: the model has no layer {', '.join(missing)}; it has {', '.join(linear)}."
-        )
-    config = LoraConfig(task_type="CAUSAL_LM", **params.lora.model_dump())
-    return get_peft_model(model, config)
 
 
-class InOrder(Sampler[int]):
-    """Yields the blocks of all steps, one after the other, as `BlockOrder` says."""
+class Stream(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The blocks of all steps, one after the other, as `BlockOrder` says; a receipt is kept of each that was fed."""
 
-    def __init__(self, order: BlockOrder, length: int) -> None:
-        self.order, self.length = order, length
+    def __init__(self, blocks: Blocks | MaskedBlocks, order: BlockOrder, length: int) -> None:
+        self.blocks, self.order, self.length = blocks, order, length
+        self.receipts: dict[int, bytes] = {}  # by position
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[int]:
-        return map(self.order.block, range(self.length))
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        """Return the blocks at these positions as one batch."""
+        rows = [self.order.block(position) for position in positions]
+        masked = isinstance(self.blocks, MaskedBlocks)
+        batch = self.blocks.at(rows, positions) if masked else self.blocks.__getitems__(rows)
+        ids, labels = (batch[name].numpy().astype("<i4") for name in ("input_ids", "labels"))
+        for place, position in enumerate(positions):
+            self.receipts[position] = block_receipt(rows[place], ids[place].tobytes(), labels[place].tobytes())
+        return batch
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices of the layers, AdamW for all other parameters, as one optimizer to Trainer.
+class Receipts:
+    """The receipts of all steps so far, of which each process knows those of its own blocks."""
 
-    Muon: Jordan et al., 2024; the update is scaled to AdamW's size (Liu et al., "Muon is Scalable", 2025, equation 4),
-    so both go by one learning rate.
-    """
+    def __init__(self, stream: Stream, global_batch_size: int) -> None:
+        self.stream, self.size, self.steps = stream, global_batch_size, b""
 
-    def __init__(self, model: Any, params: Params) -> None:
-        outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-        inner: list[torch.nn.Parameter] = []
-        rest: list[torch.nn.Parameter] = []
-        for parameter in model.parameters():
-            matrix = parameter.ndim == 2 and id(parameter) not in outer
-            (inner if matrix else rest).append(parameter)
-        options = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
-        betas = (params.adam_beta1, params.adam_beta2)
-        self.parts = {
-            "muon": torch.optim.Muon(inner, adjust_lr_fn="match_rms_adamw", **options),
-            "adamw": torch.optim.AdamW(rest, betas=betas, lr=params.learning_rate, weight_decay=0.0, fused=True),
-        }
-        # The groups are shared with the parts: what a scheduler writes here, they see.
-        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
-
-    def step(self, closure: Any = None) -> None:
-        """Take one step of each part."""
-        for part in self.parts.values():
-            part.step(closure)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each part under its name."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+    def up_to(self, step: int) -> bytes:
+        """Return 16 bytes for each step from 1 to `step`. All processes must ask together."""
+        first = len(self.steps) // RECEIPT_BYTES
+        fed = self.stream.receipts
+        if torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, fed)
+            fed = {position: receipt for part in parts for position, receipt in part.items()}
+        for number in range(first, step):
+            places = range(number * self.size, (number + 1) * self.size)
+            self.steps += step_receipt(number + 1, (fed[place] for place in places))
+        self.stream.receipts = {p: r for p, r in self.stream.receipts.items() if p >= step * self.size}
+        return self.steps
 
 
 class BlockTrainer(Trainer):
     """Trainer that feeds blocks in their frozen order and evaluates token by token."""
 
-    def __init__(self, order: BlockOrder, n_blocks: int, params: Params, **options: Any) -> None:
-        super().__init__(**options)
-        self.order, self.n_blocks, self.params = order, n_blocks, params
+    def __init__(self, params: Params, **options: Any) -> None:
+        masked = {"compute_loss_func": masked_loss} if params.objective == "mlm" else {}
+        super().__init__(**masked, **options)
+        self.params = params
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.params.optim == "muon":
-            self.optimizer: Any = MuonWithAdamW(self.model, self.params)
+        self.optimizer: Any = self.optimizer or optimizers.create(self.model, self.params, self.args)
         return super().create_optimizer(model)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         # All steps are one epoch to Trainer: epochs are arithmetic of the order, and no step is cut short between them.
-        return InOrder(self.order, self.n_blocks)
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # A step in which no token is learned has loss 0, not 0 / 0.
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        return items.clamp(min=1) if isinstance(items, torch.Tensor) else items
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.params.lora and state_dict is None:
+            if self.args.should_save:
+                Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+                torch.save(adapters.state(self.model), Path(str(output_dir), TRAINED))
+        else:
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint, TRAINED)
+        if path.is_file():
+            adapters.restore(self.model, torch.load(path, map_location=device(), weights_only=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -160,22 +170,34 @@ class BlockTrainer(Trainer):
         return metrics
 
 
+def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Return the loss of the tokens that were to be guessed, over the number of them in the whole step."""
+    logits = outputs.logits.float().flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
 class Reporter(TrainerCallback):
     """Prints a line now and then, stops on a loss that is no number, marks checkpoints as whole."""
 
-    def __init__(self, name: str, tokens_per_step: int) -> None:
-        self.name, self.tokens_per_step = name, tokens_per_step
+    def __init__(self, name: str, tokens_per_step: int, receipts: Receipts) -> None:
+        self.name, self.tokens_per_step, self.receipts = name, tokens_per_step, receipts
         self.first_step, self.started, self.spoken = 0, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.started = state.global_step, time.monotonic()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        adapters.allocate(model, state.global_step + 1)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         loss = logs.get("loss", logs.get("eval_loss"))
-        if loss is not None and not math.isfinite(loss):
+        norm = logs.get("grad_norm", 0.0)
+        if loss is not None and not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise SystemExit(
-                f"{self.name}: the loss is {loss} at step {state.global_step}; lower learning_rate or max_grad_norm. "
+                f"{self.name}: {what} at step {state.global_step}; lower learning_rate or max_grad_norm. "
                 f"The checkpoints before it are in {args.output_dir}."
             )
         now = time.monotonic()
@@ -190,7 +212,55 @@ class Reporter(TrainerCallback):
         print(f"{self.name}: step {state.global_step} of {state.max_steps}, {kind} {loss:.4f}{rate}{speed}", flush=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER).touch()
+        receipts = self.receipts.up_to(state.global_step)
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / RECEIPTS).write_bytes(receipts)
+            (folder / MARKER).touch()
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights of the lowest evaluation loss, and stops when `patience` evaluations brought no lower one.
+
+    What it knows stands in the history of losses, which each checkpoint holds; so a resumed run stops where an
+    uninterrupted one does.
+    """
+
+    def __init__(self, name: str, patience: int | None) -> None:
+        self.name, self.patience = name, patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        best, since = best_step(state.log_history)
+        path = best_weights(args.output_dir, best)
+        if best == state.global_step and args.should_save:
+            torch.save(adapters.state(model), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        if self.patience is not None and since >= self.patience and state.global_step < state.max_steps:
+            print(
+                f"{self.name}: the evaluation loss is not lower than at step {best} for {since} evaluations; "
+                f"stopping at step {state.global_step}, the weights of step {best} are kept.",
+                flush=True,
+            )
+            # No checkpoint here: a run that goes on from one would not know that it has stopped.
+            control.should_training_stop, control.should_save = True, False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = best_weights(args.output_dir, best_step(state.log_history)[0])
+        for path in Path(args.output_dir).glob("best-*.pt") if args.should_save else []:
+            if path != kept:
+                path.unlink()
+
+
+def best_step(history: list[dict[str, float]]) -> tuple[int, int]:
+    """Return the step of the lowest evaluation loss, and how many evaluations came after it."""
+    losses = {int(row["step"]): row["eval_loss"] for row in history if "eval_loss" in row}
+    best = min(losses, key=lambda step: (losses[step], step))
+    return best, sum(step > best for step in losses)
+
+
+def best_weights(folder: str, step: int) -> Path:
+    """Return where the weights of the best evaluation stand."""
+    return Path(folder, f"best-{step}.pt")
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -204,21 +274,74 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def train(
-    model: Any, blocks: Blocks, held_out: Blocks, order: BlockOrder, steps: int, params: Params, work: Path, name: str
-) -> Curves:
-    """Train `model` in place for `steps` optimizer steps, going on from a whole checkpoint in `work`.
+class Trained(NamedTuple):
+    """What a training leaves besides the model."""
 
-    Returns the curves: `train` rows with step, loss, learning_rate, grad_norm, and `eval` rows with step, loss; losses
-    are nats per learned token.
-    """
-    arguments = TrainingArguments(
+    curves: Curves
+    receipts: bytes
+    steps: int
+    notes: dict[str, int]
+
+
+def check(model: Any, blocks: Blocks | MaskedBlocks, params: Params) -> None:
+    """Raise SystemExit when the blocks are too long for the model or teach nothing, or the hardware lacks a dtype."""
+    limit = max_positions(model)
+    if limit is not None and blocks.block_size > limit:
+        raise SystemExit(
+            f"the blocks have {blocks.block_size:,} tokens but the model has positions for {limit:,}; "
+            "lower group_blocks.block_size."
+        )
+    if not (blocks.blocks if isinstance(blocks, MaskedBlocks) else blocks).learned():
+        raise SystemExit(
+            "no token of the training blocks is learned: every label is masked; see whether the conversations of this "
+            "phase have assistant turns, and `--show 3`."
+        )
+    if params.fp16 and device().type == "cpu":
+        raise SystemExit("fp16 needs a GPU: a CPU computes it slowly and has no loss scaling; use bf16, or neither.")
+
+
+def has_bf16() -> bool:
+    """Return whether this hardware multiplies bfloat16 matrices; elsewhere that is slower than float32."""
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def arguments(
+    params: Params, steps: int, work: Path, resumed: bool, name: str
+) -> tuple[TrainingArguments, dict[str, int]]:
+    """Return what Trainer needs to know, and notes on what this machine does otherwise than `params` say."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = params.per_device_train_batch_size * processes
+    if params.global_batch_size % at_once:
+        raise SystemExit(
+            f"global_batch_size {params.global_batch_size} is no multiple of per_device_train_batch_size "
+            f"{params.per_device_train_batch_size} x {processes} processes; start another number of them."
+        )
+    notes = {}
+    optim = optimizers.available(params.optim, device().type == "cuda")
+    if optim != params.optim:
+        print(f"{name}: {params.optim} needs a GPU; {optim} is used instead.", flush=True)
+        notes["optimizer_without_pages"] = 1
+    bf16 = params.bf16 and has_bf16()
+    if bf16 != params.bf16:
+        print(f"{name}: bf16 needs AVX512_BF16, AMX or a newer GPU; float32 is used instead.", flush=True)
+        notes["float32_instead_of_bf16"] = 1
+    taken = {
+        "optim": "adamw_torch_fused" if optim == "muon" else optim,
+        "bf16": bf16,
+        "gradient_accumulation_steps": params.global_batch_size // at_once,
+    }
+    ours = {
+        "objective", "mlm_probability", "whole_word_mask", "num_train_epochs", "max_steps", "global_batch_size",
+        "gradient_checkpointing", "optim", "bf16", "load_best_model_at_end", "early_stopping_patience", "lora",
+        "quantization",
+    }  # fmt: skip
+    return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
-        optim="adamw_torch_fused",
-        gradient_accumulation_steps=params.global_batch_size // params.per_device_train_batch_size,
         eval_strategy="steps",
-        eval_on_start=True,
+        eval_on_start=not resumed,
         save_strategy="steps",
         save_total_limit=2,
         disable_tqdm=not sys.stderr.isatty(),
@@ -226,40 +349,63 @@ def train(
         remove_unused_columns=False,
         use_cpu=device().type == "cpu",
         dataloader_pin_memory=device().type == "cuda",
-        **params.model_dump(
-            exclude={
-                "num_train_epochs",
-                "max_steps",
-                "global_batch_size",
-                "gradient_checkpointing",
-                "optim",
-                "lora",
-                "quantization",
-            }
-        ),
-    )
+        **taken,
+        **params.model_dump(exclude=ours),
+    ), notes
+
+
+def train(
+    model: Any,
+    blocks: Blocks | MaskedBlocks,
+    held_out: Blocks | MaskedBlocks,
+    order: BlockOrder,
+    steps: int,
+    params: Params,
+    work: Path,
+    name: str,
+) -> Trained:
+    """Train `model` in place for `steps` optimizer steps, going on from a whole checkpoint in `work`.
+
+    The curves: `train` rows with step, loss, learning_rate, grad_norm, and `eval` rows with step, loss; losses are nats
+    per learned token.
+    """
+    check(model, blocks, params)
+    checkpoint = last_checkpoint(work)
+    settings, notes = arguments(params, steps, work, bool(checkpoint), name)
+    stream = Stream(blocks, order, steps * params.global_batch_size)
+    receipts = Receipts(stream, params.global_batch_size)
+    callbacks: list[TrainerCallback] = [Reporter(name, params.global_batch_size * blocks.block_size, receipts)]
+    best = params.load_best_model_at_end or params.early_stopping_patience is not None
+    if best:
+        callbacks.append(KeepBest(name, params.early_stopping_patience))
     trainer = BlockTrainer(
-        order=order,
-        n_blocks=steps * params.global_batch_size,
         params=params,
         model=model,
-        args=arguments,
-        train_dataset=blocks,
+        args=settings,
+        train_dataset=stream,
         eval_dataset=held_out,
         data_collator=lambda batch: batch,  # Blocks gives whole batches
-        callbacks=[Reporter(name, params.global_batch_size * blocks.block_size)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(work)
     if checkpoint:
         print(f"{name}: going on from step {checkpoint.rsplit('-', 1)[1]}", flush=True)
+        receipts.steps = Path(checkpoint, RECEIPTS).read_bytes()
     trainer.train(resume_from_checkpoint=checkpoint)
-    if steps % params.eval_steps:
+    done = trainer.state.global_step
+    if done % params.eval_steps:
         trainer.evaluate()
-    return {
+    if best:
+        step, _ = best_step(trainer.state.log_history)
+        notes["best_step"] = step
+        if step != done:
+            state = torch.load(best_weights(str(work), step), map_location=device(), weights_only=True)
+            adapters.restore(model, state)
+    curves = {
         "train": _curve(trainer.state.log_history, "loss", "learning_rate", "grad_norm"),
         "eval": _curve(trainer.state.log_history, "eval_loss"),
     }
+    return Trained(curves, receipts.up_to(done), done, notes)
 
 
 def _curve(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:
@@ -289,8 +435,11 @@ def save(model: Any, tokenizer: Path, base: Path, params: Params, folder: Path) 
 
     training.json says what an adapter needs to be loaded as it was trained: its base and the base's quantization.
     """
-    model.save_pretrained(folder)
-    write_json(folder / "training.json", {"base": str(base), **params.model_dump(include={"quantization"})})
+    adapters.save(model, folder)
+    masked = {"objective", "mlm_probability", "whole_word_mask"} if params.objective == "mlm" else set()
+    quantization = params.quantization.arguments() if params.quantization else None
+    about = {"base": str(base), "quantization": quantization, **params.model_dump(include=masked)}
+    arrow.write_json(folder / "training.json", about)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = folder / "adapter_config.json"
     if config.is_file():

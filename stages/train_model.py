@@ -2,11 +2,13 @@
 
 Reads:  data/blocks/PHASE, models/tokenizers/PHASE, the phase's `base` folder
 Writes: models/PHASE/trained          a whole model, or an adapter, with the tokenizer beside it
+        models/PHASE/trained/receipts.bin   16 bytes a step that prove what was fed: see block_order.py
         plots/PHASE/train.csv, eval.csv   loss, learning rate and gradient norm by step
 Params: phases.PHASE.train_model (the keys of TrainingArguments, LoraConfig and BitsAndBytesConfig)
 
 A base that is a config.json alone starts from random weights, anything else goes on from its own. With `lora` only the
-adapter is trained, with `quantization` on a base held in 4 bits (QLoRA).
+adapter is trained, with `quantization` on a base held in 4 or 8 bits (QLoRA). `objective: mlm` trains a masked model
+(stages/masking.py). `python stages/train_model.py PHASE --show 3` prints three blocks, what is learned in [brackets].
 
 Example: 1,000 blocks of 256, global_batch_size 16, num_train_epochs 1 -> 63 steps of 4,096 tokens; the last step takes
 its 8 missing blocks from the beginning of the next epoch, so that every step has the same shape.
@@ -18,38 +20,17 @@ bit for bit on a CPU, and a run with any other input, parameter or code begins a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from adapter_params import Lora, Quantization
 from block_order import BlockOrder
-from kit import arrow, stage
+from kit import stage
 from kit.params import Phase, read_params
-
-
-class Lora(BaseModel):
-    """Arguments of peft's LoraConfig."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(8, ge=1, description="rank of the two added matrices")
-    lora_alpha: int = Field(16, ge=1, description="their product is scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the first matrix")
-    target_modules: list[str] | Literal["all-linear"] = Field(description="names of the layers, or `all-linear`")
-
-
-class Quantization(BaseModel):
-    """Arguments of transformers' BitsAndBytesConfig."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    load_in_4bit: Literal[True] = Field(True, description="hold the base in 4 bits")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="nf4: quantiles of a normal distribution")
-    bnb_4bit_use_double_quant: bool = Field(True, description="quantise the scales too, 0.4 bits a weight less")
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="dtype of matmuls"
-    )
+from kit.tokenizer import Vocabulary
 
 
 class Params(BaseModel):
@@ -57,29 +38,56 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    objective: Literal["clm", "mlm"] = Field(
+        "clm", description="clm: each token from those before it; mlm: masked tokens from those around them (BERT)"
+    )
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="mlm: share of the words that are to be guessed")
+    whole_word_mask: bool = Field(False, description="mlm: all tokens of a word or none; see stages/masking.py")
     num_train_epochs: float | None = Field(None, gt=0, description="times that every block is shown; or `max_steps`")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or `num_train_epochs`")
     global_batch_size: int = Field(16, ge=1, description="blocks in an optimizer step")
     per_device_train_batch_size: int = Field(16, ge=1, description="blocks computed at once; the rest is accumulated")
     per_device_eval_batch_size: int = Field(16, ge=1, description="blocks computed at once in evaluation")
-    optim: Literal["adamw_torch_fused", "muon"] = Field(
+    optim: Literal[
+        "adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop", "ademamix", "ademamix_8bit",
+        "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+        "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit",
+        "paged_lion_8bit", "muon",
+    ] = Field(
         "adamw_torch_fused",
-        description="muon: orthogonalised updates for the weight matrices, AdamW for embeddings and norms; "
-        "for training from random weights",
-    )
+        description="the optimizer; paged: its state moves to the host when the GPU is full, without a GPU the same "
+        "one without pages is taken. muon: orthogonalised updates for the weight matrices, AdamW for embeddings and "
+        "norms, for training from random weights",
+    )  # fmt: skip
     learning_rate: float = Field(gt=0, description="the highest of the schedule")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="course of the learning rate after the warm-up"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ] = Field("cosine", description="course of the learning rate after the warm-up")  # fmt: skip
+    lr_scheduler_kwargs: dict[str, float | int | str] = Field(
+        {}, description="arguments of the schedule, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    warmup_steps: float = Field(
+        0, ge=0, description="steps over which the learning rate rises from 0; below 1: that share of all steps"
+    )
     weight_decay: float = Field(0.0, ge=0, description="of AdamW, not on biases and norms")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    fp16: bool = Field(False, description="16 bit floats with loss scaling, on a GPU")
+    bf16: bool = Field(
+        False, description="bfloat16 matmuls, where the hardware has them; elsewhere float32, and a line says so"
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice, hold fewer")
     logging_steps: int = Field(10, ge=1, description="steps between two points of the training curve")
     eval_steps: int = Field(50, ge=1, description="steps between two points of the evaluation curve")
     save_steps: int = Field(100, ge=1, description="steps between two checkpoints")
+    load_best_model_at_end: bool = Field(False, description="publish the weights of the lowest evaluation loss")
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many evaluations without a lower loss, and publish the weights of the lowest",
+    )
     seed: int = Field(0, ge=0, description="of random weights, block order and dropout")
     lora: Lora | None = Field(None, description="train an adapter; null trains all weights")
     quantization: Quantization | None = Field(None, description="base in 4 bits; needs `lora`")
@@ -102,6 +110,23 @@ class Params(BaseModel):
             raise ValueError("optim muon is for weights trained from random ones; use adamw_torch_fused with `lora`")
         if self.quantization and not self.lora:
             raise ValueError("a quantised base cannot be trained itself: add `lora`")
+        if self.quantization and self.lora and self.lora.changes_the_base:
+            raise ValueError(
+                f"init_lora_weights {self.lora.init_lora_weights} takes the matrices out of the base, which a "
+                "quantised one does not allow; leave `quantization` or init_lora_weights out"
+            )
+        if self.quantization and self.quantization.load_in_8bit and self.lora and self.lora.use_dora:
+            raise ValueError(
+                "use_dora does not work on a base in 8 bits (bitsandbytes 0.50); hold it in 4, or leave it out"
+            )
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 exclude each other")
+        adalora = self.lora and self.lora.adalora
+        if adalora and self.max_steps is not None and adalora.tinit + adalora.tfinal >= self.max_steps:
+            raise ValueError(
+                f"lora.adalora: tinit {adalora.tinit} and tfinal {adalora.tfinal} leave none of {self.max_steps} steps "
+                "in which ranks are taken away"
+            )
         return self
 
 
@@ -117,31 +142,55 @@ def total_steps(params: Params, n_blocks: int) -> int:
     return -(-round(params.num_train_epochs * n_blocks) // params.global_batch_size)
 
 
-def main(phase: str) -> None:
+def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int) -> Iterator[str]:
+    """Yield the first blocks of the order as text, token by token: [learned], or what stands there [seen -> learned].
+
+    A causal model learns a token from those before it, so the first one of a block is never learned.
+    """
+    for position in range(min(number, order.n_blocks)):
+        block = order.block(position)
+        batch = blocks.at([block], [position]) if hasattr(blocks, "at") else blocks.__getitems__([block])
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        if not hasattr(blocks, "at"):
+            labels[0] = -100
+        words = []
+        for seen, label in zip(ids, labels, strict=True):
+            here, wanted = (str(vocabulary.tokenizer.id_to_token(number)) for number in (seen, max(label, 0)))
+            words.append(here if label < 0 else f"[{here}]" if seen == label else f"[{here} -> {wanted}]")
+        yield f"block {block}: {len(ids)} tokens, {sum(label >= 0 for label in labels)} learned\n{' '.join(words)}\n"
+
+
+def main(phase: str, show: int = 0) -> None:
     params = read_params(f"phases.{phase}.train_model", Params)
     base = Path(read_params(f"phases.{phase}", Phase).base)
     blocks, tokenizer = Path("data/blocks", phase), Path("models/tokenizers", phase)
     inputs = [str(blocks), str(tokenizer), str(base)]
+    if show:
+        import train_loop
+
+        train = train_loop.seen(train_loop.open_blocks(blocks / "train"), tokenizer, params)
+        print(*examples(train, BlockOrder(len(train), params.seed), Vocabulary(tokenizer), show), sep="\n")
+        return
     with stage.run("train_model", phase, inputs, [f"models/{phase}/trained", f"plots/{phase}"]) as run:
         import train_loop  # torch and transformers: 5 seconds that `--help` and a misspelt key do not wait for
 
         model_folder, plots = run.outputs
         train, held_out = (
-            train_loop.Blocks(arrow.table(blocks / split), arrow.manifest(blocks / split)["counts"]["tokens"])
-            for split in ("train", "eval")
+            train_loop.seen(train_loop.open_blocks(blocks / split), tokenizer, params) for split in ("train", "eval")
         )
-        model = train_loop.prepare_model(base, tokenizer, params)
         steps = total_steps(params, len(train))
         order = BlockOrder(len(train), params.seed)
+        model = train_loop.prepare_model(base, tokenizer, params, steps)
         checkpoints = run.work_folder(params.model_dump())
-        curves = train_loop.train(model, train, held_out, order, steps, params, checkpoints, run.name)
+        trained = train_loop.train(model, train, held_out, order, steps, params, checkpoints, run.name)
         train_loop.save(model, tokenizer, base, params, model_folder)
-        train_loop.write_curves(curves, plots)
-        tokens = steps * params.global_batch_size * train.block_size
-        run.count(steps=steps, tokens=tokens, **train_loop.sizes(model))
-        run.metric(**train_loop.last_losses(curves))
+        (model_folder / train_loop.RECEIPTS).write_bytes(trained.receipts)
+        train_loop.write_curves(trained.curves, plots)
+        tokens = trained.steps * params.global_batch_size * train.block_size
+        run.count(steps=trained.steps, tokens=tokens, **train_loop.sizes(model))
+        run.metric(**train_loop.last_losses(trained.curves), **trained.notes)
     shutil.rmtree(checkpoints.parent)  # only now: a kill before the model is published must not cost the training
 
 
 if __name__ == "__main__":
-    stage.cli(main, __doc__)
+    stage.cli(main, __doc__, show=int)

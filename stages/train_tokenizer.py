@@ -207,7 +207,7 @@ def main(phase: str) -> None:
             if params.mode == "train" or (params.mode == "extend" and not vocabulary.tokenizer.normalizer):
                 raise ValueError(f"{what}; nothing was published (this is a bug).")
             print(f"{run.name}: {what}: the base's tokenizer is made so", flush=True)
-        arrow.write_json(metrics / "tokenizer.json", result)
+        arrow.write_json(metrics / "tokenizer.json", result, only_ascii=True)
         run.count(vocabulary=vocabulary.size)
 
 

@@ -215,3 +215,11 @@ def test_a_second_writer_replaces_what_the_folder_said(tmp_path: Path) -> None:
         with arrow.Writer(tmp_path, NUMBERS) as out:
             out.write(numbers(*values))
     assert arrow.table(tmp_path)["n"].to_pylist() == [3]
+
+
+def test_metrics_are_ascii(tmp_path: Path) -> None:
+    """DVC refuses a metrics file whose beginning is mostly Chinese as binary."""
+    content = {"longest": ["法律第一条" * 100]}
+    arrow.write_json(tmp_path / "metrics.json", content, only_ascii=True)
+    assert (tmp_path / "metrics.json").read_bytes().isascii()
+    assert arrow.read_json(tmp_path / "metrics.json") == content

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block_order import BlockOrder
+from block_order import RECEIPT_BYTES, BlockOrder, block_receipt, step_receipt
 
 SIZES = st.integers(1, 300)
 
@@ -52,4 +52,20 @@ def test_no_blocks_is_refused() -> None:
         BlockOrder(0, 0)
 
 
+def test_receipts_are_frozen_and_prove_what_was_fed() -> None:
+    """Of the step, the blocks in their order, the ids and the labels: another one of these is another receipt."""
+    first, second = block_receipt(3, b"idsx", b"labl"), block_receipt(9, b"idsy", b"labl")
+    assert step_receipt(1, [first, second]).hex() == RECEIPT
+    others = [
+        step_receipt(2, [first, second]),
+        step_receipt(1, [second, first]),
+        step_receipt(1, [block_receipt(4, b"idsx", b"labl"), second]),
+        step_receipt(1, [block_receipt(3, b"idsz", b"labl"), second]),
+        step_receipt(1, [block_receipt(3, b"idsx", b"lab!"), second]),
+    ]
+    assert len({RECEIPT, *(other.hex() for other in others)}) == 6
+    assert all(len(other) == RECEIPT_BYTES for other in others)
+
+
+RECEIPT = "c35a841b25b5b22b66ede19895d3f8a9"
 FROZEN = [7, 8, 2, 6, 9, 3, 0, 4, 5, 1, 6, 2, 5, 4, 8, 0, 9, 3, 7, 1]

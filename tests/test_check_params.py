@@ -31,6 +31,7 @@ phases:
     train_tokenizer: {mode: train, vocab_size: 300}
     group_blocks: {block_size: 16}
     train_model: {max_steps: 1, global_batch_size: 1, per_device_train_batch_size: 1, learning_rate: 1e-3}
+    merge_lora: {}
     evaluate_model: {max_length: 16}
 """
 SECOND = TEXT[TEXT.index("  law:\n    base") :].replace("law:", "chat:", 1)

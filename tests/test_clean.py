@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
+from ruamel.yaml import YAML
 
 import clean
 import clean_rules
@@ -284,6 +286,17 @@ def test_a_source_may_be_one_file(project: Path, run_stage: Runner) -> None:
     assert arrow.table(project / "data/clean/p/a/documents")["file"].to_pylist() == ["notes.md"]
 
 
+@pytest.mark.parametrize("path", ["data/raw/s/", "./data/raw/s", "data/raw//s"])
+def test_a_path_may_be_spelt_in_any_way(project: Path, run_stage: Runner, path: str) -> None:
+    write_files(project / "data/raw/s", {"a.txt": b"a"})
+    write_sources(project, s={"format": "text"})
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("data/raw/s", path))
+    finished = run_stage(project, "clean", "s")
+    assert finished.returncode == 0, finished.stderr
+    assert path in params.read_text()
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
     "invalid UTF-8": ({"format": "text"}, {"b/bad.txt": b"ab\ncd\xffe"}, r"b/bad.txt: byte 5 \(line 2\) is not UTF-8"),
     "invalid UTF-8 after a BOM": ({"format": "text"}, {"bad.txt": b"\xef\xbb\xbfa\xff"}, r"bad.txt: byte 4 \(line 1\)"),
@@ -419,6 +432,7 @@ def build(project: Path, name: str = "s") -> tuple[dict[str, str], int, int]:
     return tree(project / "data/clean/p" / name), counts["shards"], counts["shards"] - counts["shards_remembered"]
 
 
+LANGUAGE = {"rule": "language", "languages": ["en"], "min_share": 0.0}
 LINES = [json.dumps({"body": f"line {number} " + "word " * (number % 40)}).encode() + b"\n" for number in range(600)]
 
 
@@ -514,6 +528,33 @@ def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
     assert build(small_shards)[1:] == (shards, shards)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "group", "library"),
+    [
+        ("a.html", b"<p>hello</p>", {"format": "html"}, "selectolax"),
+        ("a.txt", b"hello world of words", {"format": "text", "rules": [LANGUAGE]}, "py3langid"),
+    ],
+)
+def test_another_version_of_a_reader_leaves_nothing_remembered(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, group: dict[str, Any], library: str
+) -> None:
+    monkeypatch.chdir(project)
+    write_files(project / "data/raw/s", {name: data})
+    write_sources(project, s=group)
+    assert build(project)[2] == 1
+    assert build(project)[2] == 0
+    distribution = types.SimpleNamespace(name=library, version="99")
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [distribution])
+    assert build(project)[2] == 1
+
+
+@pytest.mark.parametrize(("written", "read"), [("2026", "2026"), ("2026-11", "2026-11"), ("2026-11-21", "2026-11-21")])
+def test_a_date_may_be_written_without_quotes(written: str, read: str) -> None:
+    """YAML makes a number of the first and a date of the last."""
+    value = YAML(typ="safe").load(written)
+    assert params("document", collected_on=value).collected_on == read
+
+
 def test_a_tampered_memory_is_worked_out_again(small_shards: Path) -> None:
     """A flipped bit does not reach the output."""
     write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
@@ -524,6 +565,33 @@ def test_a_tampered_memory_is_worked_out_again(small_shards: Path) -> None:
     data[-100] ^= 1
     victim.write_bytes(data)
     assert build(small_shards) == (digests, shards, 1)
+
+
+@pytest.mark.parametrize("lines", [LINES[:9], LINES], ids=["whole files", "a cut file"])
+def test_what_was_read_while_a_file_changed_is_not_remembered(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes]
+) -> None:
+    """Nothing is published; when the edit is undone, its text does not come back under the digest of the old one."""
+    raw = small_shards / "data/raw/s"
+    write_files(raw, {"a.jsonl": LINES[0], "b.jsonl": b"".join(lines)})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    digests, _, _ = build(small_shards)
+    shutil.rmtree(small_shards / ".memo")
+    read = clean.cleaned
+
+    def edits_first(pieces: list[Piece], params: Params) -> Any:
+        if pieces[-1].file == "b.jsonl":
+            write_files(small_shards, {"new": b"".join(lines).replace(b"line", b"LINE")})
+            (small_shards / "new").replace(raw / "b.jsonl")  # as editors save
+        return read(pieces, params)
+
+    monkeypatch.setattr(clean, "cleaned", edits_first)
+    with pytest.raises(SystemExit, match="data/raw/s changed while the stage ran"):
+        build(small_shards)
+    monkeypatch.setattr(clean, "cleaned", read)
+    write_files(raw, {"b.jsonl": b"".join(lines)})
+    assert build(small_shards)[0] == digests
 
 
 def test_errors_in_a_part_name_the_line_of_the_file(small_shards: Path) -> None:

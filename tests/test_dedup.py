@@ -266,6 +266,11 @@ def test_an_excluded_document_takes_its_cluster_with_it() -> None:
 def test_an_exclusions_file(tmp_path: Path) -> None:
     write(tmp_path / "exclusions.txt", f"# why\n\n{'ab' * 16}  # asked by the owner\n")
     assert read_exclusions(tmp_path / "exclusions.txt") == {b"\xab" * 16}
+    write(tmp_path / "exclusions.txt", f"\ufeff# of an editor on Windows\r\n{'AB' * 16}\r\n")
+    assert read_exclusions(tmp_path / "exclusions.txt") == {b"\xab" * 16}
+    (tmp_path / "exclusions.txt").write_bytes("# 按要求\n".encode("gb18030"))
+    with pytest.raises(SystemExit, match=r"exclusions.txt: byte 2 is not UTF-8; save the file as UTF-8"):
+        read_exclusions(tmp_path / "exclusions.txt")
     write(tmp_path / "exclusions.txt", f"{'ab' * 16}\nno id\n")
     with pytest.raises(SystemExit, match=r"exclusions.txt line 2: 'no id' is no doc_id; write its 32 hex"):
         read_exclusions(tmp_path / "exclusions.txt")

@@ -15,6 +15,8 @@ import evaluate_model
 import tiny
 import train_loop
 from evaluate_model import Params, negative_log_likelihood, scale, windows
+from kit.tokenizer import Vocabulary
+from masking import Masking
 from train_model import Params as TrainParams
 
 
@@ -89,3 +91,43 @@ def test_held_out_text_and_tokens_are_of_the_same_documents(tmp_path: Path) -> N
     with arrow.Writer(tmp_path / "dedup/chat", dedup.DECISIONS) as out:
         out.write(pa.Table.from_pylist(splits, dedup.DECISIONS))
     assert list(evaluate_model.held_out_text(tmp_path / "clean", tmp_path / "dedup", ["chat"])) == ["A"]
+
+
+def test_a_masked_model_guesses_each_chosen_token_once(tmp_path: Path) -> None:
+    """Against a plain loop without batches or padding; a model that knows nothing has the loss of its vocabulary."""
+    tokenizer = tiny.masked_tokenizer(tmp_path / "tokenizer")
+    settings = TrainParams(max_steps=1, learning_rate=1, objective="mlm")
+    model = train_loop.prepare_model(tiny.roberta(tmp_path / "base"), tokenizer, settings).eval()
+    random, masking = np.random.default_rng(3), Masking(Vocabulary(tokenizer), 0.3, True, 0)
+    documents = [(random.integers(5, 300, n).astype(np.uint16), np.ones(n, dtype=bool)) for n in (3, 8, 9, 21)]
+    total, right, tokens, number = 0.0, 0, 0, 0
+    for ids, marks in documents:
+        for first in range(0, len(ids), 8):
+            piece, learned = ids[None, first : first + 8].astype(np.int64), marks[None, first : first + 8]
+            inputs, chosen = masking(piece, learned, np.array([number]))
+            with torch.no_grad():
+                scores = torch.log_softmax(model(torch.from_numpy(inputs)).logits[0], dim=-1)
+            for place in np.flatnonzero(chosen[0]):
+                total -= scores[place, piece[0, place]].item()
+                right += int(scores[place].argmax() == piece[0, place])
+                tokens += 1
+            number += 1
+    found = evaluate_model.guesses(model, documents, Params(max_length=8, per_device_eval_batch_size=3), masking)
+    assert found["masked_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["masked_accuracy"] == pytest.approx(right / tokens, abs=1e-6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    blind = evaluate_model.guesses(model, documents, Params(max_length=8), masking)
+    assert blind["masked_loss"] == pytest.approx(math.log(Vocabulary(tokenizer).size), rel=1e-5)
+
+
+def test_a_masked_model_fills_its_prompts(tmp_path: Path) -> None:
+    tokenizer = tiny.masked_tokenizer(tmp_path / "tokenizer")
+    settings = TrainParams(max_steps=1, learning_rate=1, objective="mlm")
+    model = train_loop.prepare_model(tiny.roberta(tmp_path / "base"), tokenizer, settings)
+    train_loop.save(model, tokenizer, tmp_path / "base", settings, tmp_path / "merged")
+    (row,) = evaluate_model.answers(tmp_path / "merged", Params(max_length=8, prompts=["the <mask> fox"]))
+    assert row["answer"].startswith("the") and row["answer"].endswith("fox")
+    with pytest.raises(ValueError, match="'the fox' of a masked model needs one <mask> to fill in"):
+        evaluate_model.answers(tmp_path / "merged", Params(max_length=8, prompts=["the fox"]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,10 +35,110 @@ def test_without_a_connection_one_sentence_and_the_old_base_stays(project: Path,
     old.mkdir(parents=True)
     (old / "keep").write_text("old")
     # A closed port of this machine stands for a Hub out of reach.
+    # kit.model, which other tests import, says 1 to this process and to those that it starts
     done = run_stage(
-        project, "import_base", "small", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(project / "hub")
+        project,
+        "import_base",
+        "small",
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HUB_CACHE=str(project / "hub"),
+        HF_HUB_OFFLINE="0",
     )
     assert done.returncode == 1
     assert "import_base@small: owner/name at 4f42c91d806a could not be fetched" in done.stderr
     assert "Traceback" not in done.stderr
     assert (old / "keep").read_text() == "old"
+
+
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights",
+    "tokenizer.json": b"{}",
+    "pytorch_model.bin": b"never fetched: unpickling it would run code",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hub that a download by commit asks."""
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith(f"/api/models/owner/name/revision/{COMMIT}"):
+            content = json.dumps(
+                {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            ).encode()
+        elif path.startswith(f"/api/models/owner/name/tree/{COMMIT}"):
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in FILES.items()]
+            content = json.dumps(tree).encode()
+        elif path.startswith(prefix := f"/owner/name/resolve/{COMMIT}/"):
+            content = FILES[path.removeprefix(prefix)]
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound" if "/owner/name/" in path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:040x}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a Hub on this machine with one model at one commit."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def wanted(project: Path, **changes: str) -> None:
+    tiny.base(project / "models/configs/tiny")
+    tiny.params_yaml(project, pretrain={"base": "models/configs/tiny"})
+    content = json.loads((project / "params.yaml").read_text())
+    content["bases"] = {"small": {"repo_id": "owner/name", "revision": COMMIT, **changes}}
+    (project / "params.yaml").write_text(json.dumps(content))
+
+
+def test_a_commit_is_fetched_without_what_could_run_code(project: Path, run_stage: Runner, hub: str) -> None:
+    wanted(project)
+    done = run_stage(
+        project, "import_base", "small", HF_ENDPOINT=hub, HF_HUB_CACHE=str(project / "hub"), HF_HUB_OFFLINE="0"
+    )
+    assert done.returncode == 0, done.stderr
+    folder = project / "models/base/small"
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {name: content for name, content in FILES.items() if not name.endswith(".bin")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"revision": "0" * 40}, "import_base@small: owner/name at 000000000000 could not be fetched"),
+        ({"repo_id": "owner/nothing"}, "import_base@small: the Hub has no model owner/nothing that you may read"),
+    ],
+)
+def test_what_the_hub_has_not_is_one_sentence(
+    project: Path, run_stage: Runner, hub: str, changes: dict[str, str], sentence: str
+) -> None:
+    wanted(project, **changes)
+    done = run_stage(
+        project, "import_base", "small", HF_ENDPOINT=hub, HF_HUB_CACHE=str(project / "hub"), HF_HUB_OFFLINE="0"
+    )
+    assert done.returncode == 1
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (project / "models/base/small").exists()

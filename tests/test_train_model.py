@@ -8,26 +8,30 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bpe_training
+import optimizers
 import tiny
 import train_loop
 import train_tokenizer
-from block_order import BlockOrder
+from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import Runner, copy_project
 from kit import arrow
-from kit.model import IGNORED, Blocks, load_model, mean_loss, new_tokens
+from kit.model import IGNORED, Blocks, load_model, max_positions, mean_loss, new_tokens, objective
 from kit.tokenizer import Vocabulary
-from train_model import Params, total_steps
+from train_model import Params, examples, total_steps
 
 
 def open_blocks(folder: Path) -> Blocks:
@@ -92,7 +96,7 @@ def test_steps_take_the_blocks_of_the_frozen_order(base: Path, tmp_path: Path, m
     )
     model = train_loop.prepare_model(base, tmp_path / "tokenizer", params())
     order = BlockOrder(20, seed=0)
-    curves = train_loop.train(model, blocks, held_out, order, 6, params(), tmp_path / "work", "test")
+    curves = train_loop.train(model, blocks, held_out, order, 6, params(), tmp_path / "work", "test").curves
     assert [row for rows in seen[:6] for row in rows] == [order.block(position) for position in range(24)]
     assert [row["step"] for row in curves["train"]] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in curves["eval"]] == [0, 3, 6]
@@ -165,7 +169,7 @@ def test_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(weig
 
 def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(base: Path, tmp_path: Path) -> None:
     model = train_loop.prepare_model(base, tmp_path / "tokenizer", params(optim="muon"))
-    optimizer = train_loop.MuonWithAdamW(model, params(optim="muon"))
+    optimizer = optimizers.MuonWithAdamW(model, params(optim="muon"))
     shapes = {
         name: [tuple(p.shape) for g in part.param_groups for p in g["params"]] for name, part in optimizer.parts.items()
     }
@@ -176,7 +180,7 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(base: Path, tm
     batch = open_blocks(tiny.blocks(tmp_path / "blocks", 4)).__getitems__([0, 1])
     model(**batch).loss.backward()
     optimizer.step()
-    again = train_loop.MuonWithAdamW(model, params(optim="muon"))
+    again = optimizers.MuonWithAdamW(model, params(optim="muon"))
     again.load_state_dict(optimizer.state_dict())
     assert again.param_groups[0]["lr"] == 0.5
     assert str(again.state_dict()) == str(optimizer.state_dict())
@@ -253,7 +257,7 @@ def test_a_loss_that_is_no_number_stops_the_run(base: Path, tmp_path: Path) -> N
 
 def test_layers_that_do_not_exist_are_named_with_those_that_do(base: Path, tmp_path: Path) -> None:
     settings = params(lora={**tiny.LORA, "target_modules": ["query_key_value"]})
-    with pytest.raises(SystemExit, match=r"no layer query_key_value; it has down_proj, gate_proj, .*q_proj"):
+    with pytest.raises(SystemExit, match=r"no layer query_key_value; it has down_proj, .*gate_proj, .*q_proj"):
         train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
 
 
@@ -288,6 +292,15 @@ def test_random_weights_carry_the_special_ids_of_the_tokenizer(base: Path, tmp_p
         ({"global_batch_size": 6}, "no multiple of per_device_train_batch_size"),
         ({"save_steps": 3, "logging_steps": 2}, "save_steps 3 is no multiple of logging_steps 2"),
         ({"quantization": {}}, "add `lora`"),
+        ({"quantization": {"load_in_4bit": True, "load_in_8bit": True}, "lora": tiny.LORA}, "in 4 bits or in 8"),
+        ({"quantization": {}, "lora": {**tiny.LORA, "init_lora_weights": "pissa"}}, "a quantised one does not allow"),
+        ({"quantization": {"load_in_8bit": True}, "lora": {**tiny.LORA, "use_dora": True}}, "use_dora does not work"),
+        ({"lora": {**tiny.LORA, "init_lora_weights": "olora", "use_dora": True}}, "does not go with use_dora"),
+        ({"lora": {**tiny.LORA, "adalora": {}}}, "knows no r; leave that out"),
+        ({"lora": {"target_modules": "all-linear", "adalora": {"target_r": 20}}}, "target_r is larger than"),
+        ({"lora": {"target_modules": "all-linear", "adalora": {"tinit": 3, "tfinal": 3}}}, "leave none of 6 steps"),
+        ({"fp16": True, "bf16": True}, "exclude each other"),
+        ({"optim": "galore_adamw"}, "Input should be"),
         ({"optim": "muon", "lora": tiny.LORA}, "optim muon is for weights trained from random ones"),
         ({"learning_rate": 0}, "greater than 0"),
     ],
@@ -364,15 +377,396 @@ def test_a_longer_vocabulary_is_trained_saved_and_loaded(extended: tuple[Path, P
     loaded(torch.tensor([tokenizer("brown 法律").input_ids]))
 
 
-def test_an_adapter_with_new_tokens_is_refused(extended: tuple[Path, Path]) -> None:
-    """LoRA leaves embeddings as they are: the new ones would never be learned."""
-    with pytest.raises(SystemExit, match=r"more tokens than .*; leave `lora` out"):
-        train_loop.prepare_model(*extended, params(lora=tiny.LORA))
-
-
 def test_another_tokenizer_is_no_extension(weights: Path, tmp_path: Path) -> None:
     """Its ids mean something else, so they get no rows of the base."""
     other = train_tokenizer.Params(mode="train", vocab_size=310, min_frequency=1)
     other_folder = Path(shutil.copytree(tmp_path / "tokenizer", tmp_path / "other"))
     train_tokenizer.train(iter(["entirely other words " * 9]), other).save(str(other_folder / "tokenizer.json"))
     assert new_tokens(weights, other_folder) == {}
+
+
+class KilledError(Exception):
+    """Stands for a kill in tests that stay in one process."""
+
+
+def run_training(
+    base: Path, tokenizer: Path, settings: Params, work: Path, stop: int | None = None
+) -> tuple[Any, train_loop.Trained]:
+    """Train on 20 blocks; with `stop` the process "dies" in that step and what a new one would do is done."""
+    folders = [work / "train", work / "eval"]
+    if not folders[0].exists():
+        tiny.blocks(folders[0], 20, masked=settings.objective == "clm")
+        tiny.blocks(folders[1], 5)
+    train, held_out = (train_loop.seen(open_blocks(folder), tokenizer, settings) for folder in folders)
+    for attempt in ("killed", "whole") if stop else ("whole",):
+        model = train_loop.prepare_model(base, tokenizer, settings)
+        with pytest.MonkeyPatch.context() as patch:
+            if attempt == "killed":
+                patch.setattr(train_loop.Reporter, "on_step_end", dies_at(stop), raising=False)
+            arguments = (model, train, held_out, BlockOrder(20, 0), settings.max_steps, settings, work / "w", "test")
+            try:
+                done = train_loop.train(*arguments)
+            except KilledError:
+                assert train_loop.last_checkpoint(work / "w")
+    return model, done
+
+
+def dies_at(step: int | None) -> Any:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KilledError
+
+    return on_step_end
+
+
+def learned(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+ALL = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+ADALORA = {
+    "lora_alpha": 4,
+    "target_modules": "all-linear",
+    "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1},
+}
+ADAPTERS = {
+    "lora": {**ALL, "lora_dropout": 0.1},
+    "rslora": {**ALL, "use_rslora": True},
+    "dora": {**ALL, "use_dora": True},
+    "pissa": {**ALL, "init_lora_weights": "pissa"},
+    "pissa_patterns": {
+        **ALL,
+        "init_lora_weights": "pissa_niter_4",
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+    },
+    "olora_rslora": {**ALL, "init_lora_weights": "olora", "use_rslora": True},
+    "adalora": ADALORA,
+    "loraplus_bias": {**ALL, "loraplus_lr_ratio": 16, "bias": "all"},
+    "modules_to_save": {**ALL, "modules_to_save": ["embed_tokens"]},
+}
+EIGHT_BIT = {"load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [*((kind, None) for kind in ADAPTERS), ("lora", EIGHT_BIT), ("adalora", EIGHT_BIT), ("dora", tiny.QUANTIZATION)],
+)
+def test_base_and_saved_adapter_are_the_trained_model(
+    weights: Path, tmp_path: Path, kind: str, quantization: dict[str, Any] | None
+) -> None:
+    """Also where the begin of the adapter changed the base (PiSSA, OLoRA), and where ranks were taken away."""
+    settings = params(lora=ADAPTERS[kind], quantization=quantization)
+    model, _ = run_training(weights, tmp_path / "tokenizer", settings, tmp_path / "run")
+    train_loop.save(model, tmp_path / "tokenizer", weights, settings, tmp_path / "trained")
+    ids = torch.arange(3, 35)[None]
+    again = load_model(weights, 300, Vocabulary(weights).special_ids, quantized(settings))
+    with torch.no_grad():
+        before = again(ids).logits
+        loaded = PeftModel.from_pretrained(again, str(tmp_path / "trained")).eval()(ids).logits
+        trained = model.eval()(ids).logits
+    assert (trained - loaded).abs().max() < 1e-5
+    assert (trained - before).abs().max() > 1e-3
+    config = arrow.read_json(tmp_path / "trained/adapter_config.json")
+    if settings.lora and settings.lora.changes_the_base:
+        assert config["init_lora_weights"] is True and config["r"] == 4
+    if kind == "adalora":
+        assert sum(map(sum, config["rank_pattern"].values())) == 2 * 14  # target_r of each of 14 layers
+
+
+def quantized(settings: Params) -> dict[str, Any] | None:
+    return settings.quantization.arguments() if settings.quantization else None
+
+
+@pytest.mark.parametrize("kind", ["adalora", "pissa", "lora"])
+def test_an_adapter_goes_on_to_the_same_bits(weights: Path, tmp_path: Path, kind: str) -> None:
+    """AdaLoRA remembers how much each rank mattered, and which were taken away: a checkpoint holds that, too."""
+    settings = params(lora=ADAPTERS[kind])
+    whole, first = run_training(weights, tmp_path / "tokenizer", settings, tmp_path / "whole")
+    again, second = run_training(weights, tmp_path / "tokenizer", settings, tmp_path / "killed", stop=5)
+    assert torch.equal(learned(whole), learned(again))
+    assert first == second and len(first.receipts) == 16 * 6
+    if kind == "adalora":
+        assert whole.peft_config["default"].rank_pattern == again.peft_config["default"].rank_pattern
+
+
+def test_receipts_say_what_was_fed(base: Path, tmp_path: Path) -> None:
+    """Computed again from blocks and order alone; the same for any number of blocks at once."""
+    settings = params(max_steps=6)
+    _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
+    blocks, order = open_blocks(tmp_path / "run/train"), BlockOrder(20, 0)
+    expected = b""
+    for step in range(6):
+        rows = [order.block(position) for position in range(step * 4, step * 4 + 4)]
+        batch = blocks.__getitems__(rows)
+        ids, labels = (batch[name].numpy().astype("<i4") for name in ("input_ids", "labels"))
+        parts = [block_receipt(row, ids[i].tobytes(), labels[i].tobytes()) for i, row in enumerate(rows)]
+        expected += step_receipt(step + 1, parts)
+    assert done.receipts == expected
+    one_by_one = params(max_steps=6, per_device_train_batch_size=1)
+    _, other = run_training(base, tmp_path / "tokenizer", one_by_one, tmp_path / "one_by_one")
+    assert other.receipts == expected
+
+
+def test_receipts_of_several_processes_are_those_of_one(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each knows those of its own blocks; what the others know is gathered."""
+    blocks, order = open_blocks(tiny.blocks(tmp_path / "blocks", 20)), BlockOrder(20, 0)
+    streams = [train_loop.Stream(blocks, order, 24) for _ in range(3)]
+    for place in range(24):
+        streams[0].__getitems__([place])
+        streams[1 + place // 2 % 2].__getitems__([place])
+    expected = train_loop.Receipts(streams[0], 4).up_to(6)
+    distributed = train_loop.torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    both = [streams[1].receipts, streams[2].receipts]
+    monkeypatch.setattr(distributed, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), both))
+    assert train_loop.Receipts(streams[1], 4).up_to(6) == expected
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A RoBERTa for random weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("masked")
+    return tiny.roberta(folder / "base"), tiny.masked_tokenizer(folder / "tokenizer")
+
+
+def test_a_masked_model_goes_on_to_the_same_bits(masked: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each step masks by its position, so a run that goes on masks what an uninterrupted one does."""
+    settings = params(objective="mlm", whole_word_mask=True)
+    whole, first = run_training(*masked, settings, tmp_path / "whole")
+    again, second = run_training(*masked, settings, tmp_path / "killed", stop=5)
+    assert torch.equal(learned(whole), learned(again))
+    assert first == second
+    assert len(first.receipts) == 16 * 6
+    train_loop.save(whole, masked[1], masked[0], settings, tmp_path / "trained")
+    assert objective(tmp_path / "trained") == "mlm"
+    about = arrow.read_json(tmp_path / "trained/training.json")
+    assert (about["objective"], about["mlm_probability"], about["whole_word_mask"]) == ("mlm", 0.15, True)
+
+
+def test_a_masked_model_accumulates_to_the_same_step(masked: tuple[Path, Path], tmp_path: Path) -> None:
+    """The mean is over all guessed tokens of the step; RoBERTa's own loss would be a mean of means."""
+    base = tiny.roberta(tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    results = []
+    for size in (4, 1):
+        settings = params(objective="mlm", per_device_train_batch_size=size, max_steps=2)
+        model, _ = run_training(base, masked[1], settings, tmp_path / f"{size}")
+        results.append(learned(model))
+    assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+def test_a_masked_model_sees_no_padding_and_learns_none(masked: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = params(objective="mlm")
+    blocks = train_loop.seen(open_blocks(tiny.blocks(tmp_path / "b", 3, padding=6)), masked[1], settings)
+    batch = blocks.__getitems__([2])
+    assert batch["attention_mask"][0].tolist() == [1] * 10 + [0] * 6
+    assert (batch["labels"][0, 10:] == IGNORED).all() and (batch["labels"] != IGNORED).any()
+    model = train_loop.prepare_model(*masked, settings).eval()
+    padded = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :10]
+    assert torch.allclose(padded, model(batch["input_ids"][:, :10]).logits, atol=1e-5)
+
+
+def test_a_masked_model_has_fewer_positions_than_its_table(masked: tuple[Path, Path]) -> None:
+    """RoBERTa counts from the id of its padding, and one more."""
+    model = train_loop.prepare_model(*masked, params(objective="mlm"))
+    pad = Vocabulary(masked[1]).special_ids["pad_token_id"]
+    assert max_positions(model) == tiny.ROBERTA["max_position_embeddings"] - pad - 1 == tiny.BLOCK_SIZE
+    ids = torch.full((1, tiny.BLOCK_SIZE), 9)
+    model(ids)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, tiny.BLOCK_SIZE + 1), 9))
+
+
+def test_an_objective_that_the_base_does_not_have_is_refused(masked: tuple[Path, Path], base: Path) -> None:
+    with pytest.raises(SystemExit, match="is a masked model; set `objective: mlm`"):
+        train_loop.prepare_model(*masked, params())
+    with pytest.raises(SystemExit, match="no masked model of type llama; set another `objective`"):
+        train_loop.prepare_model(base, masked[1], params(objective="mlm"))
+
+
+def test_blocks_beyond_the_positions_are_refused(tmp_path: Path) -> None:
+    tiny.tokenizer(tmp_path / "tokenizer")
+    short = tiny.base(tmp_path / "short", max_position_embeddings=8)
+    with pytest.raises(SystemExit, match=r"blocks have 16 tokens but the model has positions for 8; lower"):
+        run_training(short, tmp_path / "tokenizer", params(), tmp_path / "run")
+
+
+def test_blocks_that_teach_nothing_are_refused(base: Path, tmp_path: Path) -> None:
+    blocks = open_blocks(tiny.blocks(tmp_path / "b", 4, masked=True))
+    assert blocks.learned() and blocks._learn is not None
+    blocks._learn[:] = False
+    model = train_loop.prepare_model(base, tmp_path / "tokenizer", params())
+    with pytest.raises(SystemExit, match="no token of the training blocks is learned"):
+        train_loop.train(model, blocks, blocks, BlockOrder(4, 0), 2, params(), tmp_path / "w", "test")
+
+
+def test_a_step_that_teaches_nothing_changes_no_loss(base: Path, tmp_path: Path) -> None:
+    """A block of one long prompt is no reason to stop with a loss that is no number."""
+    blocks, held_out = (open_blocks(tiny.blocks(tmp_path / n, 4, masked=True)) for n in ("b", "c"))
+    assert blocks._learn is not None
+    blocks._learn[BlockOrder(4, 0).block(0)] = False
+    settings = params(global_batch_size=1, per_device_train_batch_size=1, max_steps=2)
+    model = train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+    done = train_loop.train(model, blocks, held_out, BlockOrder(4, 0), 2, settings, tmp_path / "w", "test")
+    assert done.curves["train"][0]["loss"] == 0.0 < done.curves["train"][1]["loss"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
+def test_what_a_cpu_lacks(base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """fp16 is refused; pages and, on some CPUs, bf16 are replaced, with a line and a note for the metrics."""
+    with pytest.raises(SystemExit, match="fp16 needs a GPU"):
+        run_training(base, tmp_path / "tokenizer", params(fp16=True), tmp_path / "fp16")
+    monkeypatch.setattr(train_loop, "has_bf16", lambda: False)
+    settings = params(optim="paged_adamw_32bit", bf16=True, max_steps=2)
+    model, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "paged")
+    assert done.notes == {"optimizer_without_pages": 1, "float32_instead_of_bf16": 1}
+    printed = capsys.readouterr().out
+    assert "paged_adamw_32bit needs a GPU; adamw_torch_fused is used instead." in printed
+    assert "bf16 needs AVX512_BF16, AMX or a newer GPU; float32 is used instead." in printed
+    plain, _ = run_training(base, tmp_path / "tokenizer", params(max_steps=2), tmp_path / "plain")
+    assert torch.equal(learned(model), learned(plain))
+
+
+@pytest.mark.skipif(not train_loop.has_bf16(), reason="no bfloat16 in this hardware")
+def test_bf16_where_the_hardware_has_it(base: Path, tmp_path: Path) -> None:
+    """The weights stay in float32; the products are rounded, so the losses differ a little."""
+    model, done = run_training(base, tmp_path / "tokenizer", params(bf16=True), tmp_path / "a")
+    _, plain = run_training(base, tmp_path / "tokenizer", params(), tmp_path / "b")
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and done.notes == {}
+    ours, theirs = (each.curves["train"][0]["loss"] for each in (done, plain))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.01)
+
+
+OPTIMIZERS = typing.get_args(Params.model_fields["optim"].annotation)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon"}))
+def test_every_optimizer_of_the_list_takes_a_step(name: str, tmp_path: Path) -> None:
+    used = optimizers.available(name, cuda=False)
+    assert "paged" not in used
+    layer = torch.nn.Linear(64, 80)
+    before = layer.weight.detach().clone()
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=used, use_cpu=True))
+    optimizer = kind(list(layer.parameters()), **options)
+    for _ in range(2):
+        layer(torch.ones(2, 64)).square().mean().backward()
+        optimizer.step()
+    assert torch.isfinite(layer.weight).all() and not torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("reduce_lr_on_plateau", {"patience": 1}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("warmup_stable_decay", {"num_decay_steps": 2}),
+        ("inverse_sqrt", {}),
+    ],
+)
+def test_schedules(base: Path, tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    """warmup_steps below 1 is a share of the steps, as in TrainingArguments."""
+    settings = params(lr_scheduler_type=name, lr_scheduler_kwargs=arguments, warmup_steps=0.5, max_steps=4)
+    _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
+    rates = [row["learning_rate"] for row in done.curves["train"]]
+    if name == "reduce_lr_on_plateau":
+        assert rates == [0.01] * 4  # this one knows no warm-up
+    else:
+        assert rates[:2] == [0.0, 0.005] and max(rates) == 0.01
+    if name == "cosine_with_min_lr":
+        assert 0.001 < rates[-1] < 0.01
+
+
+def test_training_stops_when_the_evaluation_loss_rises(base: Path, tmp_path: Path, capsys: Any) -> None:
+    """The weights of the best evaluation are published; a run that goes on stops where the whole one does."""
+    settings = params(
+        max_steps=30, eval_steps=2, learning_rate=0.3, lr_scheduler_type="constant", early_stopping_patience=2
+    )
+    model, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "whole")
+    losses = {row["step"]: row["loss"] for row in done.curves["eval"]}
+    best = min(losses, key=losses.__getitem__)
+    assert done.steps == best + 4 < 30 and len(done.receipts) == 16 * done.steps
+    assert done.notes["best_step"] == best
+    assert f"stopping at step {done.steps}, the weights of step {best} are kept" in capsys.readouterr().out
+    assert mean_loss(model, open_blocks(tmp_path / "whole/eval"), 16) == pytest.approx(losses[best], rel=1e-6)
+    again, other = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "killed", stop=done.steps - 1)
+    assert torch.equal(learned(model), learned(again)) and other == done
+    late, third = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "whole")  # killed after it stopped
+    assert torch.equal(learned(model), learned(late)) and third == done
+
+
+def test_the_best_weights_without_stopping(base: Path, tmp_path: Path) -> None:
+    settings = params(eval_steps=2, learning_rate=0.3, lr_scheduler_type="constant", load_best_model_at_end=True)
+    model, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
+    lowest = min(row["loss"] for row in done.curves["eval"])
+    assert done.steps == 6 and lowest < done.curves["eval"][-1]["loss"]
+    assert mean_loss(model, open_blocks(tmp_path / "run/eval"), 16) == pytest.approx(lowest, rel=1e-6)
+
+
+@pytest.mark.parametrize("quantization", [None, tiny.QUANTIZATION])
+def test_gradient_checkpointing_changes_no_gradient(weights: Path, tmp_path: Path, quantization: Any) -> None:
+    """Below a frozen embedding, too, where no input has a gradient unless it is asked for."""
+    batch = open_blocks(tiny.blocks(tmp_path / "b", 4)).__getitems__([0, 1])
+    found = []
+    for checkpointing in (False, True):
+        settings = params(lora=ALL, quantization=quantization, gradient_checkpointing=checkpointing)
+        model = train_loop.prepare_model(weights, tmp_path / "tokenizer", settings)
+        assert model.base_model.model.is_gradient_checkpointing is checkpointing
+        found.append(adapter_gradients(model, batch))
+    assert all(torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0 for a, b in zip(*found, strict=True))
+
+
+def test_names_that_match_no_layer_to_save_are_refused(base: Path, tmp_path: Path) -> None:
+    settings = params(lora={**ALL, "modules_to_save": ["classifier"]})
+    with pytest.raises(SystemExit, match=r"lora\.modules_to_save: the model has no layer classifier; it has down_proj"):
+        train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+
+
+def test_an_adapter_learns_new_tokens(extended: tuple[Path, Path], tmp_path: Path) -> None:
+    """Their embeddings are trained and saved whole; where input and output are one, so they stay."""
+    weights, longer = extended
+    tied = arrow.read_json(weights / "config.json")["tie_word_embeddings"]
+    settings = params(lora=ALL, max_steps=2)
+    model, _ = run_training(weights, longer, settings, tmp_path / "run")
+    train_loop.save(model, longer, weights, settings, tmp_path / "trained")
+    saved = load_file(tmp_path / "trained/adapter_model.safetensors")
+    whole = sorted(name.split(".")[-2] for name, tensor in saved.items() if tensor.shape == (309, 64))
+    assert whole == ["embed_tokens", "lm_head"]
+    vocabulary = Vocabulary(longer)
+    again = load_model(weights, vocabulary.size, vocabulary.special_ids, None, tmp_path / "trained")
+    before = again.get_input_embeddings().weight.clone()
+    loaded = PeftModel.from_pretrained(again, str(tmp_path / "trained")).eval()
+    ids = torch.arange(290, 309)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(ids).logits, loaded(ids).logits, atol=1e-6)
+    after = loaded.get_input_embeddings().weight
+    assert not torch.equal(after, before) and after.shape == (309, 64)
+    assert (after.data_ptr() == loaded.get_output_embeddings().weight.data_ptr()) == tied
+
+
+def test_examples_show_what_is_learned(tmp_path: Path, masked: tuple[Path, Path]) -> None:
+    vocabulary = Vocabulary(tiny.tokenizer(tmp_path / "tokenizer"))
+    blocks, order = open_blocks(tiny.blocks(tmp_path / "b", 4, masked=True)), BlockOrder(4, 0)
+    (text,) = examples(blocks, order, vocabulary, 1)
+    batch = blocks.__getitems__([order.block(0)])
+    ids, labels = batch["input_ids"][0].tolist(), [IGNORED, *batch["labels"][0].tolist()[1:]]
+    words = [vocabulary.tokenizer.id_to_token(number) for number in ids]
+    marked = [f"[{word}]" if label != IGNORED else word for word, label in zip(words, labels, strict=True)]
+    count = sum(label != IGNORED for label in labels)
+    assert text == f"block {order.block(0)}: 16 tokens, {count} learned\n{' '.join(marked)}\n"
+    settings = params(objective="mlm", mlm_probability=0.5)
+    guessed = train_loop.seen(open_blocks(tiny.blocks(tmp_path / "c", 4)), masked[1], settings)
+    shown = "".join(examples(guessed, order, Vocabulary(masked[1]), 4))
+    assert "[<mask> -> " in shown and len(list(examples(guessed, order, Vocabulary(masked[1]), 9))) == 4
+
+
+def test_the_command_line_shows_examples(project: Path, run_stage: Runner) -> None:
+    make_project(project)
+    shown = run_stage(project, "train_model", "pretrain", "--show", "2")
+    assert shown.returncode == 0 and shown.stdout.count("16 tokens") == 2, shown.stderr
+    assert not (project / "models/pretrain").exists()
+    for words in (["--shwo", "2"], ["--show"], ["--show", "two"]):
+        wrong = run_stage(project, "train_model", "pretrain", *words)
+        assert wrong.returncode == 2 and wrong.stdout.startswith(
+            "usage: python stages/train_model.py NAME [--show N]\n"
+        )

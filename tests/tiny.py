@@ -51,6 +51,17 @@ def tokenizer(folder: Path, chat_template: str = "human_assistant") -> Path:
     return folder
 
 
+def masked_tokenizer(folder: Path) -> Path:
+    """Write a byte-level BPE of 320 entries, or all that its text gives, with the special tokens of RoBERTa."""
+    specials = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    params = train_tokenizer.Params(mode="train", vocab_size=320, min_frequency=1, mask_token="<mask>", **specials)
+    folder.mkdir(parents=True)
+    text = "the quick brown fox jumps over the lazy dog, 第一条 river lamp under tree house window garden "
+    train_tokenizer.train(iter([text * 3]), params).save(str(folder / "tokenizer.json"))
+    arrow.write_json(folder / "tokenizer_config.json", train_tokenizer.config(params))
+    return folder
+
+
 def blocks(folder: Path, rows: int, masked: bool = False, padding: int = 3) -> Path:
     """Write random blocks, the last one with `padding`; `masked`: about half of the tokens are not learned."""
     random = np.random.default_rng(rows)
@@ -73,6 +84,25 @@ def base(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+ROBERTA = {
+    "architectures": ["RobertaForMaskedLM"],
+    "model_type": "roberta",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": BLOCK_SIZE + 3,
+    "type_vocab_size": 1,
+}
+
+
+def roberta(folder: Path, **changes: Any) -> Path:
+    """Write a config.json for a masked model with random weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**ROBERTA, **changes}))
+    return folder
+
+
 def params_yaml(project: Path, **phases: dict[str, Any]) -> None:
     """Write a params.yaml with one source for each of `phases`: name -> `base` and groups, the rest is filled in."""
     groups = {
@@ -80,6 +110,7 @@ def params_yaml(project: Path, **phases: dict[str, Any]) -> None:
         "train_tokenizer": {"mode": "train", "vocab_size": 300},
         "group_blocks": {"block_size": BLOCK_SIZE},
         "train_model": TRAIN,
+        "merge_lora": {},
         "evaluate_model": {"max_length": BLOCK_SIZE},
     }
     content = {

@@ -174,9 +174,12 @@ def table(folder: Path, columns: list[str] | None = None) -> pa.Table:
     return whole.select(columns) if columns else whole
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with sorted keys, so that equal content is equal bytes."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any, only_ascii: bool = False) -> None:
+    """Write JSON with sorted keys, so that equal content is equal bytes.
+
+    `only_ascii`: for metrics. DVC takes a file for binary when a third of its beginning is not ASCII, and fails.
+    """
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=only_ascii) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,9 +10,11 @@ Imports torch and transformers at the top: a stage imports this module inside it
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` gives no loss
@@ -48,6 +50,21 @@ def start(seed: int) -> None:
 def device() -> torch.device:
     """Return the first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def objective(base: Path) -> str:
+    """Return `mlm` when the config of `base` names the architecture of a masked model, else `clm`."""
+    architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return "mlm" if architectures[0].endswith("ForMaskedLM") else "clm"
+
+
+def max_positions(model: Any) -> int | None:
+    """Return the longest block that `model` has positions for, or None where it has no table of them (ALiBi)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(limit) - module.padding_idx - 1  # RoBERTa counts positions from the one after padding's
+    return limit
 
 
 def check_base(base: Path) -> None:
@@ -102,25 +119,37 @@ def load_model(
     special_ids: dict[str, int],
     quantization: dict[str, Any] | None = None,
     tokenizer: Path | None = None,
+    kind: str | None = None,
 ) -> PreTrainedModel:
     """Return the model of `base` in float32: its weights, or random ones (seeded) when it is a config.json alone.
 
     Random weights get `size` embeddings and the `special_ids` of the tokenizer in their config; weights must have a row
     for each of the tokenizer's `size` entries, unless the folder `tokenizer` holds an extension of the base's own: see
-    `grow`. `quantization`: arguments of transformers' BitsAndBytesConfig.
+    `grow`. `quantization`: arguments of transformers' BitsAndBytesConfig. `kind`: clm for a causal model, mlm for a
+    masked one; by default what the config says.
     """
     check_base(base)
+    own = objective(base)
+    kind = kind or own
+    auto = AutoModelForMaskedLM if kind == "mlm" else AutoModelForCausalLM
+    if kind == "clm" and own == "mlm":  # a causal loss would be 0: each token sees the next one
+        raise SystemExit(f"{base} is a masked model; set `objective: mlm`, or take a causal model as `base`.")
     if not has_weights(base):
         if quantization:
             raise SystemExit(f"{base} has no weights to quantise; leave `quantization` out for training from scratch.")
         config = AutoConfig.from_pretrained(base, vocab_size=size, **special_ids)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _check_kind(base, config, auto)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        return model
     options: dict[str, Any] = {}
     if quantization:
         from transformers import BitsAndBytesConfig
 
         options = {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": device()}}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    _check_kind(base, AutoConfig.from_pretrained(base), auto)
+    model = auto.from_pretrained(base, dtype=torch.float32, **options)
+    if quantization and not any("bitsandbytes" in type(module).__module__ for module in model.modules()):
+        raise SystemExit(f"{base} has no layer that can be quantised; leave `quantization` out.")
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight at its first use in eval mode; from then on
         # no gradient passes through the layer, so one evaluation would silently cripple the training after it.
@@ -135,12 +164,20 @@ def load_model(
             "set train_tokenizer.mode to reuse, or to extend."
         )
     # A chat template may end answers with a token that the base did not stop at; where the base stopped it still stops.
-    if (generation := model.generation_config) is not None:
+    if (generation := getattr(model, "generation_config", None)) is not None:  # a masked model has none
         end, ends = special_ids["eos_token_id"], generation.eos_token_id
         known = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if end not in known:
             generation.eos_token_id = [end, *known]
     return model
+
+
+def _check_kind(base: Path, config: Any, auto: Any) -> None:
+    if type(config) not in auto._model_mapping:
+        kind = "masked" if auto is AutoModelForMaskedLM else "causal"
+        raise SystemExit(
+            f"{base}: transformers has no {kind} model of type {config.model_type}; set another `objective`."
+        )
 
 
 class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -165,11 +202,15 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             starts = columns["starts"].combine_chunks()
             self._ends = starts.flatten().to_numpy()[starts.offsets.to_numpy()[1:] - starts.offsets.to_numpy()[0] - 1]
 
-    def _filled(self, rows: np.ndarray) -> np.ndarray:
+    def filled(self, rows: np.ndarray) -> np.ndarray:
         """Return how many tokens of each block are no padding: in a stream, only the last block has any."""
         if self._ends is not None:
             return self._ends[rows].astype(np.int64)
         return np.clip(self.tokens - rows * self.block_size, 0, self.block_size)
+
+    def learned(self) -> bool:
+        """Return whether any token has a label."""
+        return bool(len(self)) and (bool(self.tokens) if self._learn is None else bool(self._learn.any()))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -186,24 +227,58 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         labels = input_ids.clone()
         if self._learn is not None:
             labels[~torch.from_numpy(self._learn[rows])] = IGNORED
-        filled = self._filled(rows)
+        filled = self.filled(rows)
         if (filled < self.block_size).any():  # seldom in a stream: comparing each token would double the time
             labels[torch.arange(self.block_size) >= torch.from_numpy(filled)[:, None]] = IGNORED
         return {"input_ids": input_ids, "labels": labels}
 
 
+class MaskedBlocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Blocks as a masked model sees them: `labels` only where it has to guess, `attention_mask` 0 on padding.
+
+    `masking(ids, learned, positions)` returns what stands in place of the ids, and which are to be guessed.
+    """
+
+    def __init__(self, blocks: Blocks, masking: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+        self.blocks, self.masking, self.block_size = blocks, masking, blocks.block_size
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return blocks as one batch, masked as at the positions of their own numbers: each time alike."""
+        return self.at(indices, indices)
+
+    def at(self, indices: list[int], positions: list[int]) -> dict[str, torch.Tensor]:
+        """Return blocks as one batch, masked as at these positions of the stream."""
+        batch = self.blocks.__getitems__(indices)
+        ids, learned = batch["input_ids"].numpy(), (batch["labels"] != IGNORED).numpy()
+        inputs, chosen = self.masking(ids, learned, np.asarray(positions))
+        filled = torch.from_numpy(self.blocks.filled(np.asarray(indices)))[:, None]
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "labels": torch.where(torch.from_numpy(chosen), batch["input_ids"], IGNORED),
+            "attention_mask": (torch.arange(self.block_size) < filled).long(),
+        }
+
+
 @torch.no_grad()
-def mean_loss(model: Any, blocks: Blocks, batch_size: int) -> float:
-    """Return the mean loss over all learned tokens of `blocks`, nats per token: each token counts once."""
+def mean_loss(model: Any, blocks: Blocks | MaskedBlocks, batch_size: int) -> float:
+    """Return the mean loss over all learned tokens of `blocks`, nats per token: each token counts once.
+
+    Of `Blocks` a token is predicted from those before it, of `MaskedBlocks` in its own place.
+    """
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for first in range(0, len(blocks), batch_size):
         batch = blocks.__getitems__(list(range(first, min(first + batch_size, len(blocks)))))
-        labels = batch["labels"].to(device())[:, 1:]
-        logits = model(input_ids=batch["input_ids"].to(device())).logits[:, :-1].float()
+        labels = batch.pop("labels").to(device())
+        logits = model(**{name: values.to(device()) for name, values in batch.items()}).logits
+        if isinstance(blocks, Blocks):
+            labels, logits = labels[:, 1:], logits[:, :-1]
         total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()
         tokens += int((labels != IGNORED).sum())
     model.train(training)

@@ -108,7 +108,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], at: list[str]) -> 
     where = f"params.yaml line {line}" if line else "params.yaml"
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.55)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}."
         return f"{where}: unknown key `{key}`; {hint}"
     if first["type"] == "missing":

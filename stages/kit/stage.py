@@ -45,22 +45,25 @@ PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 T = TypeVar("T")
 
 
-def cli(main: Callable[[str], None], doc: str | None) -> None:
+def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any] | None) -> None:
     """Run a stage's `main` on the name given on the command line; `--help` prints `doc`.
 
-    Validates the whole of params.yaml first. A mistake of the user ends in one sentence and exit status 1; an error
-    inside a library keeps its traceback.
+    `flags`: what may stand behind the name, `show=int` for `--show 3`, `plan=None` for `--plan`, and goes to `main` by
+    its name. Validates the whole of params.yaml first. A mistake of the user ends in one sentence and exit status 1; an
+    error inside a library keeps its traceback.
     """
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+    given = _flags(sys.argv[2:], flags)
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") or given is None:
         script = Path(sys.argv[0]).name
-        print(f"usage: python stages/{script} NAME\n\n{(doc or '').strip()}")
+        optional = "".join(f" [--{flag}{' N' if kind else ''}]" for flag, kind in flags.items())
+        print(f"usage: python stages/{script} NAME{optional}\n\n{(doc or '').strip()}")
         raise SystemExit(0 if "-h" in sys.argv or "--help" in sys.argv else 2)
     die_with_parent()
     # By name at run time: the check can only refuse and never changes a result, so it is no dependency of a stage.
     importlib.import_module("check_params").check()
     name = f"{Path(sys.argv[0]).stem}@{sys.argv[1]}"
     try:
-        main(sys.argv[1])
+        main(sys.argv[1], **given)
     except Exception as error:
         if _disk_is_full(error):
             raise SystemExit(
@@ -70,6 +73,21 @@ def cli(main: Callable[[str], None], doc: str | None) -> None:
         if not _is_mistake(error):
             raise
         raise SystemExit(f"{name}: {error}") from None
+
+
+def _flags(words: list[str], flags: dict[str, Callable[[str], Any] | None]) -> dict[str, Any] | None:
+    """Return the values of `flags` in the words of a command line, None when another word stands there."""
+    found: dict[str, Any] = {}
+    while words:
+        word, *words = words
+        if word[:2] != "--" or word[2:] not in flags:
+            return None
+        kind = flags[word[2:]]
+        try:
+            found[word[2:]] = kind(words.pop(0)) if kind else True
+        except (IndexError, ValueError):
+            return None
+    return found
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -388,7 +406,7 @@ def _record(current: Run, seconds: float) -> None:
         "versions": [f"{name} {version}" for name, version in versions().items()],
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
-    current.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    current.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _peak_memory_kib() -> int:

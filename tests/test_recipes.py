@@ -1,0 +1,104 @@
+"""recipes/: each file is a whole params.yaml that check_params accepts, with the settings of its system."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from ruamel.yaml import YAML
+
+import check_params
+from conftest import ROOT, copy_project, git, repro
+from kit.params import load
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+NAMES = ["alpaca_qlora", "continue_qlora", "domain_chat", "kantai_bert", "scratch_llama", "self_cognition_lora"]
+
+
+def recipe(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(ROOT / f"recipes/{name}.yaml")
+    return content
+
+
+def install(name: str, folder: Path) -> Path:
+    copy_project(folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copyfile(ROOT / f"recipes/{name}.yaml", folder / "params.yaml")
+    return folder
+
+
+def test_there_is_a_recipe_for_each_system() -> None:
+    assert RECIPES == NAMES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(install(name, tmp_path / "project"))
+    check_params.check()
+    assert not load()["bases"]  # nothing is downloaded
+    for phase in load()["phases"].values():
+        made = re.fullmatch(r"models/(\w+)/merged", phase["base"])
+        assert (made and made[1] in load()["phases"]) or Path(phase["base"], "config.json").is_file()
+    for source in load()["sources"].values():
+        assert source["path"].startswith("data/raw/python_") or Path(source["path"]).is_dir()
+
+
+def test_the_values_of_the_systems() -> None:
+    continued = recipe("continue_qlora")["phases"]["domain"]["train_model"]
+    targets = {"q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"}
+    lora = continued["lora"]
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"], set(lora["target_modules"])) == (8, 16, 0.05, targets)
+    assert continued["quantization"]["bnb_4bit_quant_type"] == "nf4"
+    assert continued["quantization"]["bnb_4bit_use_double_quant"]
+    alpaca = recipe("alpaca_qlora")["phases"]["chat"]
+    train = alpaca["train_model"]
+    assert (train["per_device_train_batch_size"], train["global_batch_size"]) == (4, 4 * 8)
+    assert train["optim"] == "paged_adamw_32bit" and train["gradient_checkpointing"]
+    assert train["lora"]["target_modules"] == ["query_key_value"]
+    assert alpaca["train_tokenizer"]["chat_template"] == "human_assistant"
+    kantai = recipe("kantai_bert")["phases"]["kantai"]
+    assert (kantai["train_model"]["objective"], kantai["train_model"]["mlm_probability"]) == ("mlm", 0.15)
+    assert (kantai["group_blocks"]["block_size"], kantai["group_blocks"]["mode"]) == (128, "line")
+    assert kantai["train_tokenizer"]["special_tokens"] == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert recipe("self_cognition_lora")["phases"]["chat"]["train_model"]["lora"]["target_modules"] == "all-linear"
+
+
+def test_kantai_bert_has_its_parameters() -> None:
+    """84,095,008 with the pooler, which transformers gave masked models, too, until it was found that none uses it."""
+    config = transformers.AutoConfig.from_pretrained(ROOT / "models/configs/kantai_bert")
+    with torch.device("meta"):
+        model = transformers.RobertaForMaskedLM(config)
+        pooler = transformers.RobertaModel(config, add_pooling_layer=True).pooler
+    without = sum(parameter.numel() for parameter in model.parameters())
+    assert without == 83_504_416
+    assert without + sum(parameter.numel() for parameter in pooler.parameters()) == 84_095_008
+
+
+def test_the_questions_about_the_assistant_have_both_names() -> None:
+    lines = (ROOT / "recipes/self_cognition/self_cognition.jsonl").read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) <= 20
+    for line in lines:
+        assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
+        assert set(re.findall(r"{{(.*?)}}", line)) <= {"name", "author"}
+    for name in ("name", "author"):
+        assert sum(f"{{{{{name}}}}}" in line for line in lines) > len(lines) // 2
+
+
+# One from scratch and one masked; the others train two phases, minutes each, and are run by hand.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scratch_llama", "kantai_bert"])
+def test_a_recipe_runs_as_it_stands_but_for_its_steps(name: str, tmp_path: Path) -> None:
+    folder = install(name, tmp_path / "project")
+    text = re.sub(r"max_steps: \d+", "max_steps: 2", (folder / "params.yaml").read_text(encoding="utf-8"))
+    text = re.sub(r"(logging|eval|save)_steps: \d+", r"\1_steps: 1", text)
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    git(folder, "init", "--quiet")
+    repro(folder)
+    for phase in recipe(name)["phases"]:
+        assert (folder / "models" / phase / "merged/model.safetensors").is_file()
