@@ -9,7 +9,6 @@ Seconds on a shared machine drift; read them beside the machine's load.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,15 +17,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = (
-    "data/exclusions.txt",
-    ".dvc/config",
-    ".dvc/.gitignore",
-    ".dvcignore",
-    ".gitignore",
-    "dvc.yaml",
-    "params.yaml",
-)
 # Runs a stage script up to the point where it would begin to work.
 TO_FIRST_WORK = """
 import runpy, sys
@@ -78,13 +68,8 @@ def main() -> None:
         report(f"start of {stage}", start_seconds(stage, item), 0.35)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(ROOT / "models/configs", folder / "models/configs")
-        for part in (".dvc", "data"):
-            (folder / part).mkdir()
-        for path in COPIED:
-            shutil.copyfile(ROOT / path, folder / path)
-        seconds(["git", "init", "-q"], folder)
+        # What a user gets: the committed files, and an empty cache.
+        seconds(["git", "clone", "--quiet", str(ROOT), "."], folder)
         report("the default, from nothing", seconds(["dvc", "repro"], folder), 360)
         report(
             "`dvc repro` with nothing to do", statistics.median(seconds(["dvc", "repro"], folder) for _ in range(3)), 2
