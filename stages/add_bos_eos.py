@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from chat_segments import Marker
 from kit import arrow, stage
+from kit.arrow import compute as pc
 from kit.memo import Memo, cuts, row_hashes
 from kit.params import Source, read_params
 

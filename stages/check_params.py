@@ -12,135 +12,46 @@ Example: `soruces:` in params.yaml
 
 from __future__ import annotations
 
-import difflib
-import re
+import hashlib
 import sys
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+import pydantic
 
-import clean
-import dedup
-import evaluate_model
-import group_blocks
-import import_base
-import import_python_docs
-import merge_lora
-import train_model
-import train_tokenizer
-from kit import params
+from kit import params, stage
 
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", text):
-        raise ValueError(f"the name `{text}` becomes a folder: use lower-case letters, digits and _")
-    return text
-
-
-def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or path.startswith("~"):
-        raise ValueError(
-            f"the path {path!r} leads out of the repository; copy or link the files into data/raw and name that"
-        )
-    return path
-
-
-Name = Annotated[str, AfterValidator(_name)]
-Inside = Annotated[str, AfterValidator(_inside)]
-
-
-class Source(params.Source):
-    """One entry of `sources`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    path: Inside = Field(min_length=1)
-    clean: clean.Params
-
-
-class Phase(params.Phase):
-    """One entry of `phases`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    base: Inside = Field(min_length=1)
-    dedup: dedup.Params
-    train_tokenizer: train_tokenizer.Params
-    group_blocks: group_blocks.Params
-    train_model: train_model.Params
-    merge_lora: merge_lora.Params
-    evaluate_model: evaluate_model.Params
-
-
-class Everything(BaseModel):
-    """The whole of params.yaml."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    imports: dict[Name, import_python_docs.Params]
-    bases: dict[Name, import_base.Params]
-    sources: dict[Name, Source]
-    phases: dict[Name, Phase]
+CHECKED = stage.WORK / "checked"  # says which params.yaml was last found in order, and by which code
 
 
 def check() -> None:
     """Raise SystemExit with one sentence when params.yaml, or what it left behind, is not fit to work with."""
     content = params.load()
-    everything = params.validate(content, Everything)
-    check_references(everything)
-    check_leftovers(everything)
+    state = _state()
+    if not CHECKED.is_file() or CHECKED.read_text(encoding="utf-8") != state:
+        import params_schema  # with every stage: 0.15 s, which a stage does not wait for
+
+        params_schema.validate(content)
+        CHECKED.parent.mkdir(exist_ok=True)
+        CHECKED.write_text(state, encoding="utf-8")
+    check_leftovers(content)
 
 
-def check_references(everything: Everything) -> None:
-    """Raise SystemExit when a source names no phase, a phase has no source, or phases build on each other in a ring."""
-    phases = everything.phases
-    for name, source in everything.sources.items():
-        if source.phase not in phases:
-            raise SystemExit(
-                f"params.yaml: sources.{name}.phase is `{source.phase}`, not a key of `phases`; "
-                f"{_near(source.phase, phases)}"
-            )
-    for name, phase in phases.items():
-        if not any(source.phase == name for source in everything.sources.values()):
-            raise SystemExit(
-                f"params.yaml: phase `{name}` has no source; give a source `phase: {name}` or remove the phase."
-            )
-        sources = sorted(key for key, source in everything.sources.items() if source.phase == name)
-        if strangers := sorted(phase.group_blocks.weights.keys() - set(sources)):
-            raise SystemExit(
-                f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
-                f"its sources: {', '.join(sources)}."
-            )
-        if name in ("configs", "base", "tokenizers", "runs"):
-            raise SystemExit(
-                f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
-            )
-        built_on = [name]
-        while (parts := PurePosixPath(phase.base).parts)[:1] == ("models",) and parts[2:] in (
-            ("merged",),
-            ("trained",),
-        ):
-            if parts[1] not in phases:
-                raise SystemExit(
-                    f"params.yaml: phases.{name}.base is {phase.base}, but there is no phase `{parts[1]}`; "
-                    f"{_near(parts[1], phases)}"
-                )
-            if parts[1] in built_on:
-                raise SystemExit(
-                    f"params.yaml: the phases {' and '.join(built_on)} build on each other; "
-                    "one of them must start from another base."
-                )
-            built_on.append(parts[1])
-            phase = phases[parts[1]]
+def _state() -> str:
+    """Return the SHA-256 of all that decides whether params.yaml is in order: its bytes, the code, the library."""
+    digest = hashlib.sha256(f"{sys.version} pydantic {pydantic.VERSION}".encode())
+    for path in [params.PARAMS, *sorted(stage.STAGES.rglob("*.py"))]:
+        content = path.read_bytes()
+        digest.update(f"\n{path.name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
-def check_leftovers(everything: Everything) -> None:
+def check_leftovers(content: dict[str, Any]) -> None:
     """Raise SystemExit when data/ or models/ holds the output of a source or phase that is gone from params.yaml."""
-    wanted = {f"{source.phase}/{name}" for name, source in everything.sources.items()}
-    for stage in ("clean", "dedup", "marked", "tokens"):
-        for path in sorted(Path("data", stage).glob("*/*")):
+    wanted = {f"{source['phase']}/{name}" for name, source in content["sources"].items()}
+    for name in ("clean", "dedup", "marked", "tokens"):
+        for path in sorted(Path("data", name).glob("*/*")):
             if path.is_dir() and not path.name.startswith(".") and f"{path.parent.name}/{path.name}" not in wanted:
                 raise SystemExit(
                     f"{path} belongs to no source in params.yaml, but would still be read; delete it: rm -r {path}"
@@ -148,15 +59,10 @@ def check_leftovers(everything: Everything) -> None:
     folders = [Path("data/blocks"), Path("models/tokenizers"), Path("models")]
     for path in sorted(path for folder in folders for path in folder.glob("*")):
         known = (
-            {*everything.phases, "configs", "base", "tokenizers"} if path.parent.name == "models" else everything.phases
+            {*content["phases"], "configs", "base", "tokenizers"} if path.parent.name == "models" else content["phases"]
         )
         if path.is_dir() and not path.name.startswith(".") and path.name not in known:
             raise SystemExit(f"{path} belongs to no phase in params.yaml; delete it: rm -r {path}")
-
-
-def _near(name: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"the phases are {', '.join(known) or 'none'}."
 
 
 if __name__ == "__main__":

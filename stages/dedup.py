@@ -48,6 +48,7 @@ import near_duplicates
 from decontaminate import Params as BenchmarkParams
 from disk_rows import Rows, Texts
 from kit import arrow, stage
+from kit.arrow import compute as pc
 from kit.params import phase_sources, read_params
 from near_duplicates import Params as NearParams
 
@@ -245,8 +246,6 @@ def read_ids(folders: dict[str, Path]) -> Array:
 
 def different_texts(folders: dict[str, Path], first: Array) -> Iterator[pa.Array]:
     """Yield the texts of the different documents, in order, some at a time; of a conversation, its messages joined."""
-    import pyarrow.compute as pc  # not needed by those who only read Params
-
     row = 0
     for folder in folders.values():
         for batch in arrow.batches(folder):

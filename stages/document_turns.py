@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kit import arrow
+from kit.arrow import compute as pc
 
 
 class Documents(NamedTuple):

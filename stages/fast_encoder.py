@@ -28,8 +28,9 @@ from unicodedata import is_normalized
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from kit.arrow import compute as pc
 
 # Equal ids were shown for these versions alone. With another one the tier is left out until tests/test_fast_encoder.py
 # has passed with it and the number here is changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import check_params
+import params_schema
 from conftest import ROOT, Runner, write
 
 TEXT = """\
@@ -327,3 +329,31 @@ def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner)
     finished = run_stage(project, "check_params")
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout == "params.yaml: in order\n"
+
+
+def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is remembered by the bytes of params.yaml and of the code: a change of either is checked."""
+    checked = []
+    monkeypatch.setattr(params_schema, "validate", lambda content: checked.append(content["sources"]["laws"]["phase"]))
+    assert said(TEXT) is None and said(TEXT) is None
+    assert checked == ["law"]
+    said(TEXT + "# a comment\n")
+    assert len(checked) == 2
+    shutil.copytree(ROOT / "stages", here / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(check_params.stage, "STAGES", here / "stages")
+    said(TEXT + "# a comment\n")
+    assert len(checked) == 2, "the same code at another place is the same code"
+    with (here / "stages/kit/arrow.py").open("a", encoding="utf-8") as file:
+        file.write("#\n")
+    said(TEXT + "# a comment\n")
+    assert len(checked) == 3
+
+
+def test_a_mistake_is_refused_each_time(here: Path) -> None:
+    """Only a file in order is remembered, and folders of removed sources are looked for in any case."""
+    wrong = TEXT.replace("phase: law", "phase: lwa")
+    first = said(wrong)
+    assert first and said(wrong) == first
+    assert said(TEXT) is None
+    (here / "data/clean/law/gone").mkdir(parents=True)
+    assert "belongs to no source" in str(said(TEXT))

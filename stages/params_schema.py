@@ -1,0 +1,135 @@
+"""What params.yaml may say: one model for the whole file, and what its parts must say of each other.
+
+    validated(params.load())   ->   Everything, or SystemExit with one sentence
+
+It imports every stage for its class Params, so it is slow to import; stages/check_params.py does so once for each
+state of params.yaml and of the code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+import clean
+import dedup
+import evaluate_model
+import group_blocks
+import import_base
+import import_python_docs
+import merge_lora
+import train_model
+import train_tokenizer
+from kit import params
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", text):
+        raise ValueError(f"the name `{text}` becomes a folder: use lower-case letters, digits and _")
+    return text
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or path.startswith("~"):
+        raise ValueError(
+            f"the path {path!r} leads out of the repository; copy or link the files into data/raw and name that"
+        )
+    return path
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Inside = Annotated[str, AfterValidator(_inside)]
+
+
+class Source(params.Source):
+    """One entry of `sources`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Inside = Field(min_length=1)
+    clean: clean.Params
+
+
+class Phase(params.Phase):
+    """One entry of `phases`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: Inside = Field(min_length=1)
+    dedup: dedup.Params
+    train_tokenizer: train_tokenizer.Params
+    group_blocks: group_blocks.Params
+    train_model: train_model.Params
+    merge_lora: merge_lora.Params
+    evaluate_model: evaluate_model.Params
+
+
+class Everything(BaseModel):
+    """The whole of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    imports: dict[Name, import_python_docs.Params]
+    bases: dict[Name, import_base.Params]
+    sources: dict[Name, Source]
+    phases: dict[Name, Phase]
+
+
+def validate(content: dict[str, Any]) -> Everything:
+    """Return the content of params.yaml as models; raise SystemExit with one sentence for the first mistake."""
+    everything = params.validate(content, Everything)
+    check_references(everything)
+    return everything
+
+
+def check_references(everything: Everything) -> None:
+    """Raise SystemExit when a source names no phase, a phase has no source, or phases build on each other in a ring."""
+    phases = everything.phases
+    for name, source in everything.sources.items():
+        if source.phase not in phases:
+            raise SystemExit(
+                f"params.yaml: sources.{name}.phase is `{source.phase}`, not a key of `phases`; "
+                f"{_near(source.phase, phases)}"
+            )
+    for name, phase in phases.items():
+        if not any(source.phase == name for source in everything.sources.values()):
+            raise SystemExit(
+                f"params.yaml: phase `{name}` has no source; give a source `phase: {name}` or remove the phase."
+            )
+        sources = sorted(key for key, source in everything.sources.items() if source.phase == name)
+        if strangers := sorted(phase.group_blocks.weights.keys() - set(sources)):
+            raise SystemExit(
+                f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
+                f"its sources: {', '.join(sources)}."
+            )
+        if name in ("configs", "base", "tokenizers", "runs"):
+            raise SystemExit(
+                f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
+            )
+        built_on = [name]
+        while (parts := PurePosixPath(phase.base).parts)[:1] == ("models",) and parts[2:] in (
+            ("merged",),
+            ("trained",),
+        ):
+            if parts[1] not in phases:
+                raise SystemExit(
+                    f"params.yaml: phases.{name}.base is {phase.base}, but there is no phase `{parts[1]}`; "
+                    f"{_near(parts[1], phases)}"
+                )
+            if parts[1] in built_on:
+                raise SystemExit(
+                    f"params.yaml: the phases {' and '.join(built_on)} build on each other; "
+                    "one of them must start from another base."
+                )
+            built_on.append(parts[1])
+            phase = phases[parts[1]]
+
+
+def _near(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"the phases are {', '.join(known) or 'none'}."
