@@ -21,6 +21,7 @@ PHASE = {
     "train_tokenizer": {"mode": "reuse"},
     "group_blocks": {"block_size": 1024},
     "train_model": {"max_steps": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3},
+    "merge_lora": {},
     "evaluate_model": {"max_length": 1024},
 }
 

@@ -53,9 +53,15 @@ def segments_of_texts(marker: Marker, texts: pa.StringArray) -> pa.ListArray:
     return _lists(parts, *marks, lengths=np.full(len(texts), len(frame)))
 
 
-def segments_of_messages(marker: Marker, messages: pa.ListArray) -> pa.ListArray:
-    """Return the segments of conversations."""
-    rows = [marker.conversation(conversation) for conversation in messages.to_pylist()]
+def segments_of_messages(marker: Marker, messages: pa.ListArray, doc_ids: pa.FixedSizeBinaryArray) -> pa.ListArray:
+    """Return the segments of conversations. Raises ValueError naming the one that the template does not suit."""
+    rows = []
+    for doc_id, conversation in zip(doc_ids.to_pylist(), messages.to_pylist(), strict=True):
+        try:
+            rows.append(marker.conversation(conversation))
+        except ValueError as error:
+            begin = conversation[0]["content"][:40] if conversation else ""
+            raise ValueError(f"document {doc_id.hex()} ({begin!r}): {error}") from None
     text, special, learn = zip(*(segment for row in rows for segment in row), strict=True) if rows else ((), (), ())
     return _lists(pa.array(text, pa.string()), special, learn, lengths=np.array([len(row) for row in rows], dtype=int))
 
@@ -72,7 +78,7 @@ def marked(marker: Marker, batch: pa.RecordBatch) -> pa.RecordBatch:
     if "text" in kept.schema.names:
         segments = segments_of_texts(marker, kept["text"])
     else:
-        segments = segments_of_messages(marker, kept["messages"])
+        segments = segments_of_messages(marker, kept["messages"], kept["doc_id"])
     return pa.RecordBatch.from_arrays([kept["doc_id"], kept["split"], segments], schema=MARKED)
 
 
@@ -163,10 +169,8 @@ def results(run: stage.Run, documents: Path, splits: np.ndarray, tokenizer: Path
         for batch in run.progress(rows(documents, splits), -(-len(splits) // ROWS), "batches"):
             yield marked(marker, batch)
         return
-    import importlib.metadata
-
     digest = run.digests[str(tokenizer)]
-    memo = Memo(Path(".memo") / run.name, run.recipe([digest, importlib.metadata.version("jinja2")]))
+    memo = Memo(Path(".memo") / run.name, run.recipe([digest]))
     work, ends = functools.partial(_work, tokenizer, digest), ends_of_shards(documents)
     done = memo.map(shards(documents, splits, ends), work, stage.workers(), stage.die_with_parent)
     for result in run.progress(done, len(ends), "shards"):

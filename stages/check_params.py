@@ -50,19 +50,25 @@ def _state() -> str:
 def check_leftovers(content: dict[str, Any]) -> None:
     """Raise SystemExit when data/ or models/ holds the output of a source or phase that is gone from params.yaml."""
     wanted = {f"{source['phase']}/{name}" for name, source in content["sources"].items()}
-    for name in ("clean", "dedup", "marked", "tokens"):
-        for path in sorted(Path("data", name).glob("*/*")):
-            if path.is_dir() and not path.name.startswith(".") and f"{path.parent.name}/{path.name}" not in wanted:
-                raise SystemExit(
-                    f"{path} belongs to no source in params.yaml, but would still be read; delete it: rm -r {path}"
-                )
+    found = [path for name in ("clean", "dedup", "marked", "tokens") for path in sorted(Path("data", name).glob("*/*"))]
+    gone = [path for path in found if _is_output(path) and f"{path.parent.name}/{path.name}" not in wanted]
+    if gone:
+        raise SystemExit(f"{gone[0]} belongs to no source in params.yaml, but would still be read; {_remove(gone)}")
     folders = [Path("data/blocks"), Path("models/tokenizers"), Path("models")]
     for path in sorted(path for folder in folders for path in folder.glob("*")):
-        known = (
-            {*content["phases"], "configs", "base", "tokenizers"} if path.parent.name == "models" else content["phases"]
-        )
-        if path.is_dir() and not path.name.startswith(".") and path.name not in known:
-            raise SystemExit(f"{path} belongs to no phase in params.yaml; delete it: rm -r {path}")
+        beside = {"configs", "base", "tokenizers"} if path.parent.name == "models" else set()
+        gone += [path] if _is_output(path) and path.name not in {*content["phases"], *beside} else []
+    if gone:
+        raise SystemExit(f"{gone[0]} belongs to no phase in params.yaml; {_remove(gone)}")
+
+
+def _is_output(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _remove(paths: list[Path]) -> str:
+    what = f"it and {len(paths) - 1} more" if len(paths) > 1 else "it"
+    return f"delete {what}: rm -r {' '.join(map(str, paths))}"
 
 
 if __name__ == "__main__":

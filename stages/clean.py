@@ -22,6 +22,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,7 @@ def _row(piece: Piece, record: raw_formats.Record, error: str | None, params: Pa
     content, changes, drop = (None, {}, ("unreadable", error)) if error else judge(record.content, params)
     if record.start == 0 and record.raw[:3].startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         changes = {"byte_order_mark": 1, **changes}
+    changes = {f"fill:{name}": record.filled.count(name) for name in params.fill if name in record.filled} | changes
     start = None if record.start is None else record.start - piece.start
     end = None if record.end is None else record.end - piece.start
     rule, evidence = drop or (None, None)
@@ -181,6 +183,15 @@ def _row(piece: Piece, record: raw_formats.Record, error: str | None, params: Pa
     raw_id = hashlib.sha256(record.raw).digest()[:16]
     identity = None if drop else doc_id(content)
     return piece.file, start, end, record.number, raw_id, identity, rule, evidence, noted, sum(map(len, parts)), content
+
+
+def in_fill(changes: str) -> list[str]:
+    """Return the placeholders that a ledger row's changes name.
+
+    >>> in_fill("fill:name 2, nfc 1")
+    ['name']
+    """
+    return re.findall(r"fill:([^{}]+?) \d+(?:, |$)", changes)
 
 
 def _rows_schema(params: Params) -> pa.Schema:
@@ -310,6 +321,7 @@ def main(name: str) -> None:
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
         changed = 0
+        filled: set[str] = set()
         schema = documents_schema(params)
         documents = arrow.Writer(folder / "documents", schema, batch_rows=256)
         ledger = arrow.Writer(folder / "ledger", LEDGER)
@@ -326,7 +338,13 @@ def main(name: str) -> None:
             ledger.write(rows.select(LEDGER.names))
             dropped.update(rule for rule in rows["rule"].to_pylist() if rule)
             changed += rows.num_rows - rows["changes"].null_count
+            if params.fill:
+                filled.update(name for noted in rows["changes"].drop_null().to_pylist() for name in in_fill(noted))
         account.close(account.file, account.end)
+        if idle := [name for name in params.fill if name not in filled]:
+            raise SystemExit(
+                f"sources.{name}.clean.fill: {{{{{idle[0]}}}}} stands in no record of {root}; correct or remove it."
+            )
         run.balance("files", len(files), recorded=account.files)
         documents.close()
         ledger.close(kept=documents.rows, **{f"dropped_{rule}": count for rule, count in sorted(dropped.items())})

@@ -336,7 +336,8 @@ def main(phase: str) -> None:
         items = [item for name, how in sorted(params.decontaminate.items()) for item in decontaminate.read(name, how)]
         documents = identify(read_ids(folders))
         near, hits = search(folders, documents.first, params, items, folder)
-        decisions = decide(documents, params, near, read_exclusions(Path(EXCLUSIONS)), np.fromiter(hits, np.int64))
+        excluded = read_exclusions(Path(EXCLUSIONS))
+        decisions = decide(documents, params, near, excluded, np.fromiter(hits, np.int64))
         of_all = by_row(hits, documents.first)
         sizes = [arrow.manifest(path)["counts"]["rows"] for path in folders.values()]
         starts = dict(zip(sources, np.cumsum([0, *sizes]).tolist(), strict=False))
@@ -356,6 +357,9 @@ def main(phase: str) -> None:
             total.update(counts)
         run.count(documents=sum(sizes), train=total["train"], eval=total["eval"])
         run.count(**{rule: total[rule] for rule in RULES.values()})
+        # An id of another phase is in order; one that no phase has is a slip of the pen or the proof of an erasure.
+        here = len({row.tobytes() for row in documents.ids if row.tobytes() in excluded}) if excluded else 0
+        run.count(exclusions=len(excluded), exclusions_not_here=len(excluded) - here)
         for name in sorted(params.decontaminate):
             mine = [item for item in items if item.benchmark == name]
             short = sum(item.run == 0 for item in mine)

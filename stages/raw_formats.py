@@ -89,6 +89,7 @@ class Record(NamedTuple):
     raw: bytes  # as it stands there; a row: JSON of the columns that are read; a page, a paragraph: its text in UTF-8
     content: Content  # not cleaned; "" for a blank line
     error: str | None  # one sentence without a full stop; `content` is then ""
+    filled: tuple[str, ...] = ()  # the placeholders of `fill` that stood there, one for each place
 
 
 class Part(NamedTuple):
@@ -180,7 +181,7 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
         found = TABLES[params.format](path, params) if params.format in UNITS else _tiled(path, params, part)
         for record in found:
             end, number = record.end, record.number
-            yield record._replace(content=_filled(record.content, pattern, params)) if params.fill else record
+            yield _filled(record, pattern, params.fill) if params.fill else record
         if not number:
             yield Record(end, end, 1, b"", "", None)
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:  # MemoryError: a length in Arrow is damaged
@@ -190,10 +191,18 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
         yield Record(end, end, number + 1, b"", "", _sentence(f"{where}the file cannot be read ({why})"))
 
 
-def _filled(content: Content, pattern: re.Pattern[str], params: Params) -> Content:
-    if isinstance(content, str):
-        return pattern.sub(lambda match: params.fill[match[0][2:-2]], content)
-    return [{**turn, "content": str(_filled(turn["content"], pattern, params))} for turn in content]
+def _filled(record: Record, pattern: re.Pattern[str], fill: dict[str, str]) -> Record:
+    names: list[str] = []
+
+    def put(match: re.Match[str]) -> str:
+        names.append(match[0][2:-2])
+        return fill[names[-1]]
+
+    if isinstance(record.content, str):
+        content: Content = pattern.sub(put, record.content)
+    else:
+        content = [{**turn, "content": pattern.sub(put, turn["content"])} for turn in record.content]
+    return record._replace(content=content, filled=tuple(names))
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -462,7 +471,7 @@ class _Json:
     def only(self, text: str, at: int, line: int) -> Any:
         """Return the value behind which nothing stands, or a ValueError."""
         row, end = self.value(text, _space(text, at), line)
-        after = _space(text, end)
+        after = end if end == len(text) else _space(text, end)
         return row if after == len(text) else ValueError(f"{_place(text, after, line)} is not JSON (Extra data)")
 
 

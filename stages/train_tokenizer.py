@@ -25,7 +25,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, processors
@@ -73,7 +73,7 @@ class Params(BaseModel):
     mask_token: str | None = Field(
         None, min_length=1, description="train: what a masked model sees in place of a token"
     )
-    special_tokens: list[str] = Field(
+    special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="train: more tokens that no text makes, in the order of their ids; those above follow"
     )
     chat_template: str | None = Field(None, description=f"one of {', '.join(TEMPLATES)}; null keeps the base's own")

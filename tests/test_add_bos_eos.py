@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import add_bos_eos
 import tiny
-from add_bos_eos import MARKED
+from add_bos_eos import MARKED, segments_of_messages
 from chat_segments import Marker, Segment, merged
 from chat_templates import TEMPLATES
 from conftest import Runner, write
@@ -182,6 +182,13 @@ def test_a_template_that_allows_no_exact_mask_is_refused(own: Path, case: str) -
     template, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         with_template(own, template).conversation(turns(" 2+2?\n", "4 "))
+
+
+def test_the_conversation_that_a_template_does_not_suit_is_named(own: Path) -> None:
+    marker = with_template(own, REFUSED[next(iter(REFUSED))][0])
+    messages = pa.array([turns(" 2+2?\n", "4 ")], MESSAGES)
+    with pytest.raises(ValueError, match=rf"document {'ab' * 16} \(' 2\+2\?\\n'\): the chat template"):
+        segments_of_messages(marker, messages, pa.array([b"\xab" * 16], pa.binary(16)))
 
 
 def test_a_template_that_cannot_be_parsed_is_refused_with_its_file(own: Path) -> None:

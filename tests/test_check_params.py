@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 from collections.abc import Callable
@@ -349,6 +350,14 @@ def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: 
     assert len(checked) == 3
 
 
+def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench/ writes a params.yaml of its own, which a new key without a default would break."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    (here / "tokenizer").mkdir()
+    monkeypatch.chdir(importlib.import_module("corpus").project(here / "project", here / "tokenizer"))
+    check_params.check()
+
+
 def test_a_mistake_is_refused_each_time(here: Path) -> None:
     """Only a file in order is remembered, and folders of removed sources are looked for in any case."""
     wrong = TEXT.replace("phase: law", "phase: lwa")
@@ -357,3 +366,5 @@ def test_a_mistake_is_refused_each_time(here: Path) -> None:
     assert said(TEXT) is None
     (here / "data/clean/law/gone").mkdir(parents=True)
     assert "belongs to no source" in str(said(TEXT))
+    (here / "data/marked/law/gone").mkdir(parents=True)
+    assert str(said(TEXT)).endswith("delete it and 1 more: rm -r data/clean/law/gone data/marked/law/gone")

@@ -374,6 +374,20 @@ def test_a_bad_source_gets_one_sentence_and_the_previous_output_stays(
     assert tree(project / "data/clean") == before
 
 
+def test_filled_placeholders_are_noted_and_one_that_stands_nowhere_is_refused(project: Path, run_stage: Runner) -> None:
+    """A misspelt name in `fill` would leave its placeholders in the text, and the model would learn them."""
+    write_files(project / "data/raw/s", {"a.txt": b"I am {{name}}, {{name}} by {{author}}.\nnone\n"})
+    fill = {"name": "Terra", "author": "Terroir"}
+    write_sources(project, s={"format": "text", "sample_by": "line", "fill": fill})
+    assert run_stage(project, "clean", "s").returncode == 0
+    ledger = arrow.table(project / "data/clean/p/s/ledger")
+    assert ledger["changes"].to_pylist() == ["fill:name 2, fill:author 1", None]
+    write_sources(project, s={"format": "text", "sample_by": "line", "fill": {**fill, "auhtor": "x"}})
+    finished = run_stage(project, "clean", "s")
+    assert finished.returncode == 1
+    assert "sources.s.clean.fill: {{auhtor}} stands in no record of data/raw/s; correct or" in finished.stderr
+
+
 def test_a_bad_file_in_a_worker_gets_the_same_sentence(machines: list[Path], tmp_path: Path, run_stage: Runner) -> None:
     """The files before and after it are larger than a task, so another process reads it."""
     project = Path(shutil.copytree(machines[0], tmp_path / "project"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable
@@ -274,6 +275,16 @@ def test_an_exclusions_file(tmp_path: Path) -> None:
     write(tmp_path / "exclusions.txt", f"{'ab' * 16}\nno id\n")
     with pytest.raises(SystemExit, match=r"exclusions.txt line 2: 'no id' is no doc_id; write its 32 hex"):
         read_exclusions(tmp_path / "exclusions.txt")
+
+
+def test_an_excluded_id_that_no_document_has_is_counted(project: Path, run_stage: Runner) -> None:
+    """An id of a removed document, or of another phase, is in order; a slip of the pen shows in the counts."""
+    phase_of_lines(project, {"a": OTHERS[:4]}, run_stage)
+    known = hashlib.sha256(OTHERS[0].encode()).hexdigest()[:32]
+    write(project / "data/exclusions.txt", f"{known}\n{'ab' * 16}\n")
+    assert run_stage(project, "dedup", "p").returncode == 0
+    counts = arrow.read_json(project / "metrics/runs/dedup@p.json")["counts"][0]
+    assert (counts["exclusions"], counts["exclusions_not_here"], counts["excluded"]) == (2, 1, 1)
 
 
 def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_a_sentence_from_a_worker_arrives(tmp_path: Path, workers: int) -> None:
     memo = Memo(tmp_path, "key")
     assert len(done(memo, map(str, range(20)), workers)) == 20
     assert memo.hits > 10
+
+
+def die(text: str) -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:
+    """As the kernel kills one that takes too much memory."""
+    with pytest.raises(ValueError, match=r"a worker process was killed, .*TERROIR_WORKERS=1"):
+        list(Memo(tmp_path, "key").map([("a", "a"), ("b", "b")], die, 2, stage.die_with_parent))
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 5_000)), max_size=200)

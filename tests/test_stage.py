@@ -159,6 +159,15 @@ def test_output_replaces_the_previous_one_as_a_whole(place: Path) -> None:
     assert sorted(path.name for path in (place / "out/x").iterdir()) == ["text"]
 
 
+def test_help_names_the_keys_of_the_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import dedup
+
+    monkeypatch.setattr(sys, "argv", ["stages/dedup.py", "--help"])
+    with pytest.raises(SystemExit):
+        stage.cli(dedup.main, dedup.__doc__)
+    assert "eval_fraction (default: 0.05): share of the documents held out for evaluation" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
 def test_help_is_the_docstring(place: Path, arguments: list[str]) -> None:
     """`--help` ends well, a call without a name does not; both say what the stage does."""
@@ -757,6 +766,17 @@ def test_code_files_are_the_imports_at_any_depth(here: Path) -> None:
     assert stage.code_digest(here / "stages/one.py") == before
     write(here / "stages/kit/four.py", "changed = True\n")
     assert stage.code_digest(here / "stages/one.py") != before
+
+
+def test_versions_follow_from_the_code_alone(here: Path) -> None:
+    """What another module happened to import before must not decide whether work is known: two runs would differ."""
+    write(here / "stages/one.py", "import two\n")
+    write(here / "stages/two.py", "def f():\n    import jinja2\n    import not_installed\n")
+    assert "numpy" in sys.modules
+    assert list(stage.versions(here / "stages/one.py")) == ["python", "jinja2"]
+    write(here / "stages/three.py", "def f():\n    import torch\n")
+    names = {"python", "torch", "accelerate", "bitsandbytes", "peft", "safetensors"}
+    assert set(stage.versions(here / "stages/three.py")) == names
 
 
 # --- the run record ----------------------------------------------------------------------------------------------

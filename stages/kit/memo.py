@@ -88,12 +88,20 @@ class Memo:
     def _finish(
         self, name: str, known: bytes | None, future: Future[bytes] | None, keep: Callable[[bytes], bool]
     ) -> bytes:
+        from concurrent.futures import BrokenExecutor
+
         self._used.add(name)
         if future is None:
             assert known is not None
             self.hits += 1
             return known
-        result = future.result()
+        try:
+            result = future.result()
+        except BrokenExecutor:
+            raise ValueError(
+                "a worker process was killed, most likely because memory ran out; free some, or take fewer workers "
+                "(TERROIR_WORKERS=1), and run again."
+            ) from None
         if known is None:
             self.misses += 1
             if keep(result):

@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,9 @@ STAGES = Path(__file__).resolve().parents[1]
 WORK = Path(".work")
 RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+# Libraries whose version can change a result; transformers calls the first four by itself.
+BESIDE_TORCH = ("accelerate", "bitsandbytes", "peft", "safetensors")
+SHAPING = sorted((*BESIDE_TORCH, "gigatoken", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "transformers"))
 T = TypeVar("T")
 
 
@@ -56,7 +60,7 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") or given is None:
         script = Path(sys.argv[0]).name
         optional = "".join(f" [--{flag}{' N' if kind else ''}]" for flag, kind in flags.items())
-        print(f"usage: python stages/{script} NAME{optional}\n\n{(doc or '').strip()}")
+        print(f"usage: python stages/{script} NAME{optional}\n\n{(doc or '').strip()}{_keys(main)}")
         raise SystemExit(0 if "-h" in sys.argv or "--help" in sys.argv else 2)
     die_with_parent()
     # By name at run time: the check can only refuse and never changes a result, so it is no dependency of a stage.
@@ -73,6 +77,16 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
         if not _is_mistake(error):
             raise
         raise SystemExit(f"{name}: {error}") from None
+
+
+def _keys(main: Callable[..., None]) -> str:
+    """Return what the class Params beside `main` says of each key in params.yaml."""
+    params = main.__globals__.get("Params")
+    lines = []
+    for name, field in params.model_fields.items() if params else ():
+        default = "" if field.is_required() else f" (default: {json.dumps(field.get_default(), default=str)})"
+        lines += ["", *textwrap.wrap(f"{name}{default}: {field.description}", 110, subsequent_indent="    ")]
+    return "\n\nKeys in params.yaml:\n" + "\n".join(lines) if lines else ""
 
 
 def _flags(words: list[str], flags: dict[str, Callable[[str], Any] | None]) -> dict[str, Any] | None:
@@ -169,7 +183,7 @@ class Run:
 
     def recipe(self, params: Any) -> str:
         """Return a digest of code, library versions and `params`: what decides the result for a part of the inputs."""
-        parts = [code_digest(STAGES / f"{self.stage}.py"), versions(), params]
+        parts = [code_digest(STAGES / f"{self.stage}.py"), versions(STAGES / f"{self.stage}.py"), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def changed(self) -> str | None:
@@ -337,27 +351,42 @@ def _ignored(path: Path) -> bool:
 
 
 @functools.cache
-def code_files(script: Path) -> list[Path]:
-    """Return `script` and every module under stages/ that it imports, at any depth, sorted.
+def _imports(script: Path) -> tuple[list[Path], set[str]]:
+    """Return `script` and what it imports from stages/, at any depth, sorted, and the other packages they name.
 
-    Found out once in a run (70 ms): which modules they import changes only when one of them changes, and is then seen.
+    Found out once in a run (50 ms): which modules they import changes only when one of them changes, and is then seen.
     """
     found: set[Path] = set()
+    packages: set[str] = set()
     waiting = [script.resolve()]
     while waiting:
         path = waiting.pop()
         if path in found:
             continue
         found.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            packages.update(name.split(".")[0] for name in names)
             candidates = (STAGES / f"{name.replace('.', '/')}.py" for name in names)
             waiting.extend(candidate for candidate in candidates if candidate.is_file())
-    return sorted(found)
+    return sorted(found), packages
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all statements in a module; `ast.walk` would also visit each expression, where no import can stand."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, field, []):
+            yield child
+            yield from _statements(child)
+
+
+def code_files(script: Path) -> list[Path]:
+    """Return `script` and every module under stages/ that it imports, at any depth, sorted."""
+    return _imports(script)[0]
 
 
 def code_digest(script: Path) -> str:
@@ -366,23 +395,20 @@ def code_digest(script: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries imported so far that can shape a result."""
+def versions(script: Path) -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries that can shape what this stage writes.
+
+    By the imports in its code, not by what happens to be imported so far: two runs must give the same answer.
+    """
     import importlib.metadata  # 17 ms that a start does not wait for
 
-    shaping = (
-        "accelerate",
-        "bitsandbytes",
-        "numpy",
-        "peft",
-        "pyarrow",
-        "safetensors",
-        "tokenizers",
-        "torch",
-        "transformers",
-    )
-    found = {name: importlib.metadata.version(name) for name in shaping if name in sys.modules}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **found}
+    packages = _imports(script)[1]
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in SHAPING:
+        if name in packages or ("torch" in packages and name in BESIDE_TORCH):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _record(current: Run, seconds: float) -> None:
@@ -391,6 +417,7 @@ def _record(current: Run, seconds: float) -> None:
     Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
     metrics, the time and the memory.
     """
+    script = STAGES / f"{current.stage}.py"
     record = {
         **current.metrics,
         "counts": [current.counts],
@@ -401,9 +428,9 @@ def _record(current: Run, seconds: float) -> None:
             f"{target} sha256:{_combined(file_digests(temporary, _just_written(temporary)))}"
             for target, temporary in zip(current.targets, current.outputs, strict=True)
         ],
-        "code": [f"sha256:{code_digest(STAGES / f'{current.stage}.py')}"],
+        "code": [f"sha256:{code_digest(script)}"],
         "git": _git_state(),
-        "versions": [f"{name} {version}" for name, version in versions().items()],
+        "versions": [f"{name} {version}" for name, version in versions(script).items()],
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     current.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
