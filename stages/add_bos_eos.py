@@ -113,11 +113,9 @@ def rows(documents: Path, splits: np.ndarray) -> Iterator[pa.RecordBatch]:
 
 def ends_of_shards(documents: Path) -> list[int]:
     """Return where each shard of conversations ends, as row numbers: cut by content."""
-    columns = [(row_hashes(b["doc_id"]), message_bytes(b["messages"])) for b in arrow.batches(documents)]
-    if not columns:
-        return []
-    hashes, sizes = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return cuts(hashes, sizes, SHARD_BYTES)
+    return cuts(
+        ((row_hashes(b["doc_id"]), message_bytes(b["messages"])) for b in arrow.batches(documents)), SHARD_BYTES
+    )
 
 
 def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tuple[str, bytes]]:

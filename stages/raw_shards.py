@@ -117,7 +117,7 @@ def shards(
 def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Piece]]]:
     identities = np.array([int(identity[:8], 16) for _, identity, _ in small], dtype=np.uint32)
     begin = 0
-    for end in cuts(identities, np.array([size for *_, size in small], dtype=np.int64)) if small else []:
+    for end in cuts([(identities, np.array([size for *_, size in small], dtype=np.int64))]):
         group = small[begin:end]
         digest = hashlib.sha256("".join(identity for _, identity, _ in group).encode()).hexdigest()
         yield digest, [piece for piece, *_ in group]

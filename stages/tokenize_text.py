@@ -96,15 +96,21 @@ def stream(table: pa.Table) -> bytes:
 
 def plan(folder: Path) -> tuple[list[int], bool]:
     """Return the rows at which each shard of a marked folder ends, and whether any segment is not to be learned."""
-    identities, sizes, masked = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=np.int64)], False
-    for batch in arrow.batches(folder, ["doc_id", "segments"]):
-        segments = batch["segments"]
-        flat = segments.flatten()
-        masked = masked or not pc.all(flat.field("learn"), min_count=0).as_py()
-        reach = np.concatenate([[0], np.cumsum(pc.binary_length(flat.field("text")).to_numpy(), dtype=np.int64)])
-        sizes.append(np.diff(reach[segments.offsets.to_numpy() - segments.offsets[0].as_py()]))
-        identities.append(row_hashes(batch["doc_id"]))
-    return cuts(np.concatenate(identities), np.concatenate(sizes)), masked
+    masked = False
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal masked
+        for batch in arrow.batches(folder, ["doc_id", "segments"]):
+            segments = batch["segments"]
+            flat = segments.flatten()
+            masked = masked or not pc.all(flat.field("learn"), min_count=0).as_py()
+            reach = np.concatenate([[0], np.cumsum(pc.binary_length(flat.field("text")).to_numpy(), dtype=np.int64)])
+            yield (
+                row_hashes(batch["doc_id"]),
+                np.diff(reach[segments.offsets.to_numpy() - segments.offsets[0].as_py()]),
+            )
+
+    return cuts(batches()), masked
 
 
 def shards(folder: Path, ends: list[int]) -> Iterator[tuple[str, bytes]]:

@@ -141,27 +141,36 @@ def _checksum(name: str, result: bytes) -> bytes:
     return digest.digest()
 
 
-def cuts(identities: np.ndarray, sizes: np.ndarray, shard_bytes: int = SHARD_BYTES) -> list[int]:
+def cuts(batches: Iterable[tuple[np.ndarray, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> list[int]:
     """Return where each shard ends, as row numbers, the last being the number of rows.
 
-    `identities`: uint32 hash of each row's content; `sizes`: its bytes. Three quarters of a shard are taken as they
-    come; then a row ends it with probability size / (a quarter of shard_bytes), decided by its own hash: a row that
-    comes or goes moves the cuts beside it and seldom others. A shard of two rows or more has at most twice
-    `shard_bytes`.
+    A batch is (identities, uint32 hash of each row's content; sizes, its bytes); how rows are batched decides nothing.
+    Three quarters of a shard are taken as they come; then a row ends it with probability size / (a quarter of
+    shard_bytes), decided by its own hash: a row that comes or goes moves the cuts beside it and seldom others. A shard
+    of two rows or more has at most twice `shard_bytes`.
     """
     spread = max(1, shard_bytes // 4)
-    ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread)
-    reach = np.cumsum(sizes, dtype=np.int64)
     result: list[int] = []
-    begin = 0
-    while begin < len(sizes):
-        before = int(reach[begin - 1]) if begin else 0
-        enough = max(begin, int(np.searchsorted(reach, before + shard_bytes - spread)))
-        next_end = int(np.searchsorted(ends, enough))
-        too_much = max(begin + 1, int(np.searchsorted(reach, before + 2 * shard_bytes, side="right")))
-        begin = min(int(ends[next_end]) + 1 if next_end < len(ends) else len(sizes), too_much)
-        result.append(begin)
-    return result
+    row = begin = taken = 0  # first row of the batch, of the shard in hand; bytes of the latter in earlier batches
+    for identities, sizes in batches:
+        ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread) + 1
+        reach = np.cumsum(sizes, dtype=np.int64)
+        at = 0
+        while at < len(sizes):
+            before = int(reach[at - 1] if at else 0) - taken
+            enough = max(at, int(np.searchsorted(reach, before + shard_bytes - spread)))
+            possible = ends[np.searchsorted(ends, enough, side="right") :][:1].tolist()
+            too_much = int(np.searchsorted(reach, before + 2 * shard_bytes, side="right"))
+            if too_much < len(sizes):
+                possible.append(max(too_much, at + 1 if begin == row + at else at))
+            if not possible:
+                taken = int(reach[-1]) - before
+                break
+            at, taken = min(possible), 0
+            begin = row + at
+            result.append(begin)
+        row += len(sizes)
+    return [*result, row] if begin < row else result
 
 
 def row_hashes(identities: Any) -> np.ndarray:
