@@ -8,8 +8,8 @@ docs/decisions.md says why these are not the 40x, 10x and 200x that were planned
 clean and dedup, which the peer does not do.
 
 The peer tokenises in batches of 1,000 with the same tokenizer.json and puts BOS and EOS around each document; it cleans
-and deduplicates nothing. Both start from the same jsonl files and end with blocks of 1,024 on the disk. CPU seconds are
-user and system time of whole processes with their children. `text alone` leaves out what the same processes take for
+and deduplicates nothing. Both work in one process, start from the same jsonl files and end with blocks of 1,024 on the
+disk. CPU seconds are user and system time of whole processes. `text alone` leaves out what the same processes take for
 60 kB: starting, reading the tokenizer, and proving the encoder.
 
     python bench/clean_to_blocks.py [--quick]     64 MB of English and 16 MB of Chinese, or an eighth of that
@@ -116,7 +116,7 @@ def ours(folder: Path) -> dict[str, float]:
         shutil.rmtree(folder / name, ignore_errors=True)
     costs = {}
     for stage in DATA_STAGES:
-        costs[stage] = run_stage(folder, stage).cpu
+        costs[stage] = run_stage(folder, stage, TERROIR_WORKERS="1").cpu
         if stage == "dedup" and not (folder / "models/tokenizers").exists():
             run_stage(folder, "train_tokenizer")
     return costs
