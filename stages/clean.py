@@ -33,7 +33,10 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field
 
 import clean_rules
+import list_rules
 import raw_formats
+import raw_params
+import raw_records
 from kit import arrow, stage
 from kit.memo import Memo
 from kit.params import Source, read_params
@@ -65,7 +68,7 @@ BATCH_BYTES = 4 * 2**20  # of text, held as Python values at a time
 Day = Annotated[str, BeforeValidator(lambda day: str(day) if isinstance(day, datetime.date | int) else day)]
 
 
-class Params(raw_formats.Params):
+class Params(raw_params.Params):
     """`sources.SOURCE.clean`: how the raw files are read, what is kept, where they come from."""
 
     ignore: list[str] = Field(
@@ -77,7 +80,7 @@ class Params(raw_formats.Params):
     rules: list[clean_rules.Rule] = Field(
         clean_rules.DEFAULT_RULES,
         validate_default=True,
-        description="applied in order; a name, or {rule: name, ...}: see clean_rules.py",
+        description="applied in order; a name, or {rule: name, ...}: see stages/*_rules.py",
     )
     license: str = Field(
         min_length=1, description="SPDX identifier or name of the licence; `unknown` says so explicitly"
@@ -114,13 +117,13 @@ def documents_schema(params: Params) -> pa.Schema:
     return TEXT_DOCUMENTS if params.record == "text" else CHAT_DOCUMENTS
 
 
-def doc_id(content: raw_formats.Content) -> bytes:
+def doc_id(content: raw_records.Content) -> bytes:
     """Return the identity of a document: the first 16 bytes of the SHA-256 of its content."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
-def judge(content: raw_formats.Content, params: Params) -> tuple[Any, dict[str, int], tuple[str, str] | None]:
+def judge(content: raw_records.Content, params: Params) -> tuple[Any, dict[str, int], tuple[str, str] | None]:
     """Return the cleaned content or None, the changes by rule, and the rule and evidence when it is dropped.
 
     Whatever the rules are, nothing blank is kept: neither an empty text nor a message without words.
@@ -144,13 +147,13 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
     columns: list[list[Any]] = [[] for _ in schema]
     size, portable = 0, True
     for piece in pieces:
-        part = None if piece.end is None else raw_formats.Part(piece.start, piece.end, 1)
+        part = None if piece.end is None else raw_records.Part(piece.start, piece.end, 1)
         before = None
         for record in raw_formats.records(piece.path, params, part):
             error = record.error
             if error and piece.start:
                 before = _count_lines(piece.path, piece.start) if before is None else before
-                here = raw_formats.Part(record.start or 0, record.end or 0, before + record.number)
+                here = raw_records.Part(record.start or 0, record.end or 0, before + record.number)
                 error = next(raw_formats.records(piece.path, params, here)).error
                 portable = False
             if error and params.on_error == "fail":
@@ -168,7 +171,7 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
         yield _batch(columns, schema), portable
 
 
-def _row(piece: Piece, record: raw_formats.Record, error: str | None, params: Params) -> tuple[Any, ...]:
+def _row(piece: Piece, record: raw_records.Record, error: str | None, params: Params) -> tuple[Any, ...]:
     """Return the ledger row of a record and its cleaned content."""
     content: Any
     content, changes, drop = (None, {}, ("unreadable", error)) if error else judge(record.content, params)
@@ -231,7 +234,7 @@ class Account:
     """Puts rows in their place in the file, checking that those of a file tile it and that no file is missing."""
 
     def __init__(self, run: stage.Run, root: Path, params: Params) -> None:
-        self.run, self.root, self.tiled = run, root, raw_formats.unit(params) == "line"
+        self.run, self.root, self.tiled = run, root, raw_params.unit(params) == "line"
         self.file, self.files = "", 0
         self.end = self.rows = self.bytes = 0  # of the file in hand
         self.before = 0  # rows of the file before the shard
@@ -266,7 +269,7 @@ class Account:
     def close(self, file: str, end: int) -> None:
         """Check that a file was read to its end, where its size says where that is, and count its bytes."""
         path = self.root / file if (self.root / file).is_file() else self.root
-        if self.tiled and file and path.suffix.lower() not in raw_formats.COMPRESSIONS:
+        if self.tiled and file and path.suffix.lower() not in raw_records.COMPRESSIONS:
             self.run.balance(f"bytes of {file}", path.stat().st_size, recorded=end)
         self.bytes += end
 
@@ -302,12 +305,12 @@ def main(name: str) -> None:
     params = read_params(f"sources.{name}.clean", Params)
     where = read_params(f"sources.{name}", Source)
     root = Path(where.path)
-    with stage.run("clean", name, [str(root), str(clean_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
+    with stage.run("clean", name, [str(root), str(list_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
         (folder,) = run.outputs
         for rule in params.rules:
             rule.load()
         files = raw_files(root, params, params.ignore)
-        lists = run.files[str(clean_rules.FOLDER)]
+        lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
             Path(".memo") / run.name,
             run.recipe(
@@ -355,7 +358,7 @@ def main(name: str) -> None:
             )
         counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
         about = params.model_dump(include=set(ABOUT))
-        about |= {**counts, "bytes": size, "changed": changed, "unit": raw_formats.unit(params)}
+        about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}
         arrow.write_json(folder / "source.json", about)
         memo.sweep()
         run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import raw_formats
+import raw_params
 from kit.memo import SHARD_BYTES, cuts
 
 WHOLE_BYTES = 4 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     end: int | None
 
 
-def raw_files(root: Path, params: raw_formats.Params, ignore: list[str]) -> list[str]:
+def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> list[str]:
     """Return the files to read, relative to `root`, sorted; the file's own name when `root` is one.
 
     A folder of `save_to_disk` is one such file. Raises SystemExit for a file of another kind, and for what is neither
@@ -45,7 +45,7 @@ def raw_files(root: Path, params: raw_formats.Params, ignore: list[str]) -> list
         names = [name for name in names if name in datasets or not datasets.intersection(_parents(name))]
         names = [name for name in names if name in datasets or not _is_folder(folder / name)]
         names = [name for name in names if params.format != "arrow" or Path(name).name != "dataset_dict.json"]
-    suffixes = raw_formats.SUFFIXES[params.format]
+    suffixes = raw_params.SUFFIXES[params.format]
     for name in names:
         path = folder / name
         if not path.is_file() and not _is_dataset(path, params):
@@ -72,7 +72,7 @@ def paths(root: Path, file: str) -> list[Path]:
     return [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
 
 
-def _is_dataset(path: Path, params: raw_formats.Params) -> bool:
+def _is_dataset(path: Path, params: raw_params.Params) -> bool:
     return params.format == "arrow" and (path / "state.json").is_file() and not path.is_symlink()
 
 
@@ -85,7 +85,7 @@ def _parents(name: str) -> list[str]:
 
 
 def shards(
-    root: Path, files: list[str], digests: dict[str, str], params: raw_formats.Params
+    root: Path, files: list[str], digests: dict[str, str], params: raw_params.Params
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Yield (digest of the content, pieces) of about 8 MB, in order; digest "": a file too large to be one result.
 
@@ -105,7 +105,7 @@ def shards(
             continue
         yield from _grouped(small)
         small = []
-        if not raw_formats.cuttable(path, params):
+        if not raw_params.cuttable(path, params):
             yield "", [Piece(file, path, 0, None)]
             continue
         for start, end, digest in line_shards(path):

@@ -14,30 +14,19 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+import changing_rules
 import clean_rules
-from clean_rules import (
-    DEFAULT_RULES,
-    RULES,
-    BadWordsRule,
-    ControlCharactersRule,
-    FullWidthRule,
-    LengthRule,
-    PiiRule,
-    RegularExpressionRule,
-    RepeatedLinesRule,
-    RepeatedNgramsRule,
-    Rule,
-    UnicodeRule,
-    WhitespaceRule,
-    apply_rules,
-    apply_to_messages,
-    files,
-    is_bank_card,
-    is_credit_code,
-    is_id_card,
-    parse,
-)
+import dropping_rules
+import language_rule
+import list_rules
+import pii_rule
+from changing_rules import ControlCharactersRule, FullWidthRule, UnicodeRule, WhitespaceRule
+from clean_rules import DEFAULT_RULES, RULES, Rule, apply_rules, apply_to_messages, files, parse
+from dropping_rules import LengthRule, RepeatedLinesRule, RepeatedNgramsRule
+from list_rules import BadWordsRule, RegularExpressionRule
+from pii_rule import PiiRule, is_bank_card, is_credit_code, is_id_card
 
+MODULES = (changing_rules, clean_rules, dropping_rules, language_rule, list_rules, pii_rule)
 WORDS = "# bad words\n\n傻瓜\nass\nass hat\nAFFE\n笨\n"
 EXPRESSIONS = "（.{1,12}号令）\n^#+\\s\n"
 # Every rule, as params.yaml writes it, in each form that behaves differently.
@@ -79,7 +68,7 @@ DEFAULTS = [parse(rule) for rule in DEFAULT_RULES]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("project")
-    path = root / clean_rules.FOLDER
+    path = root / list_rules.FOLDER
     path.mkdir(parents=True)
     (path / "words.txt").write_text(WORDS, encoding="utf-8")
     (path / "expressions.txt").write_text(EXPRESSIONS, encoding="utf-8")
@@ -95,10 +84,11 @@ def rules(folder: Path) -> list[Rule]:
 
 def test_docstring_examples() -> None:
     """What a docstring shows is what happens; each rule but the three that need a file or a package shows something."""
-    shown = {test.name.split(".")[1] for test in doctest.DocTestFinder().find(clean_rules) if test.examples}
+    found = [test for module in MODULES for test in doctest.DocTestFinder().find(module)]
+    shown = {test.name.split(".")[1] for test in found if test.examples}
     classes = {kind.__name__ for kind in RULES.values()}
     assert classes - shown == {"BadWordsRule", "RegularExpressionRule", "LanguageRule"}
-    assert doctest.testmod(clean_rules).failed == 0
+    assert not any(doctest.testmod(module).failed for module in MODULES)
 
 
 def test_module_docstring() -> None:
@@ -627,8 +617,8 @@ def test_language() -> None:
         "We the people of the United States of America",
     )
     french = "Les hommes naissent et demeurent libres et égaux en droits devant la loi."
-    zh = clean_rules.LanguageRule(languages=["zh"])
-    both = clean_rules.LanguageRule(languages=["zh", "en"])
+    zh = language_rule.LanguageRule(languages=["zh"])
+    both = language_rule.LanguageRule(languages=["zh", "en"])
     kept = {
         "zh": [chinese, "条", "你好", "繁體中文", "使用 Python 的 list.append() 方法添加元素。", "12345", ""],
         "both": [english, f"{chinese} {english}", "OK"],  # which the model cannot tell
@@ -644,15 +634,15 @@ def test_language() -> None:
     example = "The word 条 means article in the Chinese of statutes."
     assert zh.apply(example).drop == "0.1 < 0.5 of the units in zh (en 0.90, zh 0.10)"
     with pytest.raises(ValueError, match="does not know cn"):
-        clean_rules.LanguageRule(languages=["cn"]).load()
+        language_rule.LanguageRule(languages=["cn"]).load()
 
 
 def test_language_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence before any record is read."""
-    clean_rules._language_model.cache_clear()
+    language_rule._language_model.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
     with pytest.raises(ValueError, match="pip install py3langid"):
-        clean_rules.LanguageRule(languages=["zh"]).load()
+        language_rule.LanguageRule(languages=["zh"]).load()
 
 
 # --- Lists of rules

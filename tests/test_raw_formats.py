@@ -24,7 +24,9 @@ from pyarrow import parquet
 
 import raw_formats
 from kit import arrow
-from raw_formats import COMPRESSIONS, SUFFIXES, Params, Record, records, unit
+from raw_formats import records
+from raw_params import SUFFIXES, UNITS, Params, unit
+from raw_records import COMPRESSIONS, Record
 
 TILED = ("text", "jsonl", "json", "csv", "tsv", "html")
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -372,7 +374,7 @@ def test_a_file_of_each_encoding(name: str, encoding: str) -> None:
 def test_a_file_without_a_record_is_a_blank_record_or_an_error(name: str) -> None:
     """Zero bytes are no Parquet, Arrow, PDF or Word file; of the others they are an empty one."""
     (record,) = read(b"", name)
-    assert (record.content, bool(record.error)) == ("", name in raw_formats.UNITS)
+    assert (record.content, bool(record.error)) == ("", name in UNITS)
 
 
 def test_a_table_without_rows_and_a_header_without_rows_are_a_blank_record() -> None:
@@ -832,4 +834,4 @@ def test_every_parameter_is_described_and_every_format_has_its_suffixes() -> Non
     assert all(field.description for field in Params.model_fields.values())
     assert SUFFIXES["html"] == (".html", ".html.gz", ".html.zst", ".htm", ".htm.gz", ".htm.zst")
     assert set(SUFFIXES) == {*raw_formats.FORMATS, *raw_formats.TABLES}
-    assert set(raw_formats.TABLES) == set(raw_formats.UNITS)
+    assert set(raw_formats.TABLES) == set(UNITS)

@@ -1,0 +1,98 @@
+"""How the files of a source become records: the keys in params.yaml; formats, their columns and file names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raw_records import COMPRESSIONS
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    name: tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSIONS))
+    for name, suffixes in {
+        "text": (".txt", ".md", ".markdown"),
+        "jsonl": (".jsonl", ".ndjson", ".json"),  # much JSON of one object a line is called .json
+        **{name: (f".{name}",) for name in ("json", "csv", "tsv", "parquet", "arrow", "pdf", "docx")},
+        "html": (".html", ".htm"),
+    }.items()
+}
+UNITS = {"parquet": "row", "arrow": "row", "pdf": "page", "docx": "paragraph"}  # all others: line
+# The columns of each kind of row: those that it must have, and those that it may have.
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": (("text",), ()),
+    "alpaca": (("instruction", "input", "output"), ("system", "history")),
+    "messages": (("messages",), ()),
+    "sharegpt": (("conversations",), ("system",)),
+    "prompt_completion": (("prompt", "completion"), ()),
+}
+
+
+class Params(BaseModel):
+    """How the files of a source become records."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "pdf", "docx", "html"] = Field(
+        description="jsonl: one JSON object a line; json: an array of objects, or one; arrow: one file, or a folder of "
+        "`save_to_disk`; pdf: a page is a record; docx: a paragraph or table is; html: the file is, as its visible text"
+    )
+    record: Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
+        "text", description="what a row is: a text in the column `text`, or a conversation (not text, pdf, docx, html)"
+    )
+    sample_by: Literal["document", "line", "separator"] = Field(
+        "document", description="text only: one file is one document, or each line is, or each part from a `separator`"
+    )
+    separator: str | None = Field(
+        None,
+        description="sample_by separator only: regular expression (^ and $ at each line), each match begins a document "
+        "and stays in it, e.g. `^# `",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="standard name -> name in the file, e.g. {text: body} or {instruction: question}"
+    )
+    encoding: Literal["utf-8", "gb18030", "utf-16"] = Field(
+        "utf-8", description="of text, jsonl, json, csv, tsv and html; utf-16 must begin with its byte order mark"
+    )
+    fill: dict[str, str] = Field(
+        {}, description="placeholder -> value: {name: Terra} puts Terra where the content says {{name}}"
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Params:
+        known = [name for names in COLUMNS[self.record] for name in names]
+        if self.format in ("text", "pdf", "docx", "html") and (self.record != "text" or self.columns):
+            raise ValueError(f"format {self.format} has no rows; `record` and `columns` are for formats that have")
+        if self.format in ("csv", "tsv") and self.record in ("messages", "sharegpt"):
+            raise ValueError(f"a cell of {self.format} is a text, and record {self.record} needs lists; use jsonl")
+        if self.format != "text" and self.sample_by != "document":
+            raise ValueError(f"`sample_by` is for format text only; drop it for format {self.format}")
+        if (self.separator is None) == (self.sample_by == "separator"):
+            raise ValueError("`sample_by: separator` and a `separator` go together; one of them is missing")
+        if self.format in UNITS and self.encoding != "utf-8":
+            raise ValueError(f"format {self.format} knows its own encoding; drop `encoding`")
+        for name in self.columns:
+            if name not in known:
+                raise ValueError(f"`columns` names `{name}`, but record {self.record} reads {', '.join(known)}")
+        for name in self.fill:
+            if not re.fullmatch(r"[^{}]+", name):
+                raise ValueError(f"`fill` names `{name}`; write the name without its braces")
+        try:
+            if self.separator is not None and re.search(self.separator, "", re.MULTILINE):
+                raise ValueError(f"the separator {self.separator} matches the empty text, so it would cut anywhere")
+        except re.error as error:
+            raise ValueError(f"the separator {self.separator} is not a regular expression ({error})") from None
+        return self
+
+
+def unit(params: Params) -> str:
+    """Return what `Record.number` counts: line, row, page or paragraph."""
+    return UNITS.get(params.format, "line")
+
+
+def cuttable(path: Path, params: Params) -> bool:
+    """Return whether each line of the file is a record whatever stands in the lines around it, at a known place."""
+    by_line = params.format == "jsonl" or (params.format == "text" and params.sample_by == "line")
+    return by_line and params.encoding != "utf-16" and path.suffix.lower() not in COMPRESSIONS
