@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 import check_params
 import params_schema
@@ -368,3 +370,14 @@ def test_a_mistake_is_refused_each_time(here: Path) -> None:
     assert "belongs to no source" in str(said(TEXT))
     (here / "data/marked/law/gone").mkdir(parents=True)
     assert str(said(TEXT)).endswith("delete it and 1 more: rm -r data/clean/law/gone data/marked/law/gone")
+
+
+def test_the_settings_in_the_readme_are_in_order() -> None:
+    """Each YAML block of phases in the README is what the stages take."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Settings that decide the result")[1].split("\n## ")[0]
+    for block in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL):
+        groups = YAML(typ="safe").load(textwrap.dedent(block))
+        assert set(groups) == {"dedup", "train_tokenizer", "group_blocks"}
+        for name, group in groups.items():
+            params_schema.Phase.model_fields[name].annotation.model_validate(group)  # type: ignore[union-attr]
