@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
+# Two processes, each with whole files: what a file sets up once stays in one of them.
+PYTEST := pytest -n 2 --dist loadfile
 
 .PHONY: repro test test-all check bench setup recipe
 
@@ -13,10 +15,10 @@ repro: setup  ## run every stage that is out of date
 		sys.exit(lost and "not in the DVC cache: " + ", ".join(lost) + "; was the disk full? free space, then run dvc commit")'
 
 test: setup  ## the fast tests, under 10 minutes
-	pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup  ## every test
-	pytest
+	$(PYTEST)
 
 check: setup  ## style, types and the pipeline's contract, under a minute
 	ruff check .
