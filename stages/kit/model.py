@@ -183,6 +183,8 @@ def _check_kind(base: Path, config: Any, auto: Any) -> None:
 class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The blocks of one split, memory-mapped; labels are derived: the ids, or IGNORED where nothing is learned."""
 
+    causal = True  # a token is predicted from those before it
+
     def __init__(self, columns: pa.Table, tokens: int) -> None:
         """`columns`: the table of a blocks folder; `tokens`: the count of its manifest, what lies beyond is padding."""
         self.tokens = tokens
@@ -239,6 +241,8 @@ class MaskedBlocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     `masking(ids, learned, positions)` returns what stands in place of the ids, and which are to be guessed.
     """
 
+    causal = False  # a token is guessed in its own place
+
     def __init__(self, blocks: Blocks, masking: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
         self.blocks, self.masking, self.block_size = blocks, masking, blocks.block_size
 
@@ -263,19 +267,17 @@ class MaskedBlocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 @torch.no_grad()
-def mean_loss(model: Any, blocks: Blocks | MaskedBlocks, batch_size: int) -> float:
-    """Return the mean loss over all learned tokens of `blocks`, nats per token: each token counts once.
-
-    Of `Blocks` a token is predicted from those before it, of `MaskedBlocks` in its own place.
-    """
+def mean_loss(model: Any, blocks: Any, batch_size: int) -> float:
+    """Return the mean loss over all learned tokens of `Blocks` or `MaskedBlocks`, nats: each token counts once."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for first in range(0, len(blocks), batch_size):
         batch = blocks.__getitems__(list(range(first, min(first + batch_size, len(blocks)))))
         labels = batch.pop("labels").to(device())
-        logits = model(**{name: values.to(device()) for name, values in batch.items()}).logits
-        if isinstance(blocks, Blocks):
+        inputs = {name: values.to(device()) if torch.is_tensor(values) else values for name, values in batch.items()}
+        logits = model(**inputs).logits
+        if blocks.causal:
             labels, logits = labels[:, 1:], logits[:, :-1]
         total += torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
