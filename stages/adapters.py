@@ -66,12 +66,16 @@ def check_names(model: PreTrainedModel, options: dict[str, Any]) -> None:
             raise SystemExit(f"lora.{key}: the model has no layer {', '.join(missing)}; it has {', '.join(shown)}.")
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write the adapter into `folder`, as one that fits the unchanged base."""
+def save(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write the adapter, or the model, into `folder`; an adapter as one that fits the unchanged base.
+
+    `weights`: those of the whole model, where this process holds a part of them alone.
+    """
     options: dict[str, Any] = {"save_embedding_layers": False}  # peft would add those of a base that got new tokens
     if initial := getattr(model, "initial", None):
         options["path_initial_model_for_weight_conversion"] = str(Path(initial.name, "initial"))
-    model.save_pretrained(folder, **(options if hasattr(model, "peft_config") else {}))
+    given = {"state_dict": weights} if weights is not None else {}
+    model.save_pretrained(folder, **given, **(options if hasattr(model, "peft_config") else {}))
 
 
 def allocate(model: Any, step: int) -> None:

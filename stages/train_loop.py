@@ -30,12 +30,17 @@ from kit.model import (
 
 # isort: split
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import adapters
+import distributed
+import document_masks
+import loss_head
 import optimizers
 from block_order import RECEIPT_BYTES, BlockOrder, block_receipt, step_receipt
+from document_masks import Separated
 from kit import arrow
 from kit.tokenizer import FILES as TOKENIZER_FILES
 from kit.tokenizer import Vocabulary
@@ -48,10 +53,13 @@ MARKER = "whole"  # written last into a checkpoint
 TRAINED = "trained.pt"  # in a checkpoint: what an adapter learned, as it stands
 RECEIPTS = "receipts.bin"
 Curves = dict[str, list[dict[str, float]]]
+Data = Blocks | MaskedBlocks | Separated
 
 
 def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None = None) -> Any:
     """Return the model to train: all weights trainable, or a frozen base with an adapter for `steps` steps."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     start(params.seed)
     quantization = params.quantization.arguments() if params.quantization else None
     vocabulary = Vocabulary(tokenizer)
@@ -66,7 +74,11 @@ def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None
         if params.gradient_checkpointing:
             model.enable_input_require_grads()
         model = adapters.add(model, params, steps or params.max_steps or 1, bool(new_tokens(base, tokenizer)))
-    return model if quantization else model.to(device())
+    model = model if quantization else model.to(device())
+    if params.mask_documents:
+        document_masks.check(model)
+    loss_head.install(model)
+    return model
 
 
 def open_blocks(folder: Path) -> Blocks:
@@ -74,20 +86,27 @@ def open_blocks(folder: Path) -> Blocks:
     return Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
 
 
-def seen(blocks: Blocks, tokenizer: Path, params: Params) -> Blocks | MaskedBlocks:
-    """Return the blocks as the objective shows them to the model."""
-    if params.objective == "clm":
+def seen(folder: Path, tokenizer: Path, params: Params, model: Any = None) -> Data:
+    """Return the blocks of one split as the objective shows them to `model`; without one, ids and labels are right."""
+    blocks: Data = open_blocks(folder)
+    vocabulary = Vocabulary(tokenizer)
+    if params.objective == "mlm":
+        masking = Masking(vocabulary, params.mlm_probability, params.whole_word_mask, params.seed)
+        blocks = MaskedBlocks(open_blocks(folder), masking)
+    if not params.mask_documents:
         return blocks
-    return MaskedBlocks(
-        blocks, Masking(Vocabulary(tokenizer), params.mlm_probability, params.whole_word_mask, params.seed)
-    )
+    table, bos = arrow.table(folder), vocabulary.special_ids.get("bos_token_id")
+    document_masks.check_begins(table, arrow.manifest(folder)["counts"], bos)
+    nothing = document_masks.Way(blocks.causal, mask=False, position_ids=False, first_position=0, boolean=False)
+    return Separated(blocks, table, document_masks.way(model) if model else nothing, bos)
 
 
 class Stream(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The blocks of all steps, one after the other, as `BlockOrder` says; a receipt is kept of each that was fed."""
 
-    def __init__(self, blocks: Blocks | MaskedBlocks, order: BlockOrder, length: int) -> None:
-        self.blocks, self.order, self.length = blocks, order, length
+    def __init__(self, blocks: Data, order: BlockOrder, length: int, chunked: bool = False) -> None:
+        """`chunked`: loss_head computes the loss, and is told where."""
+        self.blocks, self.order, self.length, self.chunked = blocks, order, length, chunked
         self.receipts: dict[int, bytes] = {}  # by position
 
     def __len__(self) -> int:
@@ -96,11 +115,13 @@ class Stream(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """Return the blocks at these positions as one batch."""
         rows = [self.order.block(position) for position in positions]
-        masked = isinstance(self.blocks, MaskedBlocks)
-        batch = self.blocks.at(rows, positions) if masked else self.blocks.__getitems__(rows)
+        plain = isinstance(self.blocks, Blocks)
+        batch = self.blocks.__getitems__(rows) if plain else self.blocks.at(rows, positions)
         ids, labels = (batch[name].numpy().astype("<i4") for name in ("input_ids", "labels"))
         for place, position in enumerate(positions):
             self.receipts[position] = block_receipt(rows[place], ids[place].tobytes(), labels[place].tobytes())
+        if self.chunked:
+            batch["learned"] = torch.from_numpy(loss_head.learned(labels, self.blocks.causal))
         return batch
 
 
@@ -129,8 +150,10 @@ class BlockTrainer(Trainer):
     """Trainer that feeds blocks in their frozen order and evaluates token by token."""
 
     def __init__(self, params: Params, **options: Any) -> None:
-        masked = {"compute_loss_func": masked_loss} if params.objective == "mlm" else {}
-        super().__init__(**masked, **options)
+        # A model that keeps its own loss would take the mean of means of small batches, where it is a masked one.
+        self.chunked = loss_head.installed(options["model"])
+        own = {} if self.chunked or params.objective == "clm" else {"compute_loss_func": masked_loss}
+        super().__init__(**own, **options)
         self.params = params
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -164,7 +187,9 @@ class BlockTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        metrics = {"eval_loss": mean_loss(self.model, self.eval_dataset, self.args.per_device_eval_batch_size)}
+        loss = loss_head.mean_loss if self.chunked else mean_loss
+        with self.accelerator.autocast():
+            metrics = {"eval_loss": loss(self.model, self.eval_dataset, self.args.per_device_eval_batch_size)}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -281,9 +306,11 @@ class Trained(NamedTuple):
     receipts: bytes
     steps: int
     notes: dict[str, int]
+    sizes: dict[str, int]
+    weights: dict[str, Any] | None = None  # where several processes hold a part of them each
 
 
-def check(model: Any, blocks: Blocks | MaskedBlocks, params: Params) -> None:
+def check(model: Any, blocks: Data, params: Params) -> None:
     """Raise SystemExit when the blocks are too long for the model or teach nothing, or the hardware lacks a dtype."""
     limit = max_positions(model)
     if limit is not None and blocks.block_size > limit:
@@ -291,7 +318,9 @@ def check(model: Any, blocks: Blocks | MaskedBlocks, params: Params) -> None:
             f"the blocks have {blocks.block_size:,} tokens but the model has positions for {limit:,}; "
             "lower group_blocks.block_size."
         )
-    if not (blocks.blocks if isinstance(blocks, MaskedBlocks) else blocks).learned():
+    while not isinstance(blocks, Blocks):
+        blocks = blocks.blocks
+    if not blocks.learned():
         raise SystemExit(
             "no token of the training blocks is learned: every label is masked; see whether the conversations of this "
             "phase have assistant turns, and `--show 3`."
@@ -311,13 +340,9 @@ def arguments(
     params: Params, steps: int, work: Path, resumed: bool, name: str
 ) -> tuple[TrainingArguments, dict[str, int]]:
     """Return what Trainer needs to know, and notes on what this machine does otherwise than `params` say."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    at_once = params.per_device_train_batch_size * processes
-    if params.global_batch_size % at_once:
-        raise SystemExit(
-            f"global_batch_size {params.global_batch_size} is no multiple of per_device_train_batch_size "
-            f"{params.per_device_train_batch_size} x {processes} processes; start another number of them."
-        )
+    times = distributed.accumulation(
+        params.global_batch_size, params.per_device_train_batch_size, distributed.processes()
+    )
     notes = {}
     optim = optimizers.available(params.optim, device().type == "cuda")
     if optim != params.optim:
@@ -330,12 +355,12 @@ def arguments(
     taken = {
         "optim": "adamw_torch_fused" if optim == "muon" else optim,
         "bf16": bf16,
-        "gradient_accumulation_steps": params.global_batch_size // at_once,
+        "gradient_accumulation_steps": times,
     }
     ours = {
         "objective", "mlm_probability", "whole_word_mask", "num_train_epochs", "max_steps", "global_batch_size",
         "gradient_checkpointing", "optim", "bf16", "load_best_model_at_end", "early_stopping_patience", "lora",
-        "quantization",
+        "quantization", "mask_documents",
     }  # fmt: skip
     return TrainingArguments(
         output_dir=str(work),
@@ -346,6 +371,7 @@ def arguments(
         save_total_limit=2,
         disable_tqdm=not sys.stderr.isatty(),
         logging_nan_inf_filter=False,  # it waits for the device at every step
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         use_cpu=device().type == "cpu",
         dataloader_pin_memory=device().type == "cuda",
@@ -356,8 +382,8 @@ def arguments(
 
 def train(
     model: Any,
-    blocks: Blocks | MaskedBlocks,
-    held_out: Blocks | MaskedBlocks,
+    blocks: Data,
+    held_out: Data,
     order: BlockOrder,
     steps: int,
     params: Params,
@@ -372,7 +398,7 @@ def train(
     check(model, blocks, params)
     checkpoint = last_checkpoint(work)
     settings, notes = arguments(params, steps, work, bool(checkpoint), name)
-    stream = Stream(blocks, order, steps * params.global_batch_size)
+    stream = Stream(blocks, order, steps * params.global_batch_size, loss_head.installed(model))
     receipts = Receipts(stream, params.global_batch_size)
     callbacks: list[TrainerCallback] = [Reporter(name, params.global_batch_size * blocks.block_size, receipts)]
     best = params.load_best_model_at_end or params.early_stopping_patience is not None
@@ -388,6 +414,15 @@ def train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    sharded = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and (
+        best or params.optim == "muon" or (params.lora and (params.lora.adalora or params.lora.changes_the_base))
+    ):
+        raise SystemExit(
+            f"{name}: muon, adalora, pissa, olora, load_best_model_at_end and early stopping need the whole weights in "
+            "each process; leave FSDP and DeepSpeed out, or these."
+        )
+    count = sizes(model)
     if checkpoint:
         print(f"{name}: going on from step {checkpoint.rsplit('-', 1)[1]}", flush=True)
         receipts.steps = Path(checkpoint, RECEIPTS).read_bytes()
@@ -405,7 +440,8 @@ def train(
         "train": _curve(trainer.state.log_history, "loss", "learning_rate", "grad_norm"),
         "eval": _curve(trainer.state.log_history, "eval_loss"),
     }
-    return Trained(curves, receipts.up_to(done), done, notes)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    return Trained(curves, receipts.up_to(done), done, notes, count, weights)
 
 
 def _curve(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:
@@ -430,12 +466,14 @@ def sizes(model: Any) -> dict[str, int]:
     return {"parameters": sum(count), "trained_parameters": trained}
 
 
-def save(model: Any, tokenizer: Path, base: Path, params: Params, folder: Path) -> None:
+def save(
+    model: Any, tokenizer: Path, base: Path, params: Params, folder: Path, weights: dict[str, Any] | None = None
+) -> None:
     """Write the model, or its adapter, and the tokenizer into `folder`, the same bytes for the same weights.
 
     training.json says what an adapter needs to be loaded as it was trained: its base and the base's quantization.
     """
-    adapters.save(model, folder)
+    adapters.save(model, folder, weights)
     masked = {"objective", "mlm_probability", "whole_word_mask"} if params.objective == "mlm" else set()
     quantization = params.quantization.arguments() if params.quantization else None
     about = {"base": str(base), "quantization": quantization, **params.model_dump(include=masked)}
@@ -452,9 +490,10 @@ def save(model: Any, tokenizer: Path, base: Path, params: Params, folder: Path) 
 
 
 def write_curves(curves: Curves, folder: Path) -> None:
-    """Write train.csv and eval.csv for `dvc plots`."""
-    for split, rows in curves.items():
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+    """Write train.csv, eval.csv and learning_rate.csv for `dvc plots`, which draws one curve of a file."""
+    rates = [{"step": row["step"], "learning_rate": row["learning_rate"]} for row in curves["train"]]
+    for name, rows in {**curves, "learning_rate": rates}.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -4,11 +4,14 @@ Reads:  data/blocks/PHASE, models/tokenizers/PHASE, the phase's `base` folder
 Writes: models/PHASE/trained          a whole model, or an adapter, with the tokenizer beside it
         models/PHASE/trained/receipts.bin   16 bytes a step that prove what was fed: see block_order.py
         plots/PHASE/train.csv, eval.csv   loss, learning rate and gradient norm by step
+        plots/PHASE/learning_rate.csv
 Params: phases.PHASE.train_model (the keys of TrainingArguments, LoraConfig and BitsAndBytesConfig)
 
 A base that is a config.json alone starts from random weights, anything else goes on from its own. With `lora` only the
 adapter is trained, with `quantization` on a base held in 4 or 8 bits (QLoRA). `objective: mlm` trains a masked model
-(stages/masking.py). `python stages/train_model.py PHASE --show 3` prints three blocks, what is learned in [brackets].
+(stages/masking.py). `python stages/train_model.py PHASE --show 3` prints three blocks, what is learned in [brackets];
+`--plan` prints parameters, steps and memory, and refuses what cannot fit. With NUM_PROCESSES or ACCELERATE_CONFIG_FILE
+in the environment several processes train (docs/accelerate).
 
 Example: 1,000 blocks of 256, global_batch_size 16, num_train_epochs 1 -> 63 steps of 4,096 tokens; the last step takes
 its 8 missing blocks from the beginning of the next epoch, so that every step has the same shape.
@@ -26,9 +29,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+import distributed
 from adapter_params import Lora, Quantization
 from block_order import BlockOrder
-from kit import stage
+from kit import arrow, stage
 from kit.params import Phase, read_params
 from kit.tokenizer import Vocabulary
 
@@ -89,6 +93,11 @@ class Params(BaseModel):
         description="stop after so many evaluations without a lower loss, and publish the weights of the lowest",
     )
     seed: int = Field(0, ge=0, description="of random weights, block order and dropout")
+    mask_documents: bool = Field(
+        False,
+        description="documents that share a block do not see each other, and the first token of each is not learned; "
+        "for group_blocks.mode best_fit",
+    )
     lora: Lora | None = Field(None, description="train an adapter; null trains all weights")
     quantization: Quantization | None = Field(None, description="base in 4 bits; needs `lora`")
 
@@ -151,7 +160,7 @@ def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int
         block = order.block(position)
         batch = blocks.at([block], [position]) if hasattr(blocks, "at") else blocks.__getitems__([block])
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        if not hasattr(blocks, "at"):
+        if blocks.causal:
             labels[0] = -100
         words = []
         for seen, label in zip(ids, labels, strict=True):
@@ -160,37 +169,71 @@ def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int
         yield f"block {block}: {len(ids)} tokens, {sum(label >= 0 for label in labels)} learned\n{' '.join(words)}\n"
 
 
-def main(phase: str, show: int = 0) -> None:
+def needs(base: Path, tokenizer: Path, blocks: Path, params: Params) -> str:
+    """Return what a training will need, as text. Raises SystemExit when it needs more than this machine has."""
+    from plan import describe, make, refuse
+
+    table = arrow.table(blocks)
+    block_size = table.schema.field("input_ids").type.list_size
+    plan = make(base, tokenizer, params, block_size, total_steps(params, len(table)))
+    refuse(plan)
+    return describe(plan)
+
+
+def compute(
+    phase: str, base: Path, params: Params, outputs: list[Path], checkpoints: Path, name: str
+) -> dict[str, Any]:
+    """Train in this process and write the model and the curves; return the counts and metrics of the run record."""
+    import train_loop  # torch and transformers: 5 seconds that `--help` and a misspelt key do not wait for
+
+    model_folder, plots = outputs
+    blocks, tokenizer = Path("data/blocks", phase), Path("models/tokenizers", phase)
+    n_blocks = len(train_loop.open_blocks(blocks / "train"))
+    steps = total_steps(params, n_blocks)
+    model = train_loop.prepare_model(base, tokenizer, params, steps)
+    train, held_out = (train_loop.seen(blocks / split, tokenizer, params, model) for split in ("train", "eval"))
+    trained = train_loop.train(
+        model, train, held_out, BlockOrder(n_blocks, params.seed), steps, params, checkpoints, name
+    )
+    if distributed.first():
+        train_loop.save(model, tokenizer, base, params, model_folder, trained.weights)
+        (model_folder / train_loop.RECEIPTS).write_bytes(trained.receipts)
+        train_loop.write_curves(trained.curves, plots)
+    tokens = trained.steps * params.global_batch_size * train.block_size
+    counts = {"steps": trained.steps, "tokens": tokens, **trained.sizes}
+    return {"counts": counts, "metrics": {**train_loop.last_losses(trained.curves), **trained.notes}}
+
+
+def main(phase: str, show: int = 0, plan: bool = False) -> None:
     params = read_params(f"phases.{phase}.train_model", Params)
     base = Path(read_params(f"phases.{phase}", Phase).base)
     blocks, tokenizer = Path("data/blocks", phase), Path("models/tokenizers", phase)
-    inputs = [str(blocks), str(tokenizer), str(base)]
     if show:
         import train_loop
 
-        train = train_loop.seen(train_loop.open_blocks(blocks / "train"), tokenizer, params)
+        train = train_loop.seen(blocks / "train", tokenizer, params)
         print(*examples(train, BlockOrder(len(train), params.seed), Vocabulary(tokenizer), show), sep="\n")
         return
+    if plan:
+        print(needs(base, tokenizer, blocks / "train", params))
+        return
+    if told := distributed.worker():  # the stage that started it holds the lock, checks the inputs and publishes
+        found = compute(phase, base, params, [Path(path) for path in told["outputs"]], Path(told["work"]), told["name"])
+        if distributed.first():
+            distributed.finish(Path(told["work"]), found)
+        return
+    inputs = [str(blocks), str(tokenizer), str(base)]
     with stage.run("train_model", phase, inputs, [f"models/{phase}/trained", f"plots/{phase}"]) as run:
-        import train_loop  # torch and transformers: 5 seconds that `--help` and a misspelt key do not wait for
-
-        model_folder, plots = run.outputs
-        train, held_out = (
-            train_loop.seen(train_loop.open_blocks(blocks / split), tokenizer, params) for split in ("train", "eval")
-        )
-        steps = total_steps(params, len(train))
-        order = BlockOrder(len(train), params.seed)
-        model = train_loop.prepare_model(base, tokenizer, params, steps)
         checkpoints = run.work_folder(params.model_dump())
-        trained = train_loop.train(model, train, held_out, order, steps, params, checkpoints, run.name)
-        train_loop.save(model, tokenizer, base, params, model_folder)
-        (model_folder / train_loop.RECEIPTS).write_bytes(trained.receipts)
-        train_loop.write_curves(trained.curves, plots)
-        tokens = trained.steps * params.global_batch_size * train.block_size
-        run.count(steps=trained.steps, tokens=tokens, **train_loop.sizes(model))
-        run.metric(**train_loop.last_losses(trained.curves), **trained.notes)
+        if distributed.wanted():
+            told = {"outputs": [str(path) for path in run.outputs], "work": str(checkpoints), "name": run.name}
+            done = distributed.train(run.name, checkpoints, told, __file__, phase)
+        else:
+            done = compute(phase, base, params, run.outputs, checkpoints, run.name)
+        run.count(**done["counts"])
+        run.metric(**done["metrics"])
     shutil.rmtree(checkpoints.parent)  # only now: a kill before the model is published must not cost the training
 
 
 if __name__ == "__main__":
-    stage.cli(main, __doc__, show=int)
+    stage.cli(main, __doc__, show=int, plan=None)

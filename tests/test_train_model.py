@@ -397,9 +397,9 @@ def run_training(
     if not folders[0].exists():
         tiny.blocks(folders[0], 20, masked=settings.objective == "clm")
         tiny.blocks(folders[1], 5)
-    train, held_out = (train_loop.seen(open_blocks(folder), tokenizer, settings) for folder in folders)
     for attempt in ("killed", "whole") if stop else ("whole",):
         model = train_loop.prepare_model(base, tokenizer, settings)
+        train, held_out = (train_loop.seen(folder, tokenizer, settings, model) for folder in folders)
         with pytest.MonkeyPatch.context() as patch:
             if attempt == "killed":
                 patch.setattr(train_loop.Reporter, "on_step_end", dies_at(stop), raising=False)
@@ -558,7 +558,7 @@ def test_a_masked_model_accumulates_to_the_same_step(masked: tuple[Path, Path], 
 
 def test_a_masked_model_sees_no_padding_and_learns_none(masked: tuple[Path, Path], tmp_path: Path) -> None:
     settings = params(objective="mlm")
-    blocks = train_loop.seen(open_blocks(tiny.blocks(tmp_path / "b", 3, padding=6)), masked[1], settings)
+    blocks = train_loop.seen(tiny.blocks(tmp_path / "b", 3, padding=6), masked[1], settings)
     batch = blocks.__getitems__([2])
     assert batch["attention_mask"][0].tolist() == [1] * 10 + [0] * 6
     assert (batch["labels"][0, 10:] == IGNORED).all() and (batch["labels"] != IGNORED).any()
@@ -755,7 +755,7 @@ def test_examples_show_what_is_learned(tmp_path: Path, masked: tuple[Path, Path]
     count = sum(label != IGNORED for label in labels)
     assert text == f"block {order.block(0)}: 16 tokens, {count} learned\n{' '.join(marked)}\n"
     settings = params(objective="mlm", mlm_probability=0.5)
-    guessed = train_loop.seen(open_blocks(tiny.blocks(tmp_path / "c", 4)), masked[1], settings)
+    guessed = train_loop.seen(tiny.blocks(tmp_path / "c", 4), masked[1], settings)
     shown = "".join(examples(guessed, order, Vocabulary(masked[1]), 4))
     assert "[<mask> -> " in shown and len(list(examples(guessed, order, Vocabulary(masked[1]), 9))) == 4
 
@@ -768,5 +768,5 @@ def test_the_command_line_shows_examples(project: Path, run_stage: Runner) -> No
     for words in (["--shwo", "2"], ["--show"], ["--show", "two"]):
         wrong = run_stage(project, "train_model", "pretrain", *words)
         assert wrong.returncode == 2 and wrong.stdout.startswith(
-            "usage: python stages/train_model.py NAME [--show N]\n"
+            "usage: python stages/train_model.py NAME [--show N] [--plan]\n"
         )

@@ -1,0 +1,100 @@
+"""Several processes train one model: the stage keeps lock, inputs and publishing, and starts workers that compute.
+
+    NUM_PROCESSES=2 python stages/train_model.py PHASE                        # torchrun: CPUs too, over gloo
+    ACCELERATE_CONFIG_FILE=docs/accelerate/fsdp.yaml python stages/train_model.py PHASE     # FSDP, DeepSpeed, ...
+
+How many take part changes no result beyond rounding, so it stands in the environment and not in params.yaml. The blocks
+of a step are the next `global_batch_size` of the frozen order for any number of processes: accelerate deals the stream
+of small batches to the processes in turn, and each accumulates `accumulation` of them.
+
+Example, global_batch_size 8, per_device_train_batch_size 2, order 2 0 5 16 13 19 10 17: one process accumulates the
+small batches 2 0 | 5 16 | 13 19 | 10 17, two have 2 0 | 13 19 and 5 16 | 10 17: the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kit import stage
+
+WORKER = "TERROIR_WORKER"  # what a worker needs from the stage that started it, as JSON
+RESULT = "result.json"  # what the stage wants to know from its workers, in the folder of checkpoints
+
+
+def processes() -> int:
+    """Return how many processes train: NUM_PROCESSES, or the world size of a worker, or 1."""
+    text = os.environ.get("WORLD_SIZE") or os.environ.get("NUM_PROCESSES") or "1"
+    if not (text.isdecimal() and int(text) > 0):
+        raise SystemExit(f"NUM_PROCESSES is {text!r}: set it to a whole number of processes, 1 or more.")
+    return int(text)
+
+
+def first() -> bool:
+    """Return whether this process is the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def worker() -> dict[str, Any] | None:
+    """Return what the stage told this process, when it is a worker, else None."""
+    return json.loads(os.environ[WORKER]) if WORKER in os.environ else None
+
+
+def wanted() -> bool:
+    """Return whether this process shall start workers and not train itself."""
+    return worker() is None and (processes() > 1 or "ACCELERATE_CONFIG_FILE" in os.environ)
+
+
+def accumulation(global_batch_size: int, rows: int, world: int) -> int:
+    """Return how many batches of `rows` blocks each of `world` processes sums up to a step.
+
+    >>> accumulation(8, 2, 1), accumulation(8, 2, 2)
+    (4, 2)
+    """
+    if global_batch_size % (rows * world):
+        raise SystemExit(
+            f"global_batch_size {global_batch_size} is no multiple of per_device_train_batch_size {rows} x {world} "
+            "processes; start another number of them."
+        )
+    return global_batch_size // (rows * world)
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    """Return the command that runs `script` in several processes.
+
+    torchrun, as accelerate 1.15 starts one process on a CPU whatever it is told; accelerate with a config file.
+    """
+    config = os.environ.get("ACCELERATE_CONFIG_FILE")
+    if not config:
+        how = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
+    else:
+        if not Path(config).is_file():
+            raise SystemExit(f"ACCELERATE_CONFIG_FILE is {config}, which is no file; see docs/accelerate.")
+        how = ["accelerate.commands.launch", "--config_file", config]
+        how += ["--num_processes", os.environ["NUM_PROCESSES"]] if "NUM_PROCESSES" in os.environ else []
+    return [sys.executable, "-m", *how, script, *arguments]
+
+
+def train(name: str, work: Path, told: dict[str, Any], script: str, *arguments: str) -> dict[str, Any]:
+    """Run `script` in workers that are `told` this, and return what the first one leaves in `work`.
+
+    Raises SystemExit when one of them fails. They end with this process, whatever ends it: each asks to be killed with
+    its parent, as stages do.
+    """
+    environment = {**os.environ, WORKER: json.dumps(told)}
+    done = subprocess.Popen(command(script, *arguments), env=environment, preexec_fn=stage.die_with_parent).wait()
+    if done:
+        raise SystemExit(f"{name}: a worker failed (see above); the checkpoints before that are kept.")
+    path = work / RESULT
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return found
+
+
+def finish(work: Path, found: dict[str, Any]) -> None:
+    """Leave what the stage wants to know."""
+    (work / RESULT).write_text(json.dumps(found), encoding="utf-8")
