@@ -20,11 +20,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
 
 IGNORED = -100  # the label of torch's cross entropy that has no loss
@@ -163,6 +165,15 @@ class _Head:
         return total / (max(len(targets), 1) if items is None else items)
 
 
+def _one_document(position_ids: torch.Tensor) -> None:
+    """Stand in for transformers' `find_packed_sequence_indices` where the model counts the positions itself."""
+
+
+def _several_documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """Do what `find_packed_sequence_indices` does: number the documents of each row, by where positions begin anew."""
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
 def _forward(model: Any, head: _Head, original: Callable[..., Any]) -> Callable[..., Any]:
     """Return `model.forward` with our loss where there are labels."""
 
@@ -177,7 +188,10 @@ def _forward(model: Any, head: _Head, original: Callable[..., Any]) -> Callable[
         if labels is None:
             return original(*args, **kwargs)
         kwargs.setdefault("use_cache", False)
-        hidden = model.base_model(*args, **kwargs)[0]
+        # transformers asks the device at every step whether there are several; the caller knows.
+        found = _several_documents if kwargs.get("position_ids") is not None else _one_document
+        with mock.patch.object(masking_utils, "find_packed_sequence_indices", found):
+            hidden = model.base_model(*args, **kwargs)[0]
         loss = head.loss(hidden, labels.to(hidden.device), learned, num_items_in_batch)
         return (CausalLMOutput if head.shift else MaskedLMOutput)(loss=loss)
 

@@ -78,6 +78,8 @@ def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None
     if params.mask_documents:
         document_masks.check(model)
     loss_head.install(model)
+    if params.torch_compile:
+        loss_head.bare(model).base_model.compile(dynamic=False)
     return model
 
 
@@ -168,6 +170,9 @@ class BlockTrainer(Trainer):
         # A step in which no token is learned has loss 0, not 0 / 0.
         items = super()._get_num_items_in_batch(batch_samples, device)
         return items.clamp(min=1) if isinstance(items, torch.Tensor) else items
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's would count all parameters at each step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.params.lora and state_dict is None:
@@ -360,7 +365,7 @@ def arguments(
     ours = {
         "objective", "mlm_probability", "whole_word_mask", "num_train_epochs", "max_steps", "global_batch_size",
         "gradient_checkpointing", "optim", "bf16", "load_best_model_at_end", "early_stopping_patience", "lora",
-        "quantization", "mask_documents",
+        "quantization", "mask_documents", "torch_compile",
     }  # fmt: skip
     return TrainingArguments(
         output_dir=str(work),

@@ -83,6 +83,10 @@ class Params(BaseModel):
         False, description="bfloat16 matmuls, where the hardware has them; elsewhere float32, and a line says so"
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice, hold fewer")
+    torch_compile: bool = Field(
+        False,
+        description="fuse the small operations of the layers; takes a minute at the start, for a GPU or a long run",
+    )
     logging_steps: int = Field(10, ge=1, description="steps between two points of the training curve")
     eval_steps: int = Field(50, ge=1, description="steps between two points of the evaluation curve")
     save_steps: int = Field(100, ge=1, description="steps between two checkpoints")

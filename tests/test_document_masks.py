@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaske
 
 import document_masks
 import loss_head
-from document_masks import IGNORED, Separated, begins, check, inputs, positions, visible, way
+from document_masks import Separated, begins, check, check_begins, inputs, positions, visible, way
 from group_blocks import blocks_schema
 from kit import arrow
-from kit.model import Blocks
+from kit.model import IGNORED, Blocks, MaskedBlocks
 
 SHAPE = {
     "vocab_size": 120,
@@ -160,8 +160,6 @@ def test_the_first_token_of_a_document_is_not_predicted(tmp_path: Path) -> None:
     assert torch.equal(batch["labels"], expected)
     assert batch["position_ids"].tolist()[0] == [*range(9), *range(4), *range(3)]
     assert batch["use_cache"] is False
-    one = Separated(loaded, table, way(build("llama")))[2]
-    assert torch.equal(one["position_ids"], batch["position_ids"][0])
 
 
 def test_blocks_of_a_stream_have_their_begins_in_the_tokens(tmp_path: Path) -> None:
@@ -174,6 +172,29 @@ def test_blocks_of_a_stream_have_their_begins_in_the_tokens(tmp_path: Path) -> N
     assert begins(stream, rows, bos=3).sum() == 3
     with pytest.raises(ValueError, match="neither have `starts`"):
         begins(stream, rows)
+
+
+def test_a_stream_that_does_not_tell_its_documents_is_refused(tmp_path: Path) -> None:
+    """A chat template without BOS, or one that puts it before each turn."""
+    _, stream = blocks(tmp_path / "stream", starts=None)
+    check_begins(stream, {"documents": 6}, bos=2)
+    check_begins(stream, {"documents": 9, "dropped_tokens": 16}, bos=2)
+    for counts, bos in (({"documents": 7}, 2), ({"documents": 5}, 2), ({"documents": 6}, 3), ({"documents": 6}, None)):
+        with pytest.raises(SystemExit, match=r"do not tell where each begins; set group_blocks\.mode to best_fit"):
+            check_begins(stream, counts, bos)
+    check_begins(blocks(tmp_path / "packed")[1], {"documents": 99}, bos=None)
+
+
+def test_masked_blocks_keep_their_masking_of_the_position(tmp_path: Path) -> None:
+    loaded, table = blocks(tmp_path / "blocks")
+    chosen = np.zeros((1, 16), bool)
+    chosen[0, 1] = True
+    masked = MaskedBlocks(loaded, lambda ids, learned, positions: (np.where(chosen, positions[0], ids), chosen))
+    data = Separated(masked, table, way(build("roberta")))
+    batch = data.at([0], [77])
+    assert batch["input_ids"][0, 1] == 77 and batch["labels"][0, 1] == loaded[0]["input_ids"][1]
+    assert (batch["labels"] != IGNORED).sum() == 1 and batch["attention_mask"].shape == (1, 1, 16, 16)
+    assert torch.equal(data.__getitems__([2])["input_ids"], data.at([2], [2])["input_ids"])
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 from typing import Any
 from unittest import mock
 
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import loss_head
+from kit.model import mean_loss
 from loss_head import IGNORED
 
 SHAPE = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -208,3 +211,68 @@ def test_evaluation_needs_no_gradient() -> None:
     with torch.no_grad():
         ours = model(**batch()).loss
     assert not ours.requires_grad and torch.isclose(ours, loss, atol=1e-6)
+
+
+def test_places_are_those_that_predict_a_label() -> None:
+    assert doctest.testmod(loss_head).failed == 0
+    labels = batch()["labels"]
+    places = loss_head.learned(labels.numpy(), shift=True)
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
+    assert places.tolist() == (rows * 24 + columns).tolist()
+    assert (
+        loss_head.learned(labels.numpy(), shift=False).tolist()
+        == torch.nonzero(labels.flatten() != IGNORED).flatten().tolist()
+    )
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a program wait for its GPU: a size or a value that depends on the numbers in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_a_step_does_not_wait_for_the_device(name: str) -> None:
+    model, given_batch = build(name), batch()
+    loss_head.install(model)
+    places = torch.from_numpy(loss_head.learned(given_batch["labels"].numpy(), name == "llama"))
+    torch.manual_seed(2)  # dropout
+    with Waits() as waits:
+        told = model(**given_batch, learned=places, num_items_in_batch=torch.tensor(7)).loss
+        told.backward()
+        assert waits.found == []
+        told.item()
+        assert len(waits.found) == 1
+    torch.manual_seed(2)
+    assert torch.equal(told, model(**given_batch, num_items_in_batch=torch.tensor(7)).loss)
+
+
+def test_the_loss_of_many_blocks_is_the_one_of_their_logits() -> None:
+    """AdaLoRA's term for orthogonal matrices is part of what is trained, none of what is measured."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    class Some:
+        causal = True
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+            return {key: values[rows] for key, values in batch().items()}
+
+    options = {"init_r": 4, "target_r": 2, "total_step": 9, "orth_reg_weight": 0.5, "target_modules": ["q_proj"]}
+    model = get_peft_model(build("llama"), AdaLoraConfig(task_type="CAUSAL_LM", **options))
+    theirs = mean_loss(model, Some(), 2)
+    stock, gradients_of_stock = run(model, **batch())
+    assert loss_head.install(model)
+    assert loss_head.mean_loss(model, Some(), 2) == pytest.approx(theirs, rel=1e-6)
+    ours, found = run(model, **batch())
+    assert ours > theirs + 0.01 and torch.isclose(ours, stock, atol=1e-6)
+    assert_same(found, gradients_of_stock)

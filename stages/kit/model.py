@@ -43,6 +43,7 @@ def start(seed: int) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(CPU_THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # each new tensor with NaN: that finds bugs of torch
     torch.manual_seed(seed)
     np.random.seed(seed)
 
