@@ -4,8 +4,8 @@
 
 Speed: ours is what the stage runs (train_loop.train). Stock is what run_clm.py does: Trainer with its defaults, a saved
 dataset of list columns, default_data_collator, the model's own loss. Same weights, blocks, order and optimizer; the
-losses of all steps must be equal. What can be saved is the loss: the budget is for the default's Llama with a vocabulary
-of 32,000; with the default's own 4,096 the products of the layers leave less, and a RoBERTa that learns 15 % of its
+losses of all steps must be equal. The loss is what can be saved: the budget is for the default's Llama with 32,000
+tokens in its vocabulary; with the default's own 4,096 the products of the layers leave less, and a RoBERTa that learns 15 % of its
 tokens more: both are reported.
 Host time: CPU time at a size where nearly nothing is computed, against a plain loop with the same loss and optimizer.
 

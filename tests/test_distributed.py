@@ -1,15 +1,30 @@
-"""distributed: the same blocks a step for any number of processes; a worker knows that it is one."""
+"""distributed: the same blocks a step and the same model for any number of processes; one of them writes."""
 
 from __future__ import annotations
 
+import csv
 import doctest
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import distributed
+import tiny
+from conftest import ROOT, Runner, copy_project
+
+CONFIGS = sorted((ROOT / "docs/accelerate").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +51,20 @@ def test_the_example() -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size 8 is no multiple of 4 blocks .* on each of 4 processes"):
+    with pytest.raises(SystemExit, match=r"global_batch_size 8 is no multiple of .* 4 x 4 processes"):
         distributed.accumulation(8, 4, 4)
 
 
-def test_who_starts_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_who_starts_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not distributed.wanted() and distributed.first() and distributed.processes() == 1
     monkeypatch.setenv("NUM_PROCESSES", "2")
     assert distributed.wanted()
     assert distributed.command("x.py", "chat")[1:] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "x.py", "chat"
     ]  # fmt: skip
-    monkeypatch.setenv(distributed.WORKER, str(tmp_path))
+    monkeypatch.setenv(distributed.WORKER, '{"work": "x"}')
     monkeypatch.setenv("RANK", "1")
-    assert not distributed.wanted() and not distributed.first()
+    assert not distributed.wanted() and not distributed.first() and distributed.worker() == {"work": "x"}
     monkeypatch.setenv("NUM_PROCESSES", "two")
     with pytest.raises(SystemExit, match="NUM_PROCESSES is 'two'"):
         distributed.processes()
@@ -65,5 +80,109 @@ def test_a_config_file_goes_to_accelerate(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_a_worker_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(distributed, "command", lambda *_: ["false"])
-    with pytest.raises(SystemExit, match=r"x\.py chat: a worker failed"):
-        distributed.train(tmp_path, "x.py", "chat")
+    with pytest.raises(SystemExit, match="train_model@chat: a worker failed"):
+        distributed.train("train_model@chat", tmp_path, {}, "x.py", "chat")
+
+
+def test_there_is_an_example_for_each_launch() -> None:
+    assert [path.stem for path in CONFIGS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp", "gpus", "two_machines"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_of_the_examples(path: Path) -> None:
+    """Of the installed version, which would pass over an unknown fsdp key without a word."""
+    config = ClusterConfig.from_yaml_file(path)  # refuses unknown keys of the first level
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert {f"fsdp_{key.removeprefix('fsdp_')}" for key in config.fsdp_config} <= known
+    assert set(config.deepspeed_config) <= known
+    content = yaml.safe_load(path.read_text())
+    assert content["mixed_precision"] == "no", "train_model's bf16 says it"
+    assert "gradient_accumulation_steps" not in str(content), "train_model's global_batch_size says it"
+
+
+SETTINGS = {**tiny.TRAIN, "per_device_train_batch_size": 1, "save_steps": 2, "max_steps": 6}
+LORA = {**tiny.LORA, "lora_dropout": 0.0}
+
+
+def make(folder: Path, **changes: object) -> Path:
+    copy_project(folder)
+    tiny.phase(folder, "pretrain", masked=True)
+    tiny.params_yaml(folder, pretrain={"base": "models/configs/tiny", "train_model": {**SETTINGS, **changes}})
+    return folder
+
+
+def curve(folder: Path) -> list[list[float]]:
+    with (folder / "plots/pretrain/train.csv").open() as file:
+        return [[float(row["loss"]), float(row["grad_norm"])] for row in csv.DictReader(file)]
+
+
+def trained(folder: Path) -> Path:
+    return folder / "models/pretrain/trained"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
+@pytest.mark.parametrize("changes", [{}, {"lora": LORA}], ids=["whole", "lora"])
+def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner, changes: dict[str, object]) -> None:
+    """The same receipts, losses within 1e-4, one writer; the run record says what one process would have written."""
+    one, two = (make(tmp_path / name, **changes) for name in ("one", "two"))
+    for folder, environment in ((one, {}), (two, {"NUM_PROCESSES": "2"})):
+        done = run_stage(folder, "train_model", "pretrain", **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
+    for ours, theirs in zip(curve(one), curve(two), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    name = "adapter_model.safetensors" if changes else "model.safetensors"
+    weights = [load_file(trained(folder) / name) for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-3) for key in weights[0])
+    assert sorted(path.name for path in trained(one).iterdir()) == sorted(path.name for path in trained(two).iterdir())
+    assert not (two / ".work/train_model@pretrain").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
+def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner) -> None:
+    """None survives the stage that started them; the checkpoint is the one of all, and one process may go on."""
+    one, two = (make(tmp_path / name, max_steps=60, eval_steps=60) for name in ("one", "two"))
+    assert run_stage(one, "train_model", "pretrain").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "stages/train_model.py", "pretrain"],
+        cwd=two,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "NUM_PROCESSES": "2"},
+    )
+    deadline = time.monotonic() + 180
+    while not list(two.glob(".work/train_model@pretrain/*/checkpoint-*/whole")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while running(two):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not trained(two).exists()
+    again = run_stage(two, "train_model", "pretrain", NUM_PROCESSES="2")
+    assert "going on from step" in again.stdout, again.stdout + again.stderr
+    assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
+    for ours, theirs in zip(curve(one), curve(two), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def running(folder: Path) -> list[int]:
+    """Return the processes that work in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if path.readlink() == folder:
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_mistake_in_a_worker_is_one_sentence(tmp_path: Path, run_stage: Runner) -> None:
+    folder = make(tmp_path / "p", lora={**LORA, "target_modules": ["no_such_layer"]})
+    done = run_stage(folder, "train_model", "pretrain", NUM_PROCESSES="2")
+    assert done.returncode == 1 and "the model has no layer no_such_layer" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train_model@pretrain: a worker failed")
+    assert not trained(folder).exists()
