@@ -5,8 +5,8 @@
 Speed: ours is what the stage runs (train_loop.train). Stock is what run_clm.py does: Trainer with its defaults, a saved
 dataset of list columns, default_data_collator, the model's own loss. Same weights, blocks, order and optimizer; the
 losses of all steps must be equal. The loss is what can be saved: the budget is for the default's Llama with 32,000
-tokens in its vocabulary; with the default's own 4,096 the products of the layers leave less, and a RoBERTa that learns 15 % of its
-tokens more: both are reported.
+tokens in its vocabulary; with the default's own 4,096 the products of the layers leave less, and a RoBERTa that learns
+15 % of its tokens more: both are reported.
 Host time: CPU time at a size where nearly nothing is computed, against a plain loop with the same loss and optimizer.
 
 Both sides live at once and take turns of a few steps, so that whatever else the machine does hits both; what counts is
@@ -108,18 +108,19 @@ def turns(case: str) -> Callable[..., None]:
     """Return a callback `on_step_end` that waits for its turn on stdin and answers with the seconds that it took."""
     marks: list[float] = []
     steps = CASES[case]["steps"]
+    cpu = time.thread_time if case == "host" else time.process_time  # of the thread that drives, or of all
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - WARM_UP
         if done < 0 or done % steps:
             return
         if marks:
-            took = [now - before for now, before in zip((time.process_time(), time.perf_counter()), marks, strict=True)]
+            took = [now - before for now, before in zip((cpu(), time.perf_counter()), marks, strict=True)]
             print(json.dumps([seconds / steps for seconds in took]), flush=True)
         else:
             print("ready", flush=True)
         sys.stdin.readline()
-        marks[:] = time.process_time(), time.perf_counter()
+        marks[:] = cpu(), time.perf_counter()
 
     return on_step_end
 
