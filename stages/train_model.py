@@ -194,6 +194,8 @@ def compute(
     blocks, tokenizer = Path("data/blocks", phase), Path("models/tokenizers", phase)
     n_blocks = len(train_loop.open_blocks(blocks / "train"))
     steps = total_steps(params, n_blocks)
+    if distributed.processes() == 1:
+        needs(base, tokenizer, blocks / "train", params)
     model = train_loop.prepare_model(base, tokenizer, params, steps)
     train, held_out = (train_loop.seen(blocks / split, tokenizer, params, model) for split in ("train", "eval"))
     trained = train_loop.train(

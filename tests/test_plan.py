@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import doctest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,34 +13,36 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import plan
 import tiny
+import train_loop
+import train_model
+from adapter_params import Quantization
+from conftest import Runner
 from plan import Plan, describe, make, optimizer_bytes, refuse
+from train_model import Params
 
 
-def params(**changes: Any) -> Any:
-    given = {
-        "per_device_train_batch_size": 4,
-        "global_batch_size": 8,
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        "lora": None,
-        "quantization": None,
-    }
-    return SimpleNamespace(**{**given, **changes})
+def params(**changes: Any) -> Params:
+    return Params.model_validate({**tiny.TRAIN, "global_batch_size": 8, **changes})
 
 
-LORA = SimpleNamespace(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["q_proj", "down_proj"])
-DOUBLE = SimpleNamespace(bnb_4bit_use_double_quant=True)
+LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
+    """A config for random weights with the tokenizer, of 300 entries, beside it (in tokenizer/)."""
+    tiny.tokenizer(tmp_path / "tokenizer")
     return tiny.base(tmp_path / "base")
+
+
+def made(base: Path, settings: Params) -> Plan:
+    return make(base, base.parent / "tokenizer", settings, 16, 10)
 
 
 def test_numbers_of_a_full_training(base: Path) -> None:
     real = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     count = sum(p.numel() for p in real.parameters())
-    found = make(base, 300, params(), 16, 10)
+    found = made(base, params())
     assert (found.parameters, found.trained, found.tokens_per_step, found.steps) == (count, count, 128, 10)
     assert found.memory["weights"] == found.memory["gradients"] == 4 * count
     assert found.memory["optimizer"] == 8 * count
@@ -68,23 +69,23 @@ def kept(model: Any, rows: int) -> int:
 
 def test_activations_are_those_that_a_real_pass_keeps(base: Path) -> None:
     real = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).train()
-    head = make(base, 300, params(), 16, 10).memory["activations"]
+    head = made(base, params()).memory["activations"]
     assert head == pytest.approx(kept(real, 4), rel=0.02)
-    twice = make(base, 300, params(per_device_train_batch_size=8), 16, 10).memory["activations"]
+    twice = made(base, params(per_device_train_batch_size=8)).memory["activations"]
     assert twice == pytest.approx(2 * head, rel=0.05)
-    less = make(base, 300, params(gradient_checkpointing=True), 16, 10).memory["activations"]
+    less = made(base, params(gradient_checkpointing=True)).memory["activations"]
     assert less < 0.7 * head
 
 
 def test_an_adapter_on_a_base_of_4_bits(base: Path) -> None:
-    found = make(base, 300, params(lora=LORA, quantization=DOUBLE), 16, 10)
+    found = made(base, params(lora=LORA, quantization=tiny.QUANTIZATION))
     layers = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     trained = 2 * 2 * ((64 + 64) + (128 + 64))
     assert found.trained == trained
     rest = found.parameters - layers
     assert found.memory["weights"] == pytest.approx(layers * 4.127 / 8 + 4 * rest, rel=1e-3)
     assert found.memory["optimizer"] == 8 * trained
-    plain = make(base, 300, params(lora=LORA), 16, 10)
+    plain = made(base, params(lora=LORA))
     assert plain.memory["weights"] > 2 * found.memory["weights"] - 8 * rest
 
 
@@ -102,8 +103,10 @@ def test_states_of_optimizers() -> None:
 
 def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    big = tiny.base(tmp_path / "big", **shape, num_key_value_heads=32, tie_word_embeddings=False)
-    found = make(big, 32000, params(per_device_train_batch_size=1), 1024, 10)
+    big = tiny.base(tmp_path / "big", **shape, num_key_value_heads=32, tie_word_embeddings=False, vocab_size=32000)
+    (big / "model.safetensors").touch()  # so its vocabulary is the base's
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer")
+    found = make(big, tokenizer, params(per_device_train_batch_size=1), 1024, 10)
     assert found.parameters == 6_738_415_616  # Llama 2 7B
     assert found.memory["optimizer"] == 8 * 6_738_415_616
     with pytest.raises(SystemExit, match=r"needs about [\d,]+ MiB \(optimizer most of all\).*train an adapter"):
@@ -111,7 +114,7 @@ def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path: Path) -> None
 
 
 def test_what_fits_is_not_refused(base: Path) -> None:
-    found = make(base, 300, params(), 16, 10)
+    found = made(base, params())
     refuse(dataclasses.replace(found, free=found.needed + 1))
     with pytest.raises(SystemExit, match="lower per_device_train_batch_size, or set gradient_checkpointing"):
         refuse(Plan(1, 1, 1, 1, {"program": 9, "activations": 5.0, "weights": 1.0}, "CPU", 3))
@@ -124,5 +127,49 @@ def test_the_machine_has_memory() -> None:
 
 def test_the_bits_of_a_quantised_weight() -> None:
     assert doctest.testmod(plan).failed == 0
-    assert plan.quantised_bits(SimpleNamespace(bnb_4bit_use_double_quant=False)) == 4.5
-    assert plan.quantised_bits(SimpleNamespace(load_in_8bit=True)) == 8
+    assert plan.quantised_bits(Quantization(bnb_4bit_use_double_quant=False)) == 4.5
+    assert plan.quantised_bits(Quantization(load_in_8bit=True)) == 8
+
+
+@pytest.mark.parametrize(
+    "lora", [{**LORA, "init_lora_weights": "pissa"}, {"target_modules": "all-linear", "adalora": {}}]
+)
+def test_every_kind_of_adapter_has_the_size_of_the_real_one(base: Path, lora: dict[str, Any]) -> None:
+    settings = params(lora=lora)
+    real = train_loop.prepare_model(base, base.parent / "tokenizer", settings, 10)
+    found = made(base, settings)
+    assert {"parameters": found.parameters, "trained_parameters": found.trained} == train_loop.sizes(real)
+
+
+def test_layers_that_do_not_exist_are_named_without_loading_the_base(base: Path) -> None:
+    with pytest.raises(SystemExit, match="the model has no layer query_key_value; it has down_proj"):
+        made(base, params(lora={**LORA, "target_modules": ["query_key_value"]}))
+
+
+def test_a_masked_model_has_a_plan(tmp_path: Path) -> None:
+    base, tokenizer = tiny.roberta(tmp_path / "base"), tiny.masked_tokenizer(tmp_path / "tokenizer")
+    settings = params(objective="mlm")
+    found = make(base, tokenizer, settings, 16, 10)
+    assert found.parameters == train_loop.sizes(train_loop.prepare_model(base, tokenizer, settings))["parameters"]
+
+
+def test_the_command_line_plans_and_trains_nothing(project: Path, run_stage: Runner) -> None:
+    tiny.phase(project, "pretrain")
+    train = {**tiny.TRAIN, "max_steps": None, "num_train_epochs": 2}
+    tiny.params_yaml(project, pretrain={"base": "models/configs/tiny", "train_model": train})
+    done = run_stage(project, "train_model", "pretrain", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "steps        10 of 64 tokens, 640 in all" in done.stdout and "MiB free" in done.stdout
+    assert not (project / "models/pretrain").exists() and not (project / ".work/train_model@pretrain").exists()
+
+
+def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.phase(tmp_path, "pretrain")
+    monkeypatch.setattr(plan, "_device", lambda: ("CPU", 1.0, 0.0))
+    monkeypatch.setattr(train_loop, "prepare_model", lambda *_: pytest.fail("the base was loaded"))
+    outputs = [tmp_path / "trained", tmp_path / "plots"]
+    with pytest.raises(SystemExit, match=r"needs about [\d,]+ MiB .* has 0 free; "):
+        train_model.compute("pretrain", base, params(), outputs, tmp_path / "work", "test")
