@@ -233,7 +233,10 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+        waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # by numbers it does not
+            waits = any(places is not None and places.dtype == torch.bool for places in args[1])
+        if waits:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 

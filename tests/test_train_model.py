@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -28,9 +30,11 @@ import train_loop
 import train_tokenizer
 from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import Runner, copy_project
+from group_blocks import blocks_schema
 from kit import arrow
 from kit.model import IGNORED, Blocks, load_model, max_positions, mean_loss, new_tokens, objective
 from kit.tokenizer import Vocabulary
+from test_loss_head import Waits
 from train_model import Params, examples, total_steps
 
 
@@ -770,3 +774,90 @@ def test_the_command_line_shows_examples(project: Path, run_stage: Runner) -> No
         assert wrong.returncode == 2 and wrong.stdout.startswith(
             "usage: python stages/train_model.py NAME [--show N] [--plan]\n"
         )
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": ALL}, {"mask_documents": True}], ids=["whole", "lora", "masks"])
+def test_only_a_logging_step_waits_for_the_device(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Loss, gradient norm and the number of tokens stay where they are computed until they are shown."""
+    settings = params(
+        max_steps=6, logging_steps=3, eval_steps=6, save_steps=6, per_device_train_batch_size=2, **changes
+    )
+    waits, seen = Waits(), {}
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seen[state.global_step] = list(waits.found)
+        waits.found.clear()
+
+    monkeypatch.setattr(train_loop.Reporter, "on_step_end", on_step_end, raising=False)
+    packed(tmp_path / "run/train", 20)
+    packed(tmp_path / "run/eval", 5)
+    with waits:
+        run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
+    assert [seen[step] for step in (2, 3, 5, 6)] == [[]] * 4
+    assert seen[4]  # what step 3 logged
+
+
+def packed(folder: Path, rows: int) -> Path:
+    """Write blocks of two documents each, of 1 to 15 tokens."""
+    random = np.random.default_rng(rows)
+    ids = random.integers(3, 300, (rows, tiny.BLOCK_SIZE)).astype(np.uint16)
+    starts = [[0, int(random.integers(1, tiny.BLOCK_SIZE)), tiny.BLOCK_SIZE] for _ in range(rows)]
+    schema = blocks_schema(pa.uint16(), tiny.BLOCK_SIZE, learn=False, starts=True)
+    columns = [pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), tiny.BLOCK_SIZE), pa.array(starts)]
+    with arrow.Writer(folder, schema) as out:
+        out.write(pa.Table.from_arrays([columns[0], columns[1].cast(schema.field("starts").type)], schema=schema))
+        out.counts = {"tokens": rows * tiny.BLOCK_SIZE}
+    return folder
+
+
+def test_documents_of_a_block_are_trained_as_if_each_stood_alone(base: Path, tmp_path: Path) -> None:
+    """Whole training: the losses of packed blocks are those of a block for each document."""
+    for name in ("packed", "whole", "killed"):
+        train, held_out = packed(tmp_path / name / "train", 20), packed(tmp_path / name / "eval", 5)
+    settings = params(mask_documents=True, max_steps=3, logging_steps=1)
+    _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "packed")
+    model = train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+    for folder, loss in ((held_out, done.curves["eval"][0]["loss"]), (train, None)):
+        table = arrow.table(folder)
+        total, tokens = 0.0, 0
+        rows = range(5) if loss else [BlockOrder(20, 0).block(position) for position in range(4)]
+        for row in rows:
+            ids, starts = table["input_ids"][row].as_py(), table["starts"][row].as_py()
+            for first, last in itertools.pairwise(starts):
+                if last - first > 1:
+                    alone = torch.tensor([ids[first:last]])
+                    total += model.eval()(input_ids=alone, labels=alone).loss.item() * (last - first - 1)
+                    tokens += last - first - 1
+        expected = done.curves["train"][0]["loss"] if loss is None else loss
+        assert expected == pytest.approx(total / tokens, abs=1e-5)
+    again, other = run_training(base, tmp_path / "tokenizer", params(mask_documents=True), tmp_path / "whole")
+    killed, third = run_training(base, tmp_path / "tokenizer", params(mask_documents=True), tmp_path / "killed", stop=5)
+    assert torch.equal(learned(again), learned(killed)) and other == third
+
+
+@pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("changes", [{}, {"lora": ALL}], ids=["whole", "lora"])
+def test_compiled_layers_learn_the_same(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    losses = []
+    for compiled in (False, True):
+        settings = params(torch_compile=compiled, **changes)
+        model, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / str(compiled))
+        losses.append([row["loss"] for rows in done.curves.values() for row in rows])
+        train_loop.save(model, tmp_path / "tokenizer", base, settings, tmp_path / f"{compiled}/saved")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    saved = [load_file(next((tmp_path / f"{name}/saved").glob("*.safetensors"))) for name in (False, True)]
+    assert saved[0].keys() == saved[1].keys()
+
+
+def test_the_learning_rate_has_a_plot_of_its_own(tmp_path: Path) -> None:
+    row = {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 3.0}
+    train_loop.write_curves({"train": [row], "eval": [{"step": 0, "loss": 2.5}]}, tmp_path)
+    written = {path.name: path.read_text() for path in sorted(tmp_path.iterdir())}
+    assert written == {
+        "eval.csv": "step,loss\n0,2.5\n",
+        "learning_rate.csv": "step,learning_rate\n1,0.1\n",
+        "train.csv": "step,loss,learning_rate,grad_norm\n1,2.0,0.1,3.0\n",
+    }
