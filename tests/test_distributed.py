@@ -85,7 +85,7 @@ def test_a_worker_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_there_is_an_example_for_each_launch() -> None:
-    assert [path.stem for path in CONFIGS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp", "gpus", "two_machines"]
+    assert [path.stem for path in CONFIGS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp", "gpus"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
