@@ -66,7 +66,7 @@ def settings(case: str) -> dict[str, Any]:
     }
 
 
-def write(case: str, folder: Path) -> None:
+def write(folder: Path, config: dict[str, Any], block: int, params: Any) -> None:
     """Write config, tokenizer, and the same blocks as a blocks folder and as a saved dataset in the order of ours."""
     import numpy as np
     import pyarrow as pa
@@ -77,13 +77,11 @@ def write(case: str, folder: Path) -> None:
     from block_order import BlockOrder
     from group_blocks import blocks_schema
     from kit import arrow
-    from train_model import Params
 
     disable_progress_bars()
-    one, params = CASES[case], Params.model_validate(settings(case))
     (folder / "base").mkdir(parents=True)
-    (folder / "base/config.json").write_text(json.dumps(one["config"]))
-    size = one["config"]["vocab_size"]
+    (folder / "base/config.json").write_text(json.dumps(config))
+    size, rows = config["vocab_size"], params.global_batch_size * 8
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
     names = [*special.values(), *(f"w{number}" for number in range(size - 4))]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, "<pad>"))
@@ -91,16 +89,15 @@ def write(case: str, folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer/tokenizer.json"))
     (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(special))
-    rows = one["rows"] * 8
-    ids = np.random.default_rng(0).zipf(1.3, rows * one["block"]) % (size - 4) + 4
-    schema = blocks_schema(pa.uint16(), one["block"], learn=False)
+    ids = np.random.default_rng(0).zipf(1.3, rows * block) % (size - 4) + 4
+    schema = blocks_schema(pa.uint16(), block, learn=False)
     with arrow.Writer(folder / "blocks", schema) as out:
-        values = pa.FixedSizeListArray.from_arrays(pa.array(ids.astype(np.uint16)), one["block"])
+        values = pa.FixedSizeListArray.from_arrays(pa.array(ids.astype(np.uint16)), block)
         out.write(pa.Table.from_arrays([values], schema=schema))
         out.counts = {"tokens": len(ids)}
     data = train_loop.seen(folder / "blocks", folder / "tokenizer", params)
-    stream = train_loop.Stream(data, BlockOrder(rows, params.seed), params.max_steps * one["rows"])
-    batch = stream.__getitems__(list(range(min(len(stream), 2000 * one["rows"]))))
+    stream = train_loop.Stream(data, BlockOrder(rows, params.seed), params.max_steps * params.global_batch_size)
+    batch = stream.__getitems__(list(range(len(stream))))
     Dataset.from_dict({name: values.numpy() for name, values in batch.items()}).save_to_disk(folder / "dataset")
 
 
@@ -286,7 +283,10 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         given = sys.argv[2], Path(sys.argv[3])
         if sys.argv[1] == "write":
-            write(*given)
+            from train_model import Params
+
+            case, folder = given
+            write(folder, CASES[case]["config"], CASES[case]["block"], Params.model_validate(settings(case)))
         else:
             print(json.dumps({"ours": ours, "stock": stock, "raw": raw}[sys.argv[1]](*given)), flush=True)
     else:
