@@ -34,7 +34,7 @@ def peak_kib() -> int:
 
 
 def child(side: str) -> dict[str, Any]:
-    """Return MiB above the start and CPU seconds for one forward and backward of the head, the loss and the gradients."""
+    """Return MiB above the start and CPU seconds for forward and backward of the head, and the loss and gradients."""
     import torch
     from torch.nn import functional
 
