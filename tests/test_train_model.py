@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bpe_training
 import optimizers
@@ -861,3 +862,51 @@ def test_the_learning_rate_has_a_plot_of_its_own(tmp_path: Path) -> None:
         "learning_rate.csv": "step,learning_rate\n1,0.1\n",
         "train.csv": "step,loss,learning_rate,grad_norm\n1,2.0,0.1,3.0\n",
     }
+
+
+def test_the_terminal_shows_how_far_it_is(base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Loss, learning rate, speed and time left; without a terminal every 15 seconds, and at the end."""
+    run_training(base, tmp_path / "tokenizer", params(lr_scheduler_type="constant"), tmp_path / "run")
+    number = r"[\d,.]+"
+    line = rf"test: step 6 of 6, loss {number}, lr 1\.00e-02, {number} tokens/s, 0 s left"
+    assert re.search(line, capsys.readouterr().out)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_keeps_its_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words, with the step: step 2's checkpoint is there to go on from."""
+    original = train_loop.BlockTrainer._clip_grad_norm
+
+    def broken(self: Any, model: Any) -> Any:
+        norm = original(self, model)
+        return norm * float("inf") if self.state.global_step == 3 else norm
+
+    monkeypatch.setattr(train_loop.BlockTrainer, "_clip_grad_norm", broken)
+    with pytest.raises(SystemExit, match=r"test: the norm of the gradients is inf at step 4; lower learning_rate"):
+        run_training(base, tmp_path / "tokenizer", params(), tmp_path / "run")
+    assert train_loop.last_checkpoint(tmp_path / "run/w") == str(tmp_path / "run/w/checkpoint-2")
+
+
+def test_a_masked_model_on_a_base_of_4_bits_learns(masked: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = params(objective="mlm")
+    model = train_loop.prepare_model(*masked, settings)
+    train_loop.save(model, masked[1], masked[0], settings, tmp_path / "weights")
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]}
+    settings = params(objective="mlm", lora=lora, quantization=tiny.QUANTIZATION)
+    model, done = run_training(tmp_path / "weights", masked[1], settings, tmp_path / "run")
+    assert learned(model).abs().sum() > 0 and done.steps == 6
+    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_base_without_a_layer_to_quantise_is_refused(
+    masked: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers passes over a model in which bitsandbytes knows no layer, and would train it in 32 bits."""
+    settings = params(objective="mlm")
+    train_loop.save(train_loop.prepare_model(*masked, settings), masked[1], masked[0], settings, tmp_path / "weights")
+    whole = AutoModelForMaskedLM.from_pretrained(tmp_path / "weights")
+    monkeypatch.setattr(AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: whole)
+    settings = params(objective="mlm", lora=ALL, quantization=tiny.QUANTIZATION)
+    with pytest.raises(SystemExit, match="has no layer that can be quantised; leave `quantization` out"):
+        train_loop.prepare_model(tmp_path / "weights", masked[1], settings)
