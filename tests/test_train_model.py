@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bpe_training
+import loss_head
 import optimizers
 import tiny
 import train_loop
@@ -910,3 +911,44 @@ def test_a_base_without_a_layer_to_quantise_is_refused(
     settings = params(objective="mlm", lora=ALL, quantization=tiny.QUANTIZATION)
     with pytest.raises(SystemExit, match="has no layer that can be quantised; leave `quantization` out"):
         train_loop.prepare_model(tmp_path / "weights", masked[1], settings)
+
+
+BLOOM = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}
+
+
+@pytest.mark.parametrize("kind", ["bloom", "roberta"])
+def test_documents_are_masked_on_a_quantised_base_with_checkpointing(
+    kind: str, tmp_path: Path, masked: tuple[Path, Path]
+) -> None:
+    """A whole mask and ALiBi by document through adapters; the loss is that of each document alone."""
+    if kind == "bloom":
+        base, tokenizer = tmp_path / "base", tiny.tokenizer(tmp_path / "tokenizer")
+        base.mkdir()
+        arrow.write_json(base / "config.json", {**BLOOM, "vocab_size": 300})
+        changes: dict[str, Any] = {"lora": {**ALL, "target_modules": ["query_key_value"]}}
+    else:
+        base, tokenizer = tiny.roberta(tmp_path / "base"), masked[1]
+        changes = {"objective": "mlm", "lora": {**ALL, "target_modules": ["query", "value"]}}
+    plain = params(objective=changes.get("objective", "clm"))
+    train_loop.save(train_loop.prepare_model(base, tokenizer, plain), tokenizer, base, plain, tmp_path / "weights")
+    settings = params(
+        mask_documents=True, gradient_checkpointing=True, quantization=tiny.QUANTIZATION, max_steps=4, **changes
+    )
+    packed(tmp_path / "run/train", 20)
+    packed(tmp_path / "run/eval", 5)
+    model, done = run_training(tmp_path / "weights", tokenizer, settings, tmp_path / "run")
+    assert learned(model).isfinite().all() and len(done.curves["train"]) == 4
+    if kind == "roberta":
+        return  # its masking follows the block
+    table = arrow.table(tmp_path / "run/eval")
+    total, tokens = 0.0, 0
+    for row in range(5):
+        ids, starts = table["input_ids"][row].as_py(), table["starts"][row].as_py()
+        for first, last in itertools.pairwise(starts):
+            if last - first > 1:
+                alone = torch.tensor([ids[first:last]])
+                total += model.eval()(input_ids=alone, labels=alone).loss.item() * (last - first - 1)
+                tokens += last - first - 1
+    data = train_loop.seen(tmp_path / "run/eval", tokenizer, settings, model)
+    assert loss_head.mean_loss(model, data, 3) == pytest.approx(total / tokens, abs=1e-5)
+    assert mean_loss(model, data, 3) == pytest.approx(total / tokens, abs=1e-5)
