@@ -1,8 +1,8 @@
 """What a training will need, before it is begun: parameters, steps, and memory by part. Nothing is loaded or computed.
 
     plan = make(base, tokenizer, params, block_size, steps)     # params: train_model's
-    print(describe(plan))
-    refuse(plan)                                                # SystemExit when it cannot fit
+    print(plan)
+    plan.refuse()                                               # SystemExit when it cannot fit
 
 The model is built of torch's fake tensors, which have shapes and no values: a 7 B model takes no memory. A forward pass
 of fake blocks then tells each tensor that is kept for the gradient, whatever the architecture. Not counted: buffers
@@ -56,6 +56,31 @@ class Plan:
     def needed(self) -> float:
         """Bytes, all parts together."""
         return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters   {self.parameters:,}, trained {self.trained:,} ({self.trained / self.parameters:.2%})",
+            f"steps        {self.steps:,} of {self.tokens_per_step:,} tokens, "
+            f"{self.steps * self.tokens_per_step:,} in all",
+            f"device       {self.device}, {self.free / MIB:,.0f} MiB free",
+            f"memory       {self.needed / MIB:,.0f} MiB, an estimate:",
+        ]
+        return "\n".join([*lines, *(f"  {part:<11}{size / MIB:>10,.0f} MiB" for part, size in self.memory.items())])
+
+    def refuse(self) -> None:
+        """Raise SystemExit when the memory that is needed is more than there is."""
+        if self.needed <= self.free:
+            return
+        most = max((size, part) for part, size in self.memory.items() if part != "program")[1]
+        remedy = {
+            "activations": "lower per_device_train_batch_size, or set gradient_checkpointing",
+            "weights": "take a smaller base, or hold it in 4 bits with quantization and lora",
+            "loss": "lower per_device_train_batch_size",
+        }.get(most, "train an adapter (lora), or take an optimizer with 8 bits")
+        raise SystemExit(
+            f"this training needs about {self.needed / MIB:,.0f} MiB ({most} most of all) and the {self.device} has "
+            f"{self.free / MIB:,.0f} free; {remedy}."
+        )
 
 
 def quantised_bits(quantization: Quantization | None) -> float:
@@ -192,29 +217,3 @@ def _cgroups() -> Iterator[tuple[float, float]]:
     ):
         if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()).isdecimal():
             yield float(text), float((folder / used).read_text())
-
-
-def describe(plan: Plan) -> str:
-    """Return the plan as lines of text."""
-    lines = [
-        f"parameters   {plan.parameters:,}, trained {plan.trained:,} ({plan.trained / plan.parameters:.2%})",
-        f"steps        {plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.steps * plan.tokens_per_step:,} in all",
-        f"device       {plan.device}, {plan.free / MIB:,.0f} MiB free",
-        f"memory       {plan.needed / MIB:,.0f} MiB, an estimate:",
-    ]
-    return "\n".join([*lines, *(f"  {part:<11}{size / MIB:>10,.0f} MiB" for part, size in plan.memory.items())])
-
-
-def refuse(plan: Plan) -> None:
-    """Raise SystemExit when the memory that is needed is more than there is."""
-    if plan.needed > plan.free:
-        most = max((size, part) for part, size in plan.memory.items() if part != "program")[1]
-        remedy = {
-            "activations": "lower per_device_train_batch_size, or set gradient_checkpointing",
-            "weights": "take a smaller base, or hold it in 4 bits with quantization and lora",
-            "loss": "lower per_device_train_batch_size",
-        }.get(most, "train an adapter (lora), or take an optimizer with 8 bits")
-        raise SystemExit(
-            f"this training needs about {plan.needed / MIB:,.0f} MiB ({most} most of all) and the {plan.device} has "
-            f"{plan.free / MIB:,.0f} free; {remedy}."
-        )

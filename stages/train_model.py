@@ -22,10 +22,12 @@ bit for bit on a CPU, and a run with any other input, parameter or code begins a
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +37,9 @@ from block_order import BlockOrder
 from kit import arrow, stage
 from kit.params import Phase, read_params
 from kit.tokenizer import Vocabulary
+
+if TYPE_CHECKING:
+    from plan import Plan
 
 
 class Params(BaseModel):
@@ -173,15 +178,13 @@ def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int
         yield f"block {block}: {len(ids)} tokens, {sum(label >= 0 for label in labels)} learned\n{' '.join(words)}\n"
 
 
-def needs(base: Path, tokenizer: Path, blocks: Path, params: Params) -> str:
-    """Return what a training will need, as text. Raises SystemExit when it needs more than this machine has."""
-    from plan import describe, make, refuse
+def needs(base: Path, tokenizer: Path, blocks: Path, params: Params) -> Plan:
+    """Return what a training will need."""
+    import plan
 
     table = arrow.table(blocks)
     block_size = table.schema.field("input_ids").type.list_size
-    plan = make(base, tokenizer, params, block_size, total_steps(params, len(table)))
-    refuse(plan)
-    return describe(plan)
+    return plan.make(base, tokenizer, params, block_size, total_steps(params, len(table)))
 
 
 def compute(
@@ -195,7 +198,7 @@ def compute(
     n_blocks = len(train_loop.open_blocks(blocks / "train"))
     steps = total_steps(params, n_blocks)
     if distributed.processes() == 1:
-        needs(base, tokenizer, blocks / "train", params)
+        needs(base, tokenizer, blocks / "train", params).refuse()
     model = train_loop.prepare_model(base, tokenizer, params, steps)
     train, held_out = (train_loop.seen(blocks / split, tokenizer, params, model) for split in ("train", "eval"))
     trained = train_loop.train(
@@ -221,9 +224,13 @@ def main(phase: str, show: int = 0, plan: bool = False) -> None:
         print(*examples(train, BlockOrder(len(train), params.seed), Vocabulary(tokenizer), show), sep="\n")
         return
     if plan:
-        print(needs(base, tokenizer, blocks / "train", params))
+        needed = needs(base, tokenizer, blocks / "train", params)
+        print(needed)
+        needed.refuse()
         return
     if told := distributed.worker():  # the stage that started it holds the lock, checks the inputs and publishes
+        if not distributed.first():
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
         found = compute(phase, base, params, [Path(path) for path in told["outputs"]], Path(told["work"]), told["name"])
         if distributed.first():
             distributed.finish(Path(told["work"]), found)

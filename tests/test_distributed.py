@@ -128,6 +128,7 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner,
     for folder, environment in ((one, {}), (two, {"NUM_PROCESSES": "2"})):
         done = run_stage(folder, "train_model", "pretrain", **environment)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("step 6 of 6, loss") == 1
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)

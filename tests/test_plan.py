@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import plan
 import tiny
@@ -17,7 +17,7 @@ import train_loop
 import train_model
 from adapter_params import Quantization
 from conftest import Runner
-from plan import Plan, describe, make, optimizer_bytes, refuse
+from plan import Plan, make, optimizer_bytes
 from train_model import Params
 
 
@@ -46,7 +46,7 @@ def test_numbers_of_a_full_training(base: Path) -> None:
     assert (found.parameters, found.trained, found.tokens_per_step, found.steps) == (count, count, 128, 10)
     assert found.memory["weights"] == found.memory["gradients"] == 4 * count
     assert found.memory["optimizer"] == 8 * count
-    text = describe(found)
+    text = str(found)
     assert f"{count:,}, trained {count:,} (100.00%)" in text and "10 of 128 tokens, 1,280 in all" in text
 
 
@@ -110,14 +110,14 @@ def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path: Path) -> None
     assert found.parameters == 6_738_415_616  # Llama 2 7B
     assert found.memory["optimizer"] == 8 * 6_738_415_616
     with pytest.raises(SystemExit, match=r"needs about [\d,]+ MiB \(optimizer most of all\).*train an adapter"):
-        refuse(dataclasses.replace(found, free=23 * 2**30))
+        dataclasses.replace(found, free=23 * 2**30).refuse()
 
 
 def test_what_fits_is_not_refused(base: Path) -> None:
     found = made(base, params())
-    refuse(dataclasses.replace(found, free=found.needed + 1))
+    dataclasses.replace(found, free=found.needed + 1).refuse()
     with pytest.raises(SystemExit, match="lower per_device_train_batch_size, or set gradient_checkpointing"):
-        refuse(Plan(1, 1, 1, 1, {"program": 9, "activations": 5.0, "weights": 1.0}, "CPU", 3))
+        Plan(1, 1, 1, 1, {"program": 9, "activations": 5.0, "weights": 1.0}, "CPU", 3).refuse()
 
 
 def test_the_machine_has_memory() -> None:
@@ -144,6 +144,16 @@ def test_every_kind_of_adapter_has_the_size_of_the_real_one(base: Path, lora: di
 def test_layers_that_do_not_exist_are_named_without_loading_the_base(base: Path) -> None:
     with pytest.raises(SystemExit, match="the model has no layer query_key_value; it has down_proj"):
         made(base, params(lora={**LORA, "target_modules": ["query_key_value"]}))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "mistral", "qwen2", "qwen3"])
+def test_other_architectures_have_a_plan(kind: str, tmp_path: Path) -> None:
+    base, tokenizer = tmp_path / "base", tiny.tokenizer(tmp_path / "tokenizer")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    CONFIG_MAPPING[kind](**shape).save_pretrained(base)
+    found = make(base, tokenizer, params(), 16, 10)
+    real = train_loop.prepare_model(base, tokenizer, params())
+    assert found.parameters == train_loop.sizes(real)["parameters"] and found.memory["activations"] > 0
 
 
 def test_a_masked_model_has_a_plan(tmp_path: Path) -> None:
