@@ -1,7 +1,8 @@
 """Write the model card of a phase: what it was trained on, how well it does, and the digests that prove it.
 
 Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged
-Writes: reports/PHASE/model_card.md   in the form of a Hugging Face model card
+Writes: reports/PHASE/model_card.md    in the form of a Hugging Face model card
+        reports/PHASE/generations.md   what base and merged model wrote, one under the other
 Params: none
 
 Example of the data table, one line a source:
@@ -109,6 +110,29 @@ def card(phase: str, base: str, rows: list[dict[str, Any]], evaluation: dict[str
     )
 
 
+def generations(phase: str, evaluation: dict[str, Any]) -> str:
+    """Return what base and merged model wrote to the fixed prompts and to held-out questions, as Markdown."""
+    titles = {
+        "base": "base",
+        "answer": "merged",
+        "base_sampled": "base, sampled",
+        "sampled": "merged, sampled",
+        "base_candidates": "base, most probable",
+        "candidates": "merged, most probable",
+        "expected": "expected",
+        "merged": "merged",
+    }
+    lines = [f"# {phase}: what the models write", ""]
+    for row in [*evaluation["answers"], *evaluation["generated"].get("rows", [])]:
+        lines += [f"## {' '.join((row.get('prompt') or row['question']).split())}", ""]
+        for name, title in titles.items():
+            if name in row:
+                text = row[name] if isinstance(row[name], str) else "\n".join(row[name])
+                # Indented, not fenced: a model may write fences.
+                lines += [f"{title}:", "", *(f"    {line}" for line in text.split("\n")), ""]
+    return "\n".join(lines)
+
+
 def main(phase: str) -> None:
     base = read_params(f"phases.{phase}", Phase).base
     inputs = [f"data/{name}/{phase}" for name in ("clean", "dedup", "tokens", "blocks")]
@@ -122,6 +146,7 @@ def main(phase: str) -> None:
         evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
         text = card(phase, base, rows, evaluation, run.digests)
         (folder / "model_card.md").write_text(text, encoding="utf-8")
+        (folder / "generations.md").write_text(generations(phase, evaluation), encoding="utf-8")
         run.count(sources=len(rows), records=sum(row["records"] for row in rows))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from describe_model import card, table
+from describe_model import card, generations, table
 
 ROW: dict[str, Any] = {
     "source": "laws",
@@ -40,3 +40,19 @@ def test_the_card() -> None:
     assert "see [its card](../pretrain/model_card.md)" in text
     assert f"| `models/chat/merged` | `{'ab' * 32}` |" in text
     assert "> Q?" in text and "A." in text
+
+
+def test_what_the_models_wrote_stands_side_by_side() -> None:
+    """Indented, so that a fence or a heading in a text ends nothing; a prompt of two lines is one heading."""
+    answers = [{"prompt": "Q\n1?", "answer": "```\n# A", "base": "B", "sampled": "S", "base_sampled": "T"}]
+    rows = [{"question": "Why?", "expected": "E", "base": "F", "merged": "G"}]
+    text = generations("chat", {"answers": answers, "generated": {"rows": rows}})
+    assert text.startswith(
+        "# chat: what the models write\n\n## Q 1?\n\nbase:\n\n    B\n\nmerged:\n\n    ```\n    # A\n"
+    )
+    assert "base, sampled:\n\n    T\n\nmerged, sampled:\n\n    S\n" in text
+    assert "## Why?\n\nbase:\n\n    F\n\nexpected:\n\n    E\n\nmerged:\n\n    G\n" in text
+    filled = [
+        {"prompt": "a <mask>", "answer": "a b", "base": "a c", "candidates": ["b 0.5"], "base_candidates": ["c 1"]}
+    ]
+    assert "merged, most probable:\n\n    b 0.5\n" in generations("m", {"answers": filled, "generated": {}})

@@ -332,8 +332,9 @@ def test_every_entry_was_observed(items: list[Item], observed: dict[tuple[str, s
 def test_no_folder_has_two_writers(items: list[Item]) -> None:
     """A stage replaces its output folder as a whole, so no other stage writes into or above it."""
     written = [Path(path) for one in items for path in one.outs]
-    written += [Path(path).parent for one in items for path in one.metrics if not path.startswith("metrics/runs/")]
-    written += [Path(parent) for one in items for parent in {os.path.dirname(path) for path in one.plots}]  # noqa: PTH120
+    for one in items:
+        shown = {path for path in one.metrics | one.plots if not path.startswith("metrics/runs/")}
+        written += [Path(parent) for parent in {os.path.dirname(path) for path in shown}]  # noqa: PTH120
     for folder in written:
         assert not any(folder in (other, *other.parents) for other in written if other is not folder), folder
 
