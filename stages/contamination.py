@@ -2,7 +2,7 @@
 
     trained on    "... a generator is a function which returns a generator iterator, it looks like a normal ..."
     held out      "A generator is a function which returns a generator iterator. It looks like a normal one"
-    share         0.94: all but the last of its 17 words lie in runs of 13 words that both have
+    share         0.94: all but the last of its 16 words lie in runs of 13 words that both have
 
 A unit is a word, or a character of a script without spaces (stages/near_duplicates.py); a run has 13 words or 20
 characters, as in decontaminate, and 8 units in a document that is shorter. The share of units that lie in a common run

@@ -1,133 +1,222 @@
-"""evaluate_model: each learned token is predicted once, and bits per byte are what the definition says."""
+"""evaluate_model: what the scores are of, what is compared with what, and what fails a run."""
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import ValidationError
 
-import evaluate_model
+import clean
+import dedup
+import held_out
+import score_report
 import tiny
-import train_loop
-from evaluate_model import Params, negative_log_likelihood, scale, windows
+from conftest import Runner
+from evaluate_model import Params
+from held_out import Document
+from kit import arrow
 from kit.tokenizer import Vocabulary
-from masking import Masking
-from train_model import Params as TrainParams
+from score_report import contaminated, evaluation, missed
+
+PLACE = {"file": "a", "start": 0, "end": 1, "line": 1}
 
 
-@given(st.integers(1, 200), st.integers(2, 50))
-def test_windows_predict_each_token_but_the_first_once(length: int, max_length: int) -> None:
-    predicted = [place for first, last in windows(length, max_length) for place in range(first + 1, last)]
-    assert predicted == list(range(1, length))
-    assert all(last - first <= max_length for first, last in windows(length, max_length))
+def document(source: str, said: str = "abcd") -> Document:
+    return Document(source, np.arange(3), np.ones(3, bool), said, said)
 
 
-def test_the_example_of_the_docstring() -> None:
-    assert windows(10, 4) == [(0, 4), (3, 7), (6, 10)]
+def sums(*rows: tuple[float, int, int, int]) -> np.ndarray:
+    return np.array(rows, float)
 
 
-def test_the_scale() -> None:
-    """Order 0: two bytes, equally often, are one bit each. Random bytes cannot be compressed, repeated ones can."""
-    assert scale(b"ab" * 500)["order0"] == 1.0
-    noise = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8).tobytes()
-    assert 7.9 < scale(noise)["order0"] <= 8.0 < scale(noise)["xz"] < 8.1
-    assert scale(b"law " * 5000)["gzip"] < 0.1
+MODELS = {
+    "base": sums((80, 10, 1, 40), (20, 10, 0, 40), (9, 3, 3, 10)),
+    "trained": sums((40, 10, 3, 40), (10, 10, 4, 40), (12, 3, 1, 10)),
+    "merged": sums((40, 10, 3, 40), (20, 10, 4, 40), (12, 3, 1, 10)),
+}
+DOCUMENTS = [document("laws"), document("cases"), document("novel")]
 
 
-def test_likelihood_is_the_sum_over_learned_tokens(tmp_path: Path) -> None:
-    """Against a plain loop without batches, padding or windows sorted by length."""
-    tiny.tokenizer(tmp_path / "tokenizer")
-    model = train_loop.prepare_model(
-        tiny.base(tmp_path / "base"), tmp_path / "tokenizer", TrainParams(max_steps=1, learning_rate=1)
-    )
-    random = np.random.default_rng(3)
-    documents = [
-        (random.integers(0, 300, length).astype(np.uint16), random.random(length) < share)
-        for length, share in ((1, 1.0), (2, 1.0), (8, 1.0), (9, 0.5), (40, 0.3), (23, 0.0))
-    ]
-    expected = 0.0
-    for ids, marks in documents:
-        for first, last in windows(len(ids), 8):
-            piece = torch.from_numpy(ids[first:last].astype(np.int64))
-            with torch.no_grad():
-                scores = torch.log_softmax(model(input_ids=piece[None]).logits[0], dim=-1)
-            for place in range(1, len(piece)):
-                if marks[first + place]:
-                    expected -= scores[place - 1, piece[place]].item()
-    settings = Params(max_length=8, per_device_eval_batch_size=3)
-    assert negative_log_likelihood(model, documents, settings) == pytest.approx(expected, rel=1e-5)
+def test_the_scores() -> None:
+    """By hand: 60 nats over 20 tokens and 80 bytes, 7 of 20 right; the general text is not among them."""
+    result = evaluation(DOCUMENTS, MODELS, ["novel"], "clm", 200, 0)
+    assert result["merged"] == {
+        "bits_per_byte": pytest.approx(60 / math.log(2) / 80, abs=1e-6),
+        "loss": 3.0,
+        "perplexity": pytest.approx(math.exp(3), abs=1e-6),
+        "token_accuracy": 0.35,
+    }
+    assert result["change"] == {"bits_per_byte": pytest.approx(-40 / math.log(2) / 80, abs=1e-6)}
+    assert result["sources"]["laws"]["merged"] == pytest.approx(1 / math.log(2), abs=1e-6)
+    assert set(result["sources"]) == {"laws", "cases"}
+    assert result["general"]["novel"] == {
+        "base": pytest.approx(0.9 / math.log(2), abs=1e-6),
+        "trained": pytest.approx(1.2 / math.log(2), abs=1e-6),
+        "merged": pytest.approx(1.2 / math.log(2), abs=1e-6),
+    }
 
 
-def test_a_uniform_model_has_the_bits_of_its_vocabulary(tmp_path: Path) -> None:
-    tiny.tokenizer(tmp_path / "tokenizer")
-    settings = TrainParams(max_steps=1, learning_rate=1)
-    model = train_loop.prepare_model(tiny.base(tmp_path / "base"), tmp_path / "tokenizer", settings)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.zero_()
-    ids = np.arange(11, dtype=np.uint16)
-    total = negative_log_likelihood(model, [(ids, np.ones(11, dtype=bool))], Params(max_length=8))
-    assert total == pytest.approx(10 * math.log(300), rel=1e-6)
+def test_intervals_are_of_documents_and_those_of_the_change_are_paired() -> None:
+    """Where each document gains the same, the change has no spread, however much the documents differ."""
+    random = np.random.default_rng(0)
+    base = np.column_stack([random.uniform(1, 100, 30), np.full(30, 10), np.zeros(30), np.full(30, 40)])
+    models = {"base": base, "trained": base, "merged": base - [2, 0, 0, 0]}
+    found = evaluation([document("laws")] * 30, models, [], "clm", 300, 0)["intervals"]
+    low, high = found["base"]["bits_per_byte"]
+    assert high - low > 0.1
+    assert found["change"]["bits_per_byte"] == [round(-0.05 / math.log(2), 6)] * 2
+    assert found["merged"]["token_accuracy"] == [0.0, 0.0]
+
+
+def test_a_document_without_a_predicted_token_changes_nothing() -> None:
+    more = {name: np.vstack([rows, [0, 0, 0, 7]]) for name, rows in MODELS.items()}
+    before = evaluation(DOCUMENTS, MODELS, ["novel"], "clm", 200, 0)
+    assert evaluation([*DOCUMENTS, document("empty")], more, ["novel"], "clm", 200, 0) == before
+    nothing = {name: np.zeros((1, 4)) for name in MODELS}
+    with pytest.raises(ValueError, match="no held-out document has a token to predict"):
+        evaluation([document("laws")], nothing, [], "clm", 200, 0)
+
+
+def test_a_masked_model_has_no_bits_per_byte() -> None:
+    result = evaluation(DOCUMENTS, MODELS, ["novel"], "mlm", 200, 0)
+    assert result["merged"] == {"masked_loss": 3.0, "masked_accuracy": 0.35}
+    assert result["change"] == {"masked_loss": -2.0}
+
+
+def test_scores_with_and_without_contaminated_documents() -> None:
+    shares = np.array([0.1, 0.2, 0.9])
+    found = contaminated(DOCUMENTS, MODELS, shares, 0.2, ["novel"], "clm")
+    assert found["documents"] == [1, 2] and found["share_of_documents"] == 0.5
+    assert found["general"] == ["novel: 1 of 1"]
+    assert [(row["source"], row["share"]) for row in found["worst"]] == [("novel", 0.9), ("cases", 0.2)]
+    assert found["clean"]["base"] == pytest.approx(2 / math.log(2), abs=1e-6)
+    assert "clean" not in contaminated(DOCUMENTS, MODELS, np.ones(3), 0.2, ["novel"], "clm")
+
+
+def test_requirements() -> None:
+    result = {**evaluation(DOCUMENTS, MODELS, ["novel"], "clm", 200, 0), "scale": {"gzip": 3.0}}
+    assert missed(result, ["bits_per_byte < 1.1", "change.bits_per_byte<0", "general.novel.merged <= 1.8"]) is None
+    assert missed(result, ["loss <= 3.0", "token_accuracy>=0.35", "scale.gzip > 2e0"]) is None
+    assert missed(result, ["loss < 4", "loss < 3"]) == "loss is 3.0000 but evaluate_model.require wants `loss < 3`"
+    with pytest.raises(ValueError, match=r"names bits_per_bite, which is no score; there are base\.bits_per_byte"):
+        missed(result, ["bits_per_bite < 3"])
+    for text in ("bits_per_byte 3", "bits_per_byte == 3", "bits_per_byte < low", "< 3"):
+        with pytest.raises(ValidationError, match="is no requirement: write a score"):
+            Params(max_length=8, require=[text])
+
+
+def test_the_plot_has_a_row_for_each_model_and_baseline() -> None:
+    result = evaluation(DOCUMENTS, MODELS, ["novel"], "clm", 200, 0)
+    result |= {"scale": {"gzip": 3.0}, "contamination": {"clean": {"merged": 1.5}}}
+    rows = {name: rest for name, *rest in score_report.rows(result)}
+    assert rows["gzip"] == [3.0, 3.0, 3.0]
+    assert rows["merged"][0] == result["merged"]["bits_per_byte"]
+    assert rows["merged"][1:] == result["intervals"]["merged"]["bits_per_byte"]
+    assert {"merged, laws", "base, novel", "merged, not contaminated"} <= rows.keys()
+
+
+def test_answers_are_scored() -> None:
+    rows = np.array([score_report.of_answer("the cat", "the cat"), score_report.of_answer("", "a dog")])
+    found = score_report.scores(rows, score_report.WRITTEN)
+    assert found["exact_match"] == found["rouge_l"] == 0.5
+    assert 0 < found["chrf"] < 1
 
 
 def test_held_out_text_and_tokens_are_of_the_same_documents(tmp_path: Path) -> None:
     """Of a conversation only what the assistant says counts as bytes, as only that counts as tokens."""
-    import pyarrow as pa
-
-    import clean
-    import dedup
-    from kit import arrow
-
-    place = {"file": "a", "start": 0, "end": 1, "line": 1}
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    rows = [{"doc_id": bytes([n]) * 16, **place, "messages": said} for n in range(3)]
+    rows = [{"doc_id": bytes([n]) * 16, **PLACE, "messages": said} for n in range(3)]
     with arrow.Writer(tmp_path / "clean/chat/documents", clean.CHAT_DOCUMENTS) as out:
         out.write(pa.Table.from_pylist(rows, clean.CHAT_DOCUMENTS))
     splits = [{"doc_id": bytes([n]) * 16, "split": split} for n, split in enumerate(("eval", "dropped", "train"))]
     with arrow.Writer(tmp_path / "dedup/chat", dedup.DECISIONS) as out:
         out.write(pa.Table.from_pylist(splits, dedup.DECISIONS))
-    assert list(evaluate_model.held_out_text(tmp_path / "clean", tmp_path / "dedup", ["chat"])) == ["A"]
+    schema = pa.schema([("split", pa.string()), ("input_ids", pa.list_(pa.uint16())), ("learn", pa.list_(pa.bool_()))])
+    tokens = [
+        {"split": split, "input_ids": [0, n + 5], "learn": [False, True]} for n, split in enumerate(["eval", "train"])
+    ]
+    with arrow.Writer(tmp_path / "tokens/chat", schema) as out:
+        out.write(pa.Table.from_pylist(tokens, schema))
+    folders = [tmp_path / name for name in ("clean", "dedup", "tokens")]
+    (found,) = held_out.held_out(*folders, ["chat"])
+    assert (found.text, found.said, found.conversation) == ("Q\nA", "A", True)
+    assert (found.ids.tolist(), found.learned.tolist()) == ([0, 5], [False, True])
+    assert [batch.to_pylist() for batch in held_out.train_texts(*folders[:2], ["chat"])] == [["Q\nA"]]
+    assert held_out.train_bytes(*folders[:2], ["chat"], 100) == b"A\n"
+    assert held_out.train_bytes(*folders[:2], ["chat"], 1) == b"A"
 
 
-def test_a_masked_model_guesses_each_chosen_token_once(tmp_path: Path) -> None:
-    """Against a plain loop without batches or padding; a model that knows nothing has the loss of its vocabulary."""
-    tokenizer = tiny.masked_tokenizer(tmp_path / "tokenizer")
-    settings = TrainParams(max_steps=1, learning_rate=1, objective="mlm")
-    model = train_loop.prepare_model(tiny.roberta(tmp_path / "base"), tokenizer, settings).eval()
-    random, masking = np.random.default_rng(3), Masking(Vocabulary(tokenizer), 0.3, True, 0)
-    documents = [(random.integers(5, 300, n).astype(np.uint16), np.ones(n, dtype=bool)) for n in (3, 8, 9, 21)]
-    total, right, tokens, number = 0.0, 0, 0, 0
-    for ids, marks in documents:
-        for first in range(0, len(ids), 8):
-            piece, learned = ids[None, first : first + 8].astype(np.int64), marks[None, first : first + 8]
-            inputs, chosen = masking(piece, learned, np.array([number]))
-            with torch.no_grad():
-                scores = torch.log_softmax(model(torch.from_numpy(inputs)).logits[0], dim=-1)
-            for place in np.flatnonzero(chosen[0]):
-                total -= scores[place, piece[0, place]].item()
-                right += int(scores[place].argmax() == piece[0, place])
-                tokens += 1
-            number += 1
-    found = evaluate_model.guesses(model, documents, Params(max_length=8, per_device_eval_batch_size=3), masking)
-    assert found["masked_loss"] == pytest.approx(total / tokens, rel=1e-5)
-    assert found["masked_accuracy"] == pytest.approx(right / tokens, abs=1e-6)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    blind = evaluate_model.guesses(model, documents, Params(max_length=8), masking)
-    assert blind["masked_loss"] == pytest.approx(math.log(Vocabulary(tokenizer).size), rel=1e-5)
+def test_general_texts_hold_no_special_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/benchmarks").mkdir(parents=True)
+    (tmp_path / "data/benchmarks/novel.jsonl").write_text(
+        '{"text": "the fox</s>"}\n\n{"text": "法律"}\n', encoding="utf-8"
+    )
+    vocabulary = Vocabulary(tiny.tokenizer(tmp_path / "tokenizer"))
+    first, second = held_out.general("novel", vocabulary)
+    assert first.ids[0] == second.ids[0] == vocabulary.special_ids["bos_token_id"]
+    assert vocabulary.special_ids["eos_token_id"] not in first.ids
+    assert vocabulary.tokenizer.decode(first.ids[1:]) == "the fox</s>"
+    assert (first.source, first.said, first.learned.tolist()[:2]) == ("novel", "the fox</s>", [False, True])
 
 
-def test_a_masked_model_fills_its_prompts(tmp_path: Path) -> None:
-    tokenizer = tiny.masked_tokenizer(tmp_path / "tokenizer")
-    settings = TrainParams(max_steps=1, learning_rate=1, objective="mlm")
-    model = train_loop.prepare_model(tiny.roberta(tmp_path / "base"), tokenizer, settings)
-    train_loop.save(model, tokenizer, tmp_path / "base", settings, tmp_path / "merged")
-    (row,) = evaluate_model.answers(tmp_path / "merged", Params(max_length=8, prompts=["the <mask> fox"]))
-    assert row["answer"].startswith("the") and row["answer"].endswith("fox")
-    with pytest.raises(ValueError, match="'the fox' of a masked model needs one <mask> to fill in"):
-        evaluate_model.answers(tmp_path / "merged", Params(max_length=8, prompts=["the fox"]))
+def edit(workspace: Path, phase: str, **settings: Any) -> None:
+    """Change the settings of evaluate_model in params.yaml."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    path = workspace / "params.yaml"
+    content = yaml.load(path)
+    content["phases"][phase]["evaluate_model"].update(settings)
+    yaml.dump(content, path)
+
+
+def test_a_requirement_that_is_missed_fails_the_stage_and_leaves_what_was_there(
+    workspace: Path, run_stage: Runner
+) -> None:
+    """The numbers are printed, the exit status is 1, nothing is published; met, the new evaluation is."""
+    path = workspace / "metrics/chat/evaluation.json"
+    before = path.read_bytes(), (workspace / "metrics/chat/scores.csv").read_bytes()
+    limit = arrow.read_json(path)["merged"]["loss"]
+    (workspace / "data/benchmarks/novel.txt").write_text("Call me Ishmael. Some years ago I went to sea.\n河流入海。\n")
+    edit(workspace, "chat", require=["token_accuracy >= 0", f"loss < {limit / 2}"], general=["novel"])
+    failed = run_stage(workspace, "evaluate_model", "chat")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert f"evaluate_model@chat: loss is {limit:.4f} but evaluate_model.require wants `loss < " in failed.stderr
+    assert "merged, novel" in failed.stdout and f"{limit:.4f}" in failed.stdout
+    assert (path.read_bytes(), (workspace / "metrics/chat/scores.csv").read_bytes()) == before
+    edit(workspace, "chat", require=[f"loss < {2 * limit}"])
+    assert run_stage(workspace, "evaluate_model", "chat").returncode == 0
+    found = arrow.read_json(path)
+    assert found["general"]["novel"].keys() == {"base", "trained", "merged"}
+    assert {name: found[name] for name in ("base", "merged")} == {
+        name: json.loads(before[0])[name] for name in ("base", "merged")
+    }, "equal to the last digit, with a general text beside it"
+
+
+def test_what_an_evaluation_holds(finished: Path) -> None:
+    for phase in ("pretrain", "chat"):
+        found = arrow.read_json(finished / f"metrics/{phase}/evaluation.json")
+        assert found["scale"].keys() == {"order0", "gzip", "xz", "ngram"}
+        assert found["merged"].keys() == {"bits_per_byte", "loss", "perplexity", "token_accuracy"}
+        low, high = found["intervals"]["merged"]["bits_per_byte"]
+        assert low <= found["merged"]["bits_per_byte"] <= high
+        assert {"prompt", "answer", "base", "sampled", "base_sampled"} == found["answers"][0].keys()
+        with (finished / f"metrics/{phase}/scores.csv").open(encoding="utf-8") as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+        assert float(rows["merged"]["score"]) == found["merged"]["bits_per_byte"]
+    assert found["generated"]["merged"].keys() == {"exact_match", "rouge_l", "chrf"}
+    assert {"tiny_text", "tiny_notes"} == arrow.read_json(finished / "metrics/pretrain/evaluation.json")[
+        "sources"
+    ].keys()
+    assert "generated" in found and len(found["generated"]["rows"]) > 3
+    assert all(row["expected"].startswith("It is ") for row in found["generated"]["rows"])
+    text = (finished / "reports/chat/generations.md").read_text(encoding="utf-8")
+    assert "## How long is the Rhine?" in text
