@@ -6,7 +6,12 @@ export PYTHONDONTWRITEBYTECODE := 1
 # Two processes, each with whole files: what a file sets up once stays in one of them.
 PYTEST := pytest -n 2 --dist loadfile
 
-.PHONY: repro test test-all check bench setup recipe
+PHASE ?= chat
+PORT ?= 8000
+# Every model is a folder here; without a cache folder the server fails on the list of models.
+SERVE = HF_HUB_OFFLINE=1 HF_HUB_CACHE=.work/hub transformers serve models/$(PHASE)/merged --host 127.0.0.1 --port $(PORT)
+
+.PHONY: repro test test-all check bench setup recipe chat serve serving
 
 repro: setup  ## run every stage that is out of date
 	python stages/check_params.py
@@ -33,6 +38,21 @@ bench: setup  ## measure the budgets
 recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
 	@test -f recipes/$(NAME).yaml || { echo "make recipe NAME=...: one of $(basename $(notdir $(wildcard recipes/*.yaml)))"; exit 1; }
 	cp recipes/$(NAME).yaml params.yaml
+
+chat: serving  ## make chat PHASE=...: talk to a merged model in the terminal; !help lists commands, !exit ends
+	@$(SERVE) --log-level error 2>.work/serve.log & server=$$!; trap "kill $$server" EXIT; \
+		until python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:$(PORT)/health")' 2>/dev/null; do \
+		kill -0 $$server 2>/dev/null || { tail -n 3 .work/serve.log; exit 1; }; sleep 1; done; \
+		transformers chat models/$(PHASE)/merged http://127.0.0.1:$(PORT)/v1
+
+serve: serving  ## make serve PHASE=... PORT=...: an OpenAI-compatible server of a merged model
+	$(SERVE)
+
+serving: setup
+	@test -f models/$(PHASE)/merged/config.json || { echo "there is no models/$(PHASE)/merged; run make repro, or name \
+		another phase: $(patsubst models/%/merged,%,$(wildcard models/*/merged))"; exit 1; }
+	@mkdir -p .work/hub
+	@python -c 'import fastapi, uvicorn' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check '.[serve]'
 
 setup: $(BIN)/.installed
 
