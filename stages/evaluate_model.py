@@ -3,7 +3,8 @@
 Reads:  data/clean/PHASE, data/dedup/PHASE, data/tokens/PHASE, models/PHASE/trained, models/PHASE/merged, the `base`,
         data/benchmarks (the texts of `general`)
 Writes: metrics/PHASE/evaluation.json   base, trained, merged: bits per byte, loss, perplexity, token accuracy;
-                                        change, intervals, sources, contamination, general, generated, answers, scale
+                                        change, intervals, sources, contamination, general, tasks, generated,
+                                        answers, scale
         metrics/PHASE/scores.csv        bits per byte of each model and baseline with its interval, for `dvc plots`
 Params: phases.PHASE.evaluate_model
 
@@ -32,6 +33,7 @@ import baselines
 import compared_models
 import contamination
 import generation
+import harness
 import held_out
 import score_report
 from kit import arrow, stage
@@ -70,6 +72,9 @@ class Params(BaseModel):
     general: list[str] = Field(
         [], description="files in data/benchmarks (.txt, or .jsonl with `text`) that show what was forgotten"
     )
+    lm_eval_tasks: list[str] = Field(
+        [], description="tasks of lm-evaluation-harness (an extra), each in a .yaml file in data/benchmarks"
+    )
     contaminated_share: float = Field(
         0.2, gt=0, le=1, description="share of a document in the training text from which it counts as contaminated"
     )
@@ -100,6 +105,7 @@ def main(phase: str) -> None:
         sums: dict[str, np.ndarray] = {}
         texts: dict[str, dict[str, Any]] = {}
         pseudo: dict[str, float] = {}
+        tasks: dict[str, dict[str, dict[str, float]]] = {}
         for name in run.progress(MODELS, len(MODELS), "models"):
             model = compared_models.load(name, base, models, vocabulary)
             if name == "merged" and compared_models.same_weights(run.files, models / "trained", models / "merged"):
@@ -108,6 +114,9 @@ def main(phase: str) -> None:
                 sums[name] = compared_models.score(model, documents, params, masking)
             if name != "trained":
                 texts[name] = compared_models.written(model, tokenizer, own, params)
+                if params.lm_eval_tasks:
+                    batch_size = params.per_device_eval_batch_size
+                    tasks[name] = harness.scores(model, tokenizer, params.lm_eval_tasks, batch_size)
             if masking and params.pseudo_perplexity_tokens:
                 pseudo[name] = compared_models.pseudo_perplexity(model, own, params, masking)
 
@@ -119,6 +128,7 @@ def main(phase: str) -> None:
         result["contamination"] = score_report.contaminated(documents, sums, shares, limit, params.general, kind)
         result["answers"] = compared_models.answers(params.prompts, texts["base"], texts["merged"])
         result["generated"] = compared_models.answered(texts["base"], texts["merged"], tokenizer, params)
+        result["tasks"] = tasks
         result["scale"] = {}
         if kind == "clm":
             said = "\n".join(one.said for one in own).encode()
