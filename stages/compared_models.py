@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 def load(name: str, base: Path, models: Path, vocabulary: Vocabulary) -> Any:
     """Return base, trained or merged model; trained is its base (4 bits if it was) with the adapter, if it has one."""
-    from kit.model import load_model, start
+    from kit.model import device, load_model, start
 
     start(0)
     size, special = vocabulary.size, vocabulary.special_ids
     about = arrow.read_json(models / "trained/training.json")
+    kind = about.get("objective", "clm")
     if name == "base":
-        kind = about.get("objective", "clm")
-        return load_model(base, size, special, tokenizer=models / "merged", kind=kind)
+        return load_model(base, size, special, tokenizer=models / "merged", kind=kind).to(device())
     if name == "merged" or not (models / "trained/adapter_config.json").is_file():
-        return load_model(models / name, size, special)
+        return load_model(models / name, size, special).to(device())
     from peft import PeftModel
 
-    kind = about.get("objective", "clm")
     model = load_model(base, size, special, about["quantization"], models / "trained", kind)
-    return PeftModel.from_pretrained(model, str(models / "trained"))
+    model = PeftModel.from_pretrained(model, str(models / "trained"))
+    return model if about["quantization"] else model.to(device())
 
 
 def same_weights(files: dict[str, dict[str, str]], left: Path, right: Path) -> bool:

@@ -92,7 +92,7 @@ def write(
                 pad_token_id=pad,
                 **options,
             )
-        answers += [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in found]
+        answers += [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in found.tolist()]
     torch.set_num_threads(threads)
     return answers
 
@@ -114,10 +114,11 @@ def fill(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[str, 
         ids = torch.tensor([tokenizer.encode(prompt)], device=device())
         gap = int((ids[0] == tokenizer.mask_token_id).nonzero())
         with torch.inference_mode():
-            chances, tokens = model(input_ids=ids).logits[0, gap].float().softmax(-1).topk(TOP)
+            best = model(input_ids=ids).logits[0, gap].float().softmax(-1).topk(TOP)
+        chances, tokens = best.values.tolist(), best.indices.tolist()
         ids[0, gap] = tokens[0]
         candidates = [
             f"{tokenizer.decode([token])} {chance:.4f}" for token, chance in zip(tokens, chances, strict=True)
         ]
-        filled.append((tokenizer.decode(ids[0], skip_special_tokens=True), candidates))
+        filled.append((tokenizer.decode(ids[0].tolist(), skip_special_tokens=True), candidates))
     return filled
