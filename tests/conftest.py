@@ -20,7 +20,7 @@ settings.register_profile("terroir", deadline=None)
 settings.load_profile("terroir")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "stages"))
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]  # the second: `import lineage`
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 # `python` of a stage's command is the python that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -1,0 +1,1504 @@
+"""Check that a finished project, or an evidence pack, is what its papers say: from the raw bytes to the model.
+
+    python lineage/verify.py [PHASE] [--root FOLDER] [--json]        exit status 1 when anything is not as it is said
+
+It needs Python and pyarrow, no network and nothing of the project's own code, and trusts neither file times nor
+dvc.lock: every byte of every input and output is read and hashed. Then each artefact is held against the one before:
+
+    dvc.lock, run records, manifests      say the digests of the same bytes; code and params.yaml are those of dvc.lock
+    raw -> ledger                         the records tile their files, each raw_id is the hash of the record's bytes
+    ledger -> documents                   kept rows are the documents, doc_id is the hash of the text; the text is what
+                                          the raw bytes say, where this program can read the format and apply the rules
+    documents -> decisions                one for each, no text kept twice or on both sides, twins are there
+    documents -> marked -> tokens         the segments hold the texts unchanged, the ids decode to the segments
+    tokens -> blocks                      every block rebuilt, all ids, marks and padding compared
+    blocks -> receipts                    what each training step was fed, computed anew from the blocks and the order
+    model                                 tokenizer and base are those that were named; merged follows from trained
+
+It stops where a library would be needed: text of PDF, Word and HTML files, rules of cleaning beyond line ends, Unicode
+forms and white space, chat templates, encoding (ids are decoded instead), masked objectives, the sums of a merge. Each
+place where it stops is listed. The hashes show that files and papers belong together; somebody who may change all of
+them can forge all of them alike, unless digests or signatures are kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+RECORDS = "metrics/runs"
+RULES, BENCHMARKS, EXCLUSIONS = "data/rules", "data/benchmarks", "data/exclusions.txt"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TRAINING_FILES = ("training.json", "receipts.bin", "README.md")  # of models/PHASE/trained alone
+MASK = 2**64 - 1
+
+
+class Finding(NamedTuple):
+    """What one check found: status is ok, FAILED, or stops (not checked from here on)."""
+
+    status: str
+    check: str
+    path: str
+    detail: str
+
+
+class Report:
+    """The findings so far."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def ok(self, check: str, path: str, detail: str = "") -> None:
+        self.findings.append(Finding("ok", check, path, detail))
+
+    def fail(self, check: str, path: str, detail: str) -> None:
+        self.findings.append(Finding("FAILED", check, path, detail))
+
+    def stops(self, check: str, path: str, detail: str) -> None:
+        self.findings.append(Finding("stops", check, path, detail))
+
+    def failed(self, path: str) -> bool:
+        """Return whether something is wrong with this file or folder, or in it."""
+        return any(f.status == "FAILED" and (f.path == path or f.path.startswith(path + "/")) for f in self.findings)
+
+
+class Wrong(Exception):  # noqa: N818 (a finding, no error of this program)
+    """A check that failed, in a sentence."""
+
+
+# --- YAML, as far as params.yaml and dvc.lock use it: block and flow collections, quoted and plain scalars, comments
+
+NUMBER = re.compile(r"[-+]?(\d+|0x[0-9a-fA-F]+|0o[0-7]+)")
+FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "e": "\x1b", "a": "\a", "b": "\b", "v": "\v", "f": "\f"}
+ESCAPES |= {"_": "\xa0", "N": "\x85", "L": "\u2028", "P": "\u2029"}
+
+
+def scalar(text: str) -> Any:
+    """Return a plain scalar of YAML 1.2.
+
+    >>> scalar("1e-4"), scalar("no"), scalar("~")
+    (0.0001, 'no', None)
+    """
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text.lower() in ("true", "false") and text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text.lower() == "true"
+    if NUMBER.fullmatch(text):
+        return int(text.replace("0o", "0o"), 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+    if FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+class Flow:
+    """A reader of one line of YAML: flow collections and scalars."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def value(self, ends: str) -> Any:
+        """Return the value at hand, which a character of `ends` or the end of the text closes."""
+        self.space()
+        sign = self.text[self.at : self.at + 1]
+        if sign == "{":
+            return dict(self.items("}", pairs=True))
+        if sign == "[":
+            return list(self.items("]", pairs=False))
+        if sign in ("'", '"') and sign:
+            return self.quoted(sign)
+        begin = self.at
+        while self.at < len(self.text) and self.text[self.at] not in ends:
+            if ends and self.text[self.at] == ":" and self.text[self.at + 1 : self.at + 2] in ("", " ", *ends):
+                break
+            self.at += 1
+        return scalar(self.text[begin : self.at].strip())
+
+    def items(self, close: str, pairs: bool) -> Iterator[Any]:
+        self.at += 1
+        while True:
+            self.space()
+            if self.at >= len(self.text):
+                raise ValueError(f"`{close}` is missing")
+            if self.text[self.at] == close:
+                self.at += 1
+                return
+            key = self.value(",]}")
+            self.space()
+            if pairs:
+                found = None
+                if self.text[self.at : self.at + 1] == ":":
+                    self.at += 1
+                    found = self.value(",]}")
+                    self.space()
+                yield key, found
+            else:
+                yield key
+            if self.text[self.at : self.at + 1] == ",":
+                self.at += 1
+
+    def quoted(self, quote: str) -> str:
+        self.at += 1
+        parts: list[str] = []
+        while self.at < len(self.text):
+            sign = self.text[self.at]
+            self.at += 1
+            if sign == quote == "'" and self.text[self.at : self.at + 1] == "'":
+                parts.append("'")
+                self.at += 1
+            elif sign == quote:
+                return "".join(parts)
+            elif sign == "\\" and quote == '"':
+                code = self.text[self.at]
+                width = {"x": 2, "u": 4, "U": 8}.get(code, 0)
+                digits = self.text[self.at + 1 : self.at + 1 + width]
+                parts.append(chr(int(digits, 16)) if width else ESCAPES.get(code, code))
+                self.at += 1 + width
+            else:
+                parts.append(sign)
+        raise ValueError(f"a closing {quote} is missing")
+
+    def space(self) -> None:
+        while self.at < len(self.text) and self.text[self.at] in " \t\n":
+            self.at += 1
+
+
+def without_comment(line: str) -> str:
+    """Return a line without the comment at its end.
+
+    >>> without_comment("path: 'a # b'  # c")
+    "path: 'a # b'"
+    """
+    quote = ""
+    for at, sign in enumerate(line):
+        if quote:
+            quote = "" if sign == quote and not (quote == '"' and line[at - 1] == "\\") else quote
+        elif sign in "'\"" and (at == 0 or line[at - 1] in " [{,:"):
+            quote = sign
+        elif sign == "#" and (at == 0 or line[at - 1] in " \t"):
+            return line[:at].rstrip()
+    return line.rstrip()
+
+
+ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")  # some of them end a line, to some readers
+KEY = re.compile(
+    r"""((?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^\s'"\[\]{},#&*!|>%@`-][^#]*?|-[^\s#][^#]*?))\s*:(?:\s+|$)"""
+)
+
+
+class Yaml:
+    """Reads a block of YAML. Raises ValueError naming the line where it is more than this reader knows."""
+
+    def __init__(self, text: str) -> None:
+        lines = enumerate(text.split("\n"), start=1)
+        self.raw = text.split("\n")
+        stripped = [(number, without_comment(line)) for number, line in lines]
+        self.lines = [(number, len(s) - len(s.lstrip(" ")), s.strip()) for number, s in stripped if s.strip()]
+        self.at = 0
+
+    def read(self) -> Any:
+        found = self.block(0) if self.lines else None
+        if self.at < len(self.lines):
+            raise ValueError(f"line {self.lines[self.at][0]} is indented otherwise than the lines before it")
+        return found
+
+    def block(self, indent: int) -> Any:
+        """Return the value whose lines begin at the current one, at least `indent` deep."""
+        number, depth, text = self.lines[self.at]
+        if depth < indent:
+            return None
+        if text == "-" or text.startswith("- "):
+            return self.sequence(depth)
+        if KEY.match(text):
+            return self.mapping(depth)
+        self.at += 1
+        if text[0] not in "[{'\"" and (text[-1] == ":" or ": " in text):
+            raise ValueError(f"line {number}: a key that is not read here")
+        return self.inline(text, depth - 1, number)
+
+    def sequence(self, depth: int) -> list[Any]:
+        found = []
+        while self.at < len(self.lines):
+            number, here, text = self.lines[self.at]
+            if here != depth or not (text == "-" or text.startswith("- ")):
+                break
+            rest = text[1:].lstrip()
+            if rest:
+                # What stands behind the dash is a block of its own, as deep as its first character.
+                self.lines[self.at] = (number, depth + len(text) - len(rest), rest)
+            else:
+                self.at += 1
+            found.append(self.block(depth + 1) if self.at < len(self.lines) else None)
+        return found
+
+    def mapping(self, depth: int) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        while self.at < len(self.lines):
+            number, here, text = self.lines[self.at]
+            match = KEY.match(text) if here == depth else None
+            if not match:
+                break
+            key = Flow(match[1]).value("")
+            if key in found:
+                raise ValueError(f"line {number}: the key {key} stands there twice")
+            rest = text[match.end() :]
+            self.at += 1
+            if rest:
+                found[key] = self.inline(rest, depth, number)
+                continue
+            dash = self.at < len(self.lines) and self.lines[self.at][2][:2] in ("-", "- ")
+            deeper = self.at < len(self.lines) and self.lines[self.at][1] >= depth + (0 if dash else 1)
+            found[key] = self.block(depth if dash else depth + 1) if deeper else None
+        return found
+
+    def inline(self, text: str, depth: int, number: int) -> Any:
+        """Return the value that begins behind a key, with the deeper lines that go on with it."""
+        if text[0] in "&*!?%@`" or ODD.search(self.raw[number - 1]):
+            raise ValueError(f"line {number}: anchors, tags, odd keys and invisible characters are not read here")
+        if text[0] in "|>":
+            return self.literal(text, depth, number)
+        while self.at < len(self.lines) and self.lines[self.at][1] > depth:
+            # A double-quoted line that ends with a backslash goes on without a space.
+            text = text[:-1] if text.endswith("\\") and text[0] == '"' else text + " "
+            text += self.lines[self.at][2].removeprefix("\\")
+            self.at += 1
+        if text[0] not in "[{'\"":
+            if ": " in text or text.endswith(":"):
+                raise ValueError(f"line {number}: a colon that is not read here")
+            return scalar(text)
+        flow = Flow(text)
+        found = flow.value(",]}")
+        if flow.text[flow.at :].strip():
+            raise ValueError(f"line {number}: {flow.text[flow.at :].strip()[:20]!r} stands behind the value")
+        return found
+
+    def literal(self, text: str, depth: int, number: int) -> str:
+        taken: list[str] = []
+        while self.at < len(self.lines) and self.lines[self.at][1] > depth:
+            self.at += 1
+        last = self.lines[self.at - 1][0]
+        taken = self.raw[number:last]
+        width = min(len(line) - len(line.lstrip(" ")) for line in taken if line.strip())
+        joined = ("\n" if text[0] == "|" else " ").join(line[width:] for line in taken)
+        return joined if text[1:2] == "-" else joined + "\n"
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file says."""
+    try:
+        return Yaml(path.read_text(encoding="utf-8")).read()
+    except (ValueError, IndexError, RecursionError) as error:
+        raise Wrong(f"cannot be read: {error}") from None
+
+
+# --- Digests
+
+
+class Digests:
+    """SHA-256, MD5 and size of files, each read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.known: dict[str, tuple[str, str, int]] = {}
+        self.bytes = 0
+
+    def read(self, paths: list[str]) -> None:
+        """Read all files below these paths."""
+        new = sorted({file for path in paths for file in self.files(path)} - self.known.keys())
+        with ThreadPoolExecutor(8) as pool:
+            for name, found in zip(new, pool.map(self._read, new), strict=True):
+                self.known[name] = found
+                self.bytes += found[2]
+
+    def _read(self, name: str) -> tuple[str, str, int]:
+        sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+        with (self.root / name).open("rb") as file:
+            while block := file.read(2**20):
+                sha256.update(block)
+                md5.update(block)
+                size += len(block)
+        return sha256.hexdigest(), md5.hexdigest(), size
+
+    def files(self, path: str) -> list[str]:
+        """Return the files at or below a path, in the order of its run record."""
+        if (self.root / path).is_file():
+            return [path]
+        found = [p.relative_to(self.root) for p in (self.root / path).rglob("*") if p.is_file()]
+        kept = [p for p in found if not any(part == "__pycache__" or part.startswith(".tmp-") for part in p.parts)]
+        return [p.as_posix() for p in sorted(kept, key=lambda p: p.parts)]
+
+    def sha256(self, path: str) -> str:
+        """Return the digest of a file or folder as run records say it."""
+        if (self.root / path).is_file():
+            return self.known[path][0]
+        pairs = [[file[len(path) + 1 :], self.known[file][0]] for file in self.files(path)]
+        return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def md5(self, path: str) -> dict[str, Any]:
+        """Return what dvc.lock says of a file or folder."""
+        if (self.root / path).is_file():
+            return {"hash": "md5", "md5": self.known[path][1], "size": self.known[path][2]}
+        files = self.files(path)
+        listing = [{"md5": self.known[file][1], "relpath": file[len(path) + 1 :]} for file in files]
+        listing.sort(key=lambda entry: entry["relpath"])
+        digest = hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+        size = sum(self.known[file][2] for file in files)
+        return {"hash": "md5", "md5": f"{digest}.dir", "size": size, "nfiles": len(files)}
+
+
+# --- The project, as dvc.lock describes it
+
+
+class Stage(NamedTuple):
+    """One entry of dvc.lock."""
+
+    name: str
+    item: str
+    cmd: str
+    deps: dict[str, dict[str, Any]]
+    outs: dict[str, dict[str, Any]]
+    params: dict[str, Any]
+
+    @property
+    def inputs(self) -> list[str]:
+        """What it reads that is not code."""
+        return [path for path in self.deps if not path.startswith("stages/")]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The values of its one group of params.yaml."""
+        return next((value or {} for value in self.params.values()), {})
+
+
+def read_lock(root: Path) -> dict[str, Stage]:
+    """Return the stages of dvc.lock by name. Raises Wrong where it is not what DVC writes."""
+    content = read_yaml(root / "dvc.lock")
+    if not isinstance(content, dict) or content.get("schema") != "2.0" or not isinstance(content.get("stages"), dict):
+        raise Wrong("is not a dvc.lock of schema 2.0")
+    found = {}
+    for full, entry in content["stages"].items():
+        if not isinstance(entry, dict) or entry.keys() - {"cmd", "deps", "params", "outs"}:
+            raise Wrong(f"{full}: {sorted(entry)} are not the keys of a stage")
+        sides = []
+        for side in ("deps", "outs"):
+            paths = {}
+            for one in entry.get(side) or []:
+                if not isinstance(one, dict) or one.keys() - {"path", "hash", "md5", "size", "nfiles", "isexec"}:
+                    raise Wrong(f"{full}: {one} is no entry of {side}")
+                paths[str(one["path"])] = {key: value for key, value in one.items() if key not in ("path", "isexec")}
+            sides.append(paths)
+        name, _, item = full.partition("@")
+        given = (entry.get("params") or {}).get("params.yaml") or {}
+        found[full] = Stage(name, item, str(entry.get("cmd")), sides[0], sides[1], given)
+    return found
+
+
+class Source(NamedTuple):
+    """A source with its place in the pipeline."""
+
+    name: str
+    phase: str
+    raw: str
+    params: dict[str, Any]
+    about: dict[str, Any]
+
+    def folder(self, kind: str) -> str:
+        tail = {"documents": "/documents", "ledger": "/ledger"}.get(kind, "")
+        return f"data/{'clean' if tail else kind}/{self.phase}/{self.name}{tail}"
+
+
+class Project:
+    """What is to be checked: the stages of dvc.lock, all or those that a phase rests on."""
+
+    def __init__(self, root: Path, phase: str | None) -> None:
+        self.root = root
+        lock = read_lock(root)
+        self.all = lock
+        phases = [stage.item for stage in lock.values() if stage.name == "dedup"]
+        if phase is not None and phase not in phases:
+            raise SystemExit(f"dvc.lock has no phase {phase}; it has {', '.join(sorted(phases)) or 'none'}.")
+        self.stages = lock if phase is None else self._below(lock, phase)
+        self.whole = phase is None
+        self.phases = sorted(stage.item for stage in self.stages.values() if stage.name == "dedup")
+        self.digests = Digests(root)
+
+    @staticmethod
+    def _below(lock: dict[str, Stage], phase: str) -> dict[str, Stage]:
+        def makes(stage: Stage, path: str) -> bool:
+            return any(out == path or path.startswith(out + "/") or out.startswith(path + "/") for out in stage.outs)
+
+        chosen = {name for name, stage in lock.items() if stage.item == phase and stage.name != "clean"}
+        waiting = list(chosen)
+        while waiting:
+            for path in lock[waiting.pop()].inputs:
+                new = [name for name, stage in lock.items() if name not in chosen and makes(stage, path)]
+                chosen.update(new)
+                waiting += new
+        return {name: stage for name, stage in lock.items() if name in chosen}
+
+    def sources(self, phase: str) -> list[Source]:
+        """Return the sources of a phase, by name."""
+        found = []
+        for stage in self.stages.values():
+            out = next((path for path in stage.outs if path.startswith(f"data/clean/{phase}/")), None)
+            if stage.name == "clean" and out:
+                raw = next(path for path in stage.inputs if path != RULES)
+                about = json.loads((self.root / out / "source.json").read_text(encoding="utf-8"))
+                found.append(Source(stage.item, phase, raw, stage.group, about))
+        return sorted(found, key=lambda source: source.name)
+
+    def group(self, stage: str, item: str) -> dict[str, Any]:
+        """Return the parameters of a stage as dvc.lock has them."""
+        found = self.stages.get(f"{stage}@{item}")
+        return found.group if found else {}
+
+    def batches(self, folder: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the batches of an Arrow folder; every value is checked to lie where its offsets say."""
+        for shard in self.manifest(folder)["shards"]:
+            with pa.OSFile(str(self.root / folder / shard["name"])) as file, pa.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    batch.validate(full=True)
+                    yield batch.select(columns) if columns else batch
+
+    def manifest(self, folder: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.root / folder / "manifest.json").read_text(encoding="utf-8"))
+        return found
+
+
+# --- Papers against bytes
+
+
+def check_lock(project: Project, report: Report) -> None:
+    """dvc.lock names the bytes that lie there, for inputs, code and outputs."""
+    said: dict[str, dict[str, Any]] = {}
+    wrong: dict[str, tuple[str, list[str]]] = {}
+    for name, stage in project.stages.items():
+        expected = f"exec python stages/{stage.name}.py{' ' * bool(stage.item)}{stage.item}"
+        if stage.cmd != expected:
+            report.fail("dvc.lock", "dvc.lock", f"{name}: the command is `{stage.cmd}`, not `{expected}`")
+        for path, entry in {**stage.deps, **stage.outs}.items():
+            if said.setdefault(path, entry) != entry:
+                report.fail("dvc.lock", path, f"dvc.lock has another digest of it at {name} than at a stage before")
+            if not (project.root / path).exists():
+                wrong.setdefault(path, ("it is not there", []))[1].append(name)
+            elif (found := project.digests.md5(path)) != entry:
+                wrong.setdefault(path, (_differing(entry, found), []))[1].append(name)
+    for path, (what, names) in wrong.items():
+        entry = said[path]
+        for file in inside(project, path, str(entry.get("md5"))):
+            report.fail("dvc.lock", file, f"it is another file than DVC has listed for {path}")
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        report.fail("dvc.lock", path, f"{what}, as dvc.lock says at {names[0]}{others}")
+    intact = [name for name, stage in project.stages.items() if not wrong.keys() & {*stage.deps, *stage.outs}]
+    for name in intact:
+        report.ok(
+            "dvc.lock", name, f"{len(project.stages[name].deps)} inputs, {len(project.stages[name].outs)} outputs"
+        )
+
+
+def inside(project: Project, folder: str, md5: str) -> list[str]:
+    """Return the files of a folder that are not those of DVC's listing of it, where the cache holds that listing."""
+    listing = project.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    if not md5.endswith(".dir") or not listing.is_file() or not (project.root / folder).is_dir():
+        return []
+    content = listing.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
+        return []
+    said = {f"{folder}/{entry['relpath']}": entry["md5"] for entry in json.loads(content)}
+    found = {file: project.digests.known[file][1] for file in project.digests.files(folder)}
+    return sorted(file for file in said.keys() | found.keys() if said.get(file) != found.get(file))
+
+
+def _differing(said: dict[str, Any], found: dict[str, Any]) -> str:
+    key = next(key for key in ("hash", "md5", "size", "nfiles") if said.get(key) != found.get(key))
+    return f"its {key} is {found.get(key)} and not {said.get(key)}"
+
+
+def check_params(project: Project, report: Report) -> None:
+    """The values in dvc.lock are those of params.yaml."""
+    try:
+        params = read_yaml(project.root / "params.yaml")
+    except (Wrong, OSError) as error:
+        report.stops("params.yaml", "params.yaml", f"{error}; its values are not compared with dvc.lock")
+        return
+    wrong = 0
+    for name, stage in project.stages.items():
+        for key, value in stage.params.items():
+            group: Any = params
+            for part in key.split("."):
+                group = group.get(part) if isinstance(group, dict) else None
+            if group != value:
+                wrong += 1
+                report.fail("params.yaml", "params.yaml", f"{key} is not what dvc.lock says at {name}")
+    if not wrong:
+        report.ok("params.yaml", "params.yaml", "its values are those of dvc.lock")
+
+
+def check_records(project: Project, report: Report) -> None:
+    """Run records name the digests of the bytes and of the code, and the inputs that dvc.lock names."""
+    for name, stage in project.stages.items():
+        if stage.name == "check_params":
+            continue
+        path = f"{RECORDS}/{name}.json"
+        try:
+            record = json.loads((project.root / path).read_text(encoding="utf-8"))
+            sides = {side: dict(line.rsplit(" sha256:", 1) for line in record[side]) for side in ("inputs", "outputs")}
+            code = record["code"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            report.fail("run record", path, f"it cannot be read ({error})")
+            continue
+        before = len(report.findings)
+        for side, paths in sides.items():
+            for each, digest in paths.items():
+                if not (project.root / each).exists():
+                    report.fail("run record", each, f"{path} names it among its {side} but it is not there")
+                elif project.digests.sha256(each) != digest:
+                    report.fail("run record", each, f"its bytes are not those of {path}")
+        if set(sides["inputs"]) != set(stage.inputs):
+            odd = sorted(set(sides["inputs"]) ^ set(stage.inputs))
+            report.fail("run record", path, f"it and dvc.lock name other inputs: {', '.join(odd)}")
+        files = sorted((p for p in stage.deps if p.startswith("stages/")), key=lambda p: p.split("/"))
+        if any(report.failed(file) for file in files):
+            report.stops("run record", path, "the code that it names is not here to be compared")
+        else:
+            pairs = [[file.removeprefix("stages/"), project.digests.sha256(file)] for file in files]
+            if code != [f"sha256:{hashlib.sha256(json.dumps(pairs).encode()).hexdigest()}"]:
+                report.fail("run record", path, "it was written by other code than dvc.lock names")
+        if len(report.findings) == before:
+            report.ok("run record", name, f"{len(sides['inputs'])} inputs, {len(sides['outputs'])} outputs")
+
+
+def check_manifests(project: Project, report: Report) -> None:
+    """Each Arrow folder of the pipeline holds the shards, rows and columns of its manifest, and nothing else."""
+    outs = {out for stage in project.stages.values() for out in stage.outs if out.startswith("data/")}
+    outs = {out for out in outs if not out.startswith("data/raw")}
+    files = [file for out in outs for file in project.digests.files(out)]
+    folders = sorted({file.rsplit("/", 1)[0] for file in files if file.endswith((".arrow", "manifest.json"))})
+    for folder in folders:
+        try:
+            _check_manifest(project, folder)
+            report.ok("manifest", folder, f"{project.manifest(folder)['counts']['rows']:,} rows")
+        except Wrong as error:
+            report.fail("manifest", folder, str(error))
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            report.fail("manifest", folder, f"it cannot be read ({_short(error)})")
+
+
+def _check_manifest(project: Project, folder: str) -> None:
+    content = project.manifest(folder)
+    text = (project.root / folder / "manifest.json").read_text(encoding="utf-8")
+    if text != json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n":
+        raise Wrong("manifest.json is not in the form in which it is written: it was edited")
+    names = [shard["name"] for shard in content["shards"]]
+    expected = {f"{folder}/{name}" for name in (*names, "manifest.json", "state.json", "dataset_info.json")}
+    if odd := set(project.digests.files(folder)) ^ expected:
+        raise Wrong(f"{sorted(odd)[0]} is not there, or not in its manifest")
+    rows = 0
+    for shard in content["shards"]:
+        if project.digests.known[f"{folder}/{shard['name']}"][0] != shard["sha256"]:
+            raise Wrong(f"{shard['name']} is not the file that manifest.json names")
+        with pa.OSFile(str(project.root / folder / shard["name"])) as file, pa.ipc.open_stream(file) as stream:
+            if {field.name: str(field.type) for field in stream.schema} != content["schema"]:
+                raise Wrong(f"{shard['name']} has other columns than manifest.json says")
+            found = sum(batch.num_rows for batch in stream)
+        if found != shard["rows"]:
+            raise Wrong(f"{shard['name']} has {found} rows, manifest.json says {shard['rows']}")
+        rows += found
+    if content["counts"]["rows"] != rows:
+        raise Wrong(f"its shards have {rows} rows, manifest.json counts {content['counts']['rows']}")
+    state = json.loads((project.root / folder / "state.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    if state.get("_fingerprint") != digest or [f["filename"] for f in state["_data_files"]] != names:
+        raise Wrong("state.json is not that of manifest.json")
+    if (project.root / folder / "dataset_info.json").read_text() != "{}\n":
+        raise Wrong("dataset_info.json is not empty")
+
+
+def check_strangers(project: Project, report: Report) -> None:
+    """No folder of the pipeline holds what no stage has written."""
+    outs = {out for stage in project.all.values() for out in (*stage.outs, *stage.deps)}
+    for top in ("data/clean", "data/dedup", "data/marked", "data/tokens", "data/blocks", "models", RECORDS):
+        for file in project.digests.files(top):
+            if not any(file == out or file.startswith(out + "/") for out in outs) and "/configs/" not in file:
+                report.fail("dvc.lock", file, "no stage of dvc.lock has written it")
+
+
+# --- raw -> ledger -> documents
+
+
+def raw_files(project: Project, source: Source) -> dict[str, Path]:
+    """Return the files of a source by the name that the ledger gives them."""
+    root = project.root / source.raw
+    is_arrow = source.about["format"] == "arrow"
+    if root.is_file() or (is_arrow and (root / "state.json").is_file()):
+        return {root.name: root}
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        inside = any(name.startswith(known + "/") for known in found)
+        if (is_arrow and (path / "state.json").is_file()) or (path.is_file() and not inside):
+            found[name] = path
+    return found
+
+
+def opened(path: Path) -> Any:
+    """Return a file to be read, decompressed."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    return pa.input_stream(str(path), compression=compression) if compression else path.open("rb")
+
+
+def check_raw(project: Project, source: Source, report: Report) -> None:
+    """Every record of the raw files stands in the ledger, with the hash of its bytes; kept ones are the documents."""
+    folder = source.folder("ledger")
+    tiled, table = source.about["unit"] == "line", source.about["format"] in ("parquet", "arrow")
+    replay = Replay(source)
+    rows: Counter[str] = Counter()
+    documents = _rows(project.batches(source.folder("documents")))
+    files, last, rebuilt = raw_files(project, source), "", 0
+    for file, ledger in groupby(_rows(project.batches(folder)), key=lambda row: row["file"]):
+        path = files.get(file)
+        if path is None or file <= last:
+            raise Wrong(f"it names {file}, which " + ("stands there twice" if path else f"is not in {source.raw}"))
+        last = file
+        rows["files"] += 1
+        at, handle = 0, opened(path) if tiled else None
+        values = _table_rows(path, source) if table else None
+        for row in ledger:
+            raw, problem = None, ""
+            if handle:
+                raw = handle.read(max(row["end"] - at, 0)) if row["start"] == at else b""
+                if row["start"] != at or at + len(raw) != row["end"]:
+                    problem = f"ends at byte {at + len(raw)}, {folder} has a record at {row['start']} to {row['end']}"
+                at = row["end"]
+            elif values is not None and row["rule"] != "unreadable":
+                raw = next(values, b"")
+            if raw is not None and not problem and hashlib.sha256(raw).digest()[:16] != row["raw_id"]:
+                problem = f"{source.about['unit']} {row['number']} is not the record whose raw_id {folder} holds"
+            if problem:
+                where = source.raw if path.name == Path(source.raw).name else f"{source.raw}/{file}"
+                report.fail("raw -> ledger", where, problem)
+                raw = handle = values = None  # one finding for a file
+            rows["records"] += 1
+            if (row["doc_id"] is None) == (row["rule"] is None):
+                raise Wrong(f"{file}:{row['number']} is neither kept nor dropped, or both")
+            rows["changed"] += row["changes"] is not None
+            if row["rule"] is not None:
+                rows[f"dropped_{row['rule']}"] += 1
+                rows["dropped"] += 1
+                continue
+            rows["kept"] += 1
+            rebuilt += replay.document(row, raw, next(documents, None))
+        if handle and handle.read(1):
+            report.fail("raw -> ledger", f"{source.raw}/{file}", f"it goes on after its last record, at byte {at}")
+        rows["bytes"] += sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+    if next(documents, None):
+        raise Wrong("there are more documents than kept records")
+    _counts(project, source, rows)
+    report.ok(
+        "raw -> ledger", folder, f"{rows['records']:,} records of {rows['files']:,} files, {rows['bytes']:,} bytes"
+    )
+    if not (tiled or table):
+        report.stops("raw -> ledger", folder, f"records of {source.about['format']} files are not read anew")
+    report.ok("ledger -> documents", source.folder("documents"), f"{rows['kept']:,} documents, text and identity")
+    if replay.left:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(replay.left.items()))
+        report.stops("raw -> documents", source.folder("documents"), f"not rebuilt from raw bytes: {why}")
+    if rebuilt:
+        report.ok("raw -> documents", source.folder("documents"), f"{rebuilt:,} texts rebuilt from raw bytes")
+
+
+def _counts(project: Project, source: Source, rows: Counter[str]) -> None:
+    manifest = dict(project.manifest(source.folder("ledger"))["counts"])
+    found = {name: count for name, count in rows.items() if name.startswith("dropped_")}
+    if manifest != {"rows": rows["records"], "kept": rows["kept"], **found}:
+        raise Wrong(f"its manifest counts {manifest}, its rows say {dict(rows)}")
+    for name in ("records", "kept", "dropped", "files", "bytes", "changed"):
+        if source.about[name] != rows[name]:
+            raise Wrong(f"source.json says {source.about[name]} {name}, there are {rows[name]}")
+
+
+def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for begin in range(0, batch.num_rows, 64):
+            yield from batch.slice(begin, 64).to_pylist()
+
+
+NAMES = {
+    "text": ("text",),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations", "system"),
+    "prompt_completion": ("prompt", "completion"),
+}
+CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
+
+
+def _table_rows(path: Path, source: Source) -> Iterator[bytes]:
+    """Yield the bytes that stand for each row of a Parquet or Arrow file: JSON of the columns that are read."""
+    columns = source.params.get("columns") or {}
+    wanted = [columns.get(name, name) for name in NAMES[source.about["record"]]]
+    for batch in _table_batches(path, source.about["format"]):
+        chosen = batch.select([name for name in wanted if name in batch.schema.names])
+        for row in _rows(iter([chosen])):
+            yield CANONICAL(row).encode("utf-8", "surrogatepass")
+
+
+def _table_batches(path: Path, kind: str) -> Iterator[pa.RecordBatch]:
+    if path.is_dir():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for item in state["_data_files"]:
+            yield from _table_batches(path / item["filename"], kind)
+        return
+    with opened(path) as handle:
+        file = pa.BufferReader(handle.read()) if path.suffix.lower() in COMPRESSIONS else pa.memory_map(str(path))
+    if kind == "parquet":
+        from pyarrow import parquet
+
+        yield from parquet.ParquetFile(file).iter_batches(256)
+        return
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+
+
+SPACES = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+RULES_HERE = {"newlines", "nfc", "nfkc", "nfd", "whitespace"}
+
+
+class Replay:
+    """Makes documents of raw bytes anew, for the formats and rules that the standard library can follow."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.format, self.record = source, source.about["format"], source.about["record"]
+        self.codec = source.about["encoding"]
+        rules = source.params.get("rules") or ["newlines", "control_characters", "nfc", "whitespace", "length"]
+        self.rules = [rule if isinstance(rule, dict) else {"rule": rule} for rule in rules]
+        self.columns = source.params.get("columns") or {}
+        self.left: Counter[str] = Counter()
+        self.header: list[str] = []
+        self.by_line = source.params.get("sample_by") == "line"
+
+    def document(self, row: dict[str, Any], raw: bytes | None, document: dict[str, Any] | None) -> bool:
+        """Check the document of a kept row; return whether it was also rebuilt from `raw`."""
+        where = f"{row['file']}:{row['number']}"
+        if document is None:
+            raise Wrong(f"{where} is kept but there is no document of it")
+        for name in ("doc_id", "file", "start", "end", "number"):
+            if document[name] != row[name]:
+                raise Wrong(f"{where}: the document in its place has another {name}")
+        content = document["text"] if "text" in document else document["messages"]
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
+        if hashlib.sha256(text.encode("utf-8")).digest()[:16] != row["doc_id"]:
+            raise Wrong(f"{where}: the document's text is not the one that its doc_id names")
+        parts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        if sum(map(len, parts)) != row["n_chars"]:
+            raise Wrong(f"{where}: the ledger says {row['n_chars']} characters, the document has others")
+        if raw is None:
+            self.left["of which the raw bytes are not read here"] += 1
+            return False
+        changed = {part.rsplit(" ", 1)[0] for part in (row["changes"] or "").split(", ") if part}
+        if beyond := changed - RULES_HERE - {"byte_order_mark"}:
+            self.left[f"changed by {', '.join(sorted(beyond))}"] += 1
+            return False
+        if self.source.params.get("fill"):
+            self.left["with `fill`"] += 1
+            return False
+        found = self.content(raw, row["start"] in (0, None))
+        if found is None:
+            self.left[f"of format {self.format}, record {self.record}"] += 1
+            return False
+        if [self.apply(part, changed) for part in found] != parts:
+            raise Wrong(f"{where}: the document is not what the raw bytes say")
+        return True
+
+    def content(self, raw: bytes, is_first: bool) -> list[str] | None:
+        """Return the texts that the bytes of a record hold, None where this program does not know."""
+        if self.format in ("parquet", "arrow"):
+            return self.texts(json.loads(raw.decode("utf-8", "surrogatepass")))
+        if self.codec == "utf-16" or self.format == "html":
+            return None
+        text = raw.decode(self.codec)
+        text = text.removeprefix("\ufeff") if is_first else text
+        if self.format == "text":
+            return [text.rstrip("\r\n") if self.by_line else text]
+        if self.format in ("csv", "tsv"):
+            lines = csv.reader(
+                io.StringIO(text, newline=""), delimiter="\t" if self.format == "tsv" else ",", strict=True
+            )
+            rows = list(lines)
+            self.header = rows[0] if is_first else self.header
+            fields = rows[-1]
+            return self.texts(dict(zip(self.header, fields, strict=True))) if fields else [""]
+        if not text.strip():
+            return [""]
+        begin = text.index("{")
+        return self.texts(json.JSONDecoder().raw_decode(text, begin)[0])
+
+    def texts(self, row: dict[str, Any]) -> list[str] | None:
+        """Return the contents of a row in their order."""
+
+        def field(name: str) -> Any:
+            return row.get(self.columns.get(name, name))
+
+        if self.record == "text":
+            return [field("text")]
+        if self.record == "alpaca" and not field("history"):
+            question = f"{field('instruction')}\n{field('input') or ''}".strip()
+            return [*([field("system")] if field("system") else []), question, field("output")]
+        if self.record == "prompt_completion" and isinstance(field("prompt"), str):
+            return [field("prompt"), field("completion")]
+        turns, key = (field("messages"), "content") if self.record == "messages" else (field("conversations"), "value")
+        if not isinstance(turns, list) or not all(turn.keys() <= {"role", "from", key} for turn in turns):
+            return None
+        system = [field("system")] if self.record == "sharegpt" and field("system") else []
+        texts = [*system, *(turn[key] for turn in turns)]
+        return texts if all(isinstance(text, str) for text in texts) else None
+
+    def apply(self, text: str, changed: set[str]) -> str:
+        """Return the text after the rules that changed the record."""
+        for rule in self.rules:
+            name = rule["rule"]
+            if name not in changed:
+                continue
+            if name == "newlines":
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            elif name == "whitespace":
+                most = "\n" * (int(rule.get("max_blank_lines", 2)) + 1)
+                text = re.sub(most + "\n+", most, "\n".join(line.rstrip(SPACES) for line in text.split("\n")))
+            else:
+                text = unicodedata.normalize(name.upper(), text)
+        return text
+
+
+# --- documents -> decisions
+
+
+def check_decisions(project: Project, phase: str, sources: list[Source], report: Report) -> None:
+    """Each document has one decision; nothing is kept twice, on both sides, or although it is excluded."""
+    params = project.group("dedup", phase)
+    fraction, seed = float(params.get("eval_fraction", 0.05)), int(params.get("seed", 0))
+    lines = (project.root / EXCLUSIONS).read_text(encoding="utf-8-sig").splitlines()
+    excluded = {text for line in lines if (text := line.split("#", 1)[0].strip().lower())}
+    kept: dict[bytes, str] = {}
+    twins: list[tuple[str, dict[str, Any]]] = []
+    rows_of: dict[str, int] = {}
+    outside = 0
+    for source in sources:
+        folder, counts = source.folder("dedup"), Counter[str]()
+        documents = _rows(project.batches(source.folder("documents"), ["doc_id"]))
+        for number, row in enumerate(_rows(project.batches(folder))):
+            document = next(documents, None)
+            where = f"{source.name}/{number}"
+            if document is None or document["doc_id"] != row["doc_id"]:
+                raise Wrong(f"{where} decides about another document than the one that stands there")
+            counts[row["split"]] += 1
+            if (row["split"] == "dropped") != (row["rule"] is not None) or row["split"] not in (
+                "train",
+                "eval",
+                "dropped",
+            ):
+                raise Wrong(f"{where} is {row['split']} with the rule {row['rule']}")
+            if row["split"] == "dropped":
+                if row["twin"] is not None:
+                    twins.append((where, row))
+                continue
+            if row["doc_id"].hex() in excluded:
+                raise Wrong(f"{where} is kept although {EXCLUSIONS} names it")
+            if row["doc_id"] in kept:
+                raise Wrong(f"{where} is kept although {kept[row['doc_id']]} has the same text")
+            kept[row["doc_id"]] = where
+            key = hashlib.sha256(seed.to_bytes(8, "little") + row["doc_id"]).digest()[:7]
+            outside += ((int.from_bytes(key, "little") >> 3) / 2**53 < fraction) != (row["split"] == "eval")
+        if next(documents, None):
+            raise Wrong(f"{source.name} has more documents than decisions")
+        rows_of[source.name] = counts.total()
+        manifest = project.manifest(folder)["counts"]
+        if manifest != {"rows": counts.total(), **{name: counts[name] for name in ("train", "eval", "dropped")}}:
+            raise Wrong(f"the manifest of {folder} counts {manifest}, its rows say {dict(counts)}")
+    by_place = {place: identity for identity, place in kept.items()}
+    for where, row in twins:
+        if row["twin"] not in by_place:
+            raise Wrong(f"{where} was dropped for {row['twin']}, which is not kept")
+        if row["rule"] == "exact_duplicate" and by_place[row["twin"]] != row["doc_id"]:
+            raise Wrong(f"{where} was dropped as equal to {row['twin']}, which has another text")
+    folder = f"data/dedup/{phase}"
+    report.ok("documents -> decisions", folder, f"{sum(rows_of.values()):,} documents, {len(kept):,} kept, each once")
+    if params.get("near_duplicates") is not None or "near_duplicates" in params:
+        report.stops(
+            "documents -> decisions", folder, "near duplicates and the split of their clusters are not searched"
+        )
+    elif outside > 1:  # one may stand in for an empty split
+        raise Wrong(f"{outside} documents are on another side of the split than seed and eval_fraction say")
+
+
+# --- documents -> marked -> tokens
+
+
+class Tokenizer:
+    """The pieces of a byte-level tokenizer, as bytes; special ones behind a byte that UTF-8 does not know."""
+
+    def __init__(self, folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.special = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        roles = {role: settings.get(role) for role in ("bos_token", "eos_token", "pad_token")}
+        self.roles = {r: t["content"] if isinstance(t, dict) else t for r, t in roles.items() if t}
+        self.pieces: pa.Array | None = None
+        kinds = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+        if "ByteLevel" not in kinds or content.get("normalizer") or content["model"].get("type") != "BPE":
+            return
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        alphabet = {chr(byte): byte for byte in printable}
+        alphabet |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
+        pieces: dict[int, bytes] = {}
+        for text, number in content["model"]["vocab"].items():
+            pieces[number] = bytes(alphabet[s] for s in text) if all(s in alphabet for s in text) else text.encode()
+        for token in content["added_tokens"]:
+            pieces[token["id"]] = b"\xff" * token["special"] + token["content"].encode()
+        self.pieces = pa.array([pieces.get(number, b"\xff?") for number in range(max(pieces) + 1)], pa.large_binary())
+
+    def id(self, role: str) -> int:
+        """Return the id of eos_token or pad_token; a tokenizer without the latter pads with the former."""
+        return int(self.special[self.roles.get(role) or self.roles["eos_token"]])
+
+
+def check_marked(project: Project, source: Source, tokenizer: Tokenizer, report: Report) -> None:
+    """The segments hold the kept documents, in order and unchanged, and the ids decode to the segments."""
+    marked, tokens = source.folder("marked"), source.folder("tokens")
+    kept = _kept(project, source)
+    ids = _slices(project.batches(tokens))
+    counts: Counter[str] = Counter()
+    for batch in project.batches(marked):
+        for begin in range(0, batch.num_rows, 256):
+            part = batch.slice(begin, 256)
+            _same_text(source, part, [next(kept, None) for _ in range(part.num_rows)], tokenizer)
+            counts["rows"] += part.num_rows
+            counts["characters"] += pc.sum(pc.utf8_length(part["segments"].flatten().field("text"))).as_py() or 0
+            encoded = ids(part.num_rows)
+            for name in ("doc_id", "split"):
+                if not part[name].equals(encoded[name]):
+                    raise Wrong(f"{tokens} holds other documents than {marked}, near row {counts['rows']}")
+            _same_tokens(source, part["segments"], encoded, tokenizer, counts["rows"] - part.num_rows)
+            lengths = pc.list_value_length(encoded["input_ids"])
+            for split in ("train", "eval"):
+                chosen = lengths.filter(pc.equal(encoded["split"], split))
+                counts[split] += pc.sum(chosen).as_py() or 0
+            learned = encoded["learn"].flatten() if "learn" in encoded.schema.names else None
+            counts["learned"] += (pc.sum(lengths) if learned is None else pc.sum(learned)).as_py() or 0
+    if next(kept, None):
+        raise Wrong(f"{marked} lacks documents that {source.folder('dedup')} keeps")
+    if ids(1).num_rows:
+        raise Wrong(f"{tokens} holds more documents than {marked}")
+    for folder, names in ((marked, ("rows", "characters")), (tokens, ("rows", "train", "eval", "learned"))):
+        manifest = project.manifest(folder)["counts"]
+        if manifest != {name: counts[name] for name in names}:
+            raise Wrong(f"the manifest of {folder} counts {manifest}, its rows say {dict(counts)}")
+    report.ok("documents -> marked", marked, f"{counts['rows']:,} documents, unchanged between their special tokens")
+    if source.about["record"] != "text":
+        report.stops("documents -> marked", marked, "the chat template's own words are not rendered anew")
+    total = f"{counts['train'] + counts['eval']:,} tokens"
+    if tokenizer.pieces is None:
+        report.stops("marked -> tokens", tokens, f"{total}: only byte-level tokenizers are decoded here")
+    else:
+        report.ok("marked -> tokens", tokens, f"{total} decode to the text of their documents")
+
+
+def _kept(project: Project, source: Source) -> Iterator[dict[str, Any]]:
+    decisions = _rows(project.batches(source.folder("dedup"), ["split"]))
+    for document in _rows(project.batches(source.folder("documents"))):
+        split = next(decisions)["split"]
+        if split != "dropped":
+            yield {**document, "split": split}
+
+
+def _slices(batches: Iterator[pa.RecordBatch]) -> Callable[[int], pa.RecordBatch]:
+    """Return a function that gives the next n rows, fewer at the end, as one batch."""
+    waiting: list[pa.RecordBatch] = []
+
+    def take(rows: int) -> pa.RecordBatch:
+        while sum(batch.num_rows for batch in waiting) < rows and (batch := next(batches, None)) is not None:
+            waiting.append(batch)
+        if not waiting:
+            return pa.RecordBatch.from_arrays([], names=[])
+        whole = pa.concat_batches(waiting) if len(waiting) > 1 else waiting[0]
+        waiting[:] = [whole.slice(rows)] if whole.num_rows > rows else []
+        return whole.slice(0, rows)
+
+    return take
+
+
+def _same_text(
+    source: Source, part: pa.RecordBatch, documents: list[dict[str, Any] | None], tokenizer: Tokenizer
+) -> None:
+    for row, document in zip(part.to_pylist(), documents, strict=True):
+        if document is None or document["doc_id"] != row["doc_id"] or document["split"] != row["split"]:
+            raise Wrong(f"{source.folder('marked')} holds other documents than {source.folder('dedup')} keeps")
+        where = f"{source.folder('marked')}: document {row['doc_id'].hex()}"
+        for segment in row["segments"]:
+            if segment["special"] and segment["text"] not in tokenizer.special:
+                raise Wrong(f"{where} has the special segment {segment['text']!r}, which is no special token")
+        plain = [segment for segment in row["segments"] if not segment["special"]]
+        if row["segments"][-1]["text"] != tokenizer.roles.get("eos_token"):
+            tail = "".join(s["text"] for s in row["segments"][-2:])
+            if tokenizer.roles.get("eos_token", "") not in tail:
+                raise Wrong(f"{where} does not end with the end token")
+        if "text" in document:
+            if [segment["text"] for segment in plain] != [document["text"]]:
+                raise Wrong(f"{where} has another text than in {source.folder('documents')}")
+            continue
+        whole, at = "".join(segment["text"] for segment in plain), 0
+        for message in document["messages"]:
+            found = whole.find(message["content"], at)
+            if found < 0:
+                raise Wrong(f"{where} lacks the words of {message['role']}")
+            at = found + len(message["content"])
+        answers = "".join(m["content"] for m in document["messages"] if m["role"] == "assistant")
+        if "".join(segment["text"] for segment in plain if segment["learn"]) != answers:
+            raise Wrong(f"{where} learns other words than those of the assistant")
+
+
+def _same_tokens(
+    source: Source, segments: pa.ListArray, encoded: pa.RecordBatch, tokenizer: Tokenizer, row: int
+) -> None:
+    """Raise unless each document's ids decode to its segments, and the learned ones to the learned segments."""
+    if tokenizer.pieces is None or not encoded.num_rows:
+        return
+    flat, ids = segments.flatten(), encoded["input_ids"].flatten()
+    text = flat.field("text").cast(pa.large_binary())
+    mark = pa.array([b"", b"\xff"], pa.large_binary()).take(flat.field("special").cast(pa.int8()))
+    said = pc.binary_join_element_wise(mark, text, pa.scalar(b"", pa.large_binary()))
+    learned = (
+        [None, flat.field("learn")],
+        [None, encoded["learn"].flatten() if "learn" in encoded.schema.names else None],
+    )
+    offsets = [segments.offsets.to_pylist(), encoded["input_ids"].offsets.to_pylist()]
+    offsets = [[at - side[0] for at in side] for side in offsets]
+    pieces = tokenizer.pieces.take(ids.cast(pa.int64()))
+    for said_mask, id_mask in zip(*learned, strict=True):
+        sides = []
+        for values, mask, ends in ((said, said_mask, offsets[0]), (pieces, id_mask, offsets[1])):
+            if mask is not None:
+                empty = pa.scalar(b"", pa.large_binary())
+                values = pc.if_else(mask, values, empty)
+            lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), values)
+            sides.append(pc.binary_join(lists, pa.scalar(b"", pa.large_binary())))
+        if not sides[0].equals(sides[1]):
+            bad = pc.index(pc.equal(*sides), False).as_py()
+            identity = encoded["doc_id"][bad].as_py().hex()
+            raise Wrong(
+                f"{source.folder('tokens')} row {row + bad}, document {identity}: its ids decode to another text"
+            )
+
+
+# --- tokens -> blocks
+
+
+class Document(NamedTuple):
+    """A document's turn in the stream of a split."""
+
+    turn: int
+    ids: pa.Array
+    learn: pa.Array
+
+
+def stream(project: Project, sources: list[Source], split: str, weights: dict[str, float]) -> Iterator[list[Document]]:
+    """Yield the documents of a split in the order in which they are grouped, some at a time."""
+    turn = 0
+    while shown := [source for source in sources if weights.get(source.name, 1.0) > turn]:
+        for source in shown:
+            weight = weights.get(source.name, 1.0)
+            for batch in project.batches(source.folder("tokens")):
+                rows = []
+                for row, (name, identity) in enumerate(zip(batch["split"], batch["doc_id"], strict=True)):
+                    point = int.from_bytes(identity.as_py()[8:], "little") / 2.0**64
+                    if name.as_py() == split and int(weight) + (point < weight % 1) > turn:
+                        rows.append(row)
+                ids, offsets = batch["input_ids"].flatten(), batch["input_ids"].offsets.to_pylist()
+                learn = batch["learn"].flatten() if "learn" in batch.schema.names else None
+                first = offsets[0]
+                found = []
+                for row in rows:
+                    begin, size = offsets[row] - first, offsets[row + 1] - offsets[row]
+                    marks = learn.slice(begin, size) if learn is not None else pa.array([True] * size, pa.bool_())
+                    found.append(Document(turn, ids.slice(begin, size), marks))
+                yield found
+        turn += 1
+
+
+def check_blocks(project: Project, phase: str, sources: list[Source], tokenizer: Tokenizer, report: Report) -> None:
+    """Every block holds the tokens that the documents give, in the order and layout that the parameters say."""
+    folder = f"data/blocks/{phase}"
+    grouping = json.loads((project.root / folder / "grouping.json").read_text(encoding="utf-8"))
+    params = project.group("group_blocks", phase)
+    for name, value in params.items():
+        if grouping.get(name) != value:
+            raise Wrong(f"{folder}/grouping.json says {name} {grouping.get(name)}, dvc.lock says {value}")
+    pad, eos = tokenizer.id("pad_token"), tokenizer.id("eos_token")
+    for split in ("train", "eval"):
+        weights = grouping["weights"] if split == "train" else {}
+        documents = stream(project, sources, split, weights)
+        made = (_concat if grouping["mode"] == "concat" else _packed)(documents, grouping, pad, eos)
+        counts = _compare(project, f"{folder}/{split}", made, grouping)
+        manifest = project.manifest(f"{folder}/{split}")["counts"]
+        shown = sum(one["tokens"] for one in grouping[split].values())
+        if manifest["tokens"] != counts["tokens"] or manifest["tokens"] + manifest["dropped_tokens"] != shown:
+            raise Wrong(f"{folder}/{split}: its counts of tokens do not add up to those of its documents")
+        text = f"{counts['blocks']:,} blocks rebuilt, {counts['tokens']:,} tokens"
+        report.ok("tokens -> blocks", f"{folder}/{split}", text)
+
+
+def _concat(
+    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int, eos: int
+) -> Iterator[tuple[pa.Array, pa.Array, None, int]]:
+    """Yield blocks of one stream: ids, marks, no starts, tokens that are no padding."""
+    size, waiting, length = grouping["block_size"], [], 0
+    for some in documents:
+        waiting += [(one.ids, one.learn) for one in some]
+        length += sum(len(one.ids) for one in some)
+        if length >= size:
+            ids, learn = (pa.concat_arrays(list(side)) for side in zip(*waiting, strict=True))
+            whole = length - length % size
+            for at in range(0, whole, size):
+                yield ids.slice(at, size), learn.slice(at, size), None, size
+            waiting, length = [(ids.slice(whole), learn.slice(whole))], length - whole
+    if length and grouping["last_block"] == "pad":
+        ids, learn = (pa.concat_arrays(list(side)) for side in zip(*waiting, strict=True))
+        yield *_filled(ids, learn, size, pad), None, length
+
+
+def _filled(ids: pa.Array, learn: pa.Array, size: int, pad: int) -> tuple[pa.Array, pa.Array]:
+    left = size - len(ids)
+    return (
+        pa.concat_arrays([ids, pa.array([pad] * left, ids.type)]),
+        pa.concat_arrays([learn, pa.array([False] * left, pa.bool_())]),
+    )
+
+
+def _packed(
+    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int, eos: int
+) -> Iterator[tuple[pa.Array, pa.Array, list[int], int]]:
+    """Yield blocks of whole documents: ids, marks, where pieces begin and padding does, tokens."""
+    size, rule = grouping["block_size"], grouping["long_documents"]
+    most = max(2**21, 256 * size)
+
+    def windows() -> Iterator[list[Document]]:
+        window: list[Document] = []
+        length = 0
+        for some in documents:
+            for one in some:
+                if rule == "drop" and len(one.ids) > size:
+                    continue
+                if window and window[0].turn != one.turn:
+                    yield window
+                    window, length = [], 0
+                window.append(one)
+                length += len(one.ids)
+                if length >= most:
+                    yield window
+                    window, length = [], 0
+        if window:
+            yield window
+
+    for window in windows():
+        if rule == "truncate":
+            end = [pa.array([eos], window[0].ids.type)]
+            window = [
+                one._replace(ids=pa.concat_arrays([one.ids.slice(0, size - 1), *end]), learn=one.learn.slice(0, size))
+                if len(one.ids) > size
+                else one
+                for one in window
+            ]
+        pieces = [
+            (n, at, min(size, len(one.ids) - at)) for n, one in enumerate(window) for at in range(0, len(one.ids), size)
+        ]
+        for block in _layout([length for *_, length in pieces], size, grouping["mode"]):
+            chosen = [(window[n], at, length) for n, at, length in (pieces[place] for place in block)]
+            ids = pa.concat_arrays([one.ids.slice(at, length) for one, at, length in chosen])
+            learn = pa.concat_arrays([one.learn.slice(at, length) for one, at, length in chosen])
+            starts = [0]
+            for *_, length in chosen:
+                starts.append(starts[-1] + length)
+            yield *_filled(ids, learn, size, pad), starts, len(ids)
+
+
+def _layout(lengths: list[int], size: int, mode: str) -> list[list[int]]:
+    """Return the pieces of each block: best-fit decreasing, blocks in the order of their first piece."""
+    if mode == "line":
+        return [[piece] for piece in range(len(lengths))]
+    spaces: list[list[int]] = [[] for _ in range(size + 1)]
+    blocks: list[list[int]] = []
+    bits = 0
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        length = lengths[piece]
+        if fitting := bits >> length:
+            space = length + (fitting & -fitting).bit_length() - 1
+            block = spaces[space].pop()
+            if not spaces[space]:
+                bits ^= 1 << space
+        else:
+            space, block = size, len(blocks)
+            blocks.append([])
+        blocks[block].append(piece)
+        if space > length:
+            spaces[space - length].append(block)
+            bits |= 1 << (space - length)
+    return sorted(sorted(block) for block in blocks)
+
+
+def _compare(project: Project, folder: str, made: Iterator[Any], grouping: dict[str, Any]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    size = grouping["block_size"]
+    for batch in project.batches(folder):
+        ids = batch["input_ids"].flatten()
+        learn = batch["learn"].flatten() if "learn" in batch.schema.names else None
+        starts = batch["starts"].to_pylist() if "starts" in batch.schema.names else None
+        for row in range(batch.num_rows):
+            expected = next(made, None)
+            where = f"block {counts['blocks']}"
+            if expected is None:
+                raise Wrong(f"{folder}: there is no text for {where} and those after it")
+            own_ids, own_learn, own_starts, tokens = expected
+            if not ids.slice(row * size, size).equals(own_ids):
+                raise Wrong(f"{folder}: {where} holds other tokens than the documents give")
+            if learn is not None and not learn.slice(row * size, size).equals(own_learn):
+                raise Wrong(f"{folder}: {where} has other marks of what is learned than the documents give")
+            if starts is not None and starts[row] != own_starts:
+                raise Wrong(f"{folder}: {where} says other beginnings of documents than there are")
+            counts["blocks"] += 1
+            counts["tokens"] += tokens
+    if next(made, None) is not None:
+        raise Wrong(f"{folder}: blocks are missing at the end")
+    return counts
+
+
+# --- blocks -> receipts -> model
+
+
+def mix(value: int) -> int:
+    """Return 64 well-mixed bits: the finaliser of SplitMix64."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def block_at(position: int, blocks: int, seed: int) -> int:
+    """Return which block the training shows at a place of the endless stream of epochs: a Feistel network."""
+    half = max(1, ((blocks - 1).bit_length() + 1) // 2)
+    epoch, place = divmod(position, blocks)
+    base = mix(mix(seed) ^ epoch)
+    while True:
+        left, right = place >> half, place & ((1 << half) - 1)
+        for number in range(8):
+            left, right = right, left ^ (mix(mix(base + number) ^ right) & ((1 << half) - 1))
+        place = left << half | right
+        if place < blocks:
+            return place
+
+
+def check_receipts(project: Project, phase: str, report: Report) -> None:
+    """Each receipt of the training is that of the blocks that the order shows at its step."""
+    path, folder = f"models/{phase}/trained/receipts.bin", f"data/blocks/{phase}/train"
+    params = project.group("train_model", phase)
+    receipts = (project.root / path).read_bytes()
+    record = json.loads((project.root / f"{RECORDS}/train_model@{phase}.json").read_text(encoding="utf-8"))
+    steps, size = len(receipts) // 16, int(params.get("global_batch_size", 16))
+    if len(receipts) % 16 or steps != record["counts"][0]["steps"]:
+        raise Wrong(f"{path} has {len(receipts)} bytes, 16 for each of {record['counts'][0]['steps']} steps are due")
+    if params.get("objective", "clm") != "clm":
+        report.stops("blocks -> receipts", path, "what a masked model was shown is not drawn anew here")
+        return
+    manifest = project.manifest(folder)["counts"]
+    table = pa.Table.from_batches(project.batches(folder))
+    length = table.schema.field("input_ids").type.list_size
+    ids = table["input_ids"].combine_chunks()
+    learn = table["learn"].combine_chunks() if "learn" in table.schema.names else None
+    starts = table["starts"].combine_chunks() if "starts" in table.schema.names else None
+    known: dict[int, bytes] = {}
+    for step in range(steps):
+        shown = [block_at(step * size + place, len(ids), int(params.get("seed", 0))) for place in range(size)]
+        for block in set(shown) - known.keys():
+            seen = ids[block].values.cast(pa.int32())
+            filled = starts[block].values[-1].as_py() if starts is not None else manifest["tokens"] - block * length
+            labels = seen.slice(0, max(0, min(filled, length))).to_pylist()
+            labels += [-100] * (length - len(labels))
+            if learn is not None:
+                labels = [a if b else -100 for a, b in zip(labels, learn[block].values.to_pylist(), strict=True)]
+            content = b"".join(_int32(values) for values in (seen.to_pylist(), labels))
+            known[block] = hashlib.sha256(block.to_bytes(8, "little") + content).digest()[:16]
+        fed = b"".join(known[block] for block in shown)
+        if hashlib.sha256((step + 1).to_bytes(8, "little") + fed).digest()[:16] != receipts[16 * step : 16 * step + 16]:
+            raise Wrong(
+                f"{path}: the receipt of step {step + 1} is not that of blocks {', '.join(map(str, shown[:4]))} ..."
+            )
+    seen_share = min(steps * size / len(ids), 1.0)
+    report.ok(
+        "blocks -> receipts", path, f"{steps:,} steps of {size} blocks ({seen_share:.0%} of the blocks were shown)"
+    )
+
+
+def _int32(values: list[int]) -> bytes:
+    return b"".join(value.to_bytes(4, "little", signed=True) for value in values)
+
+
+def check_model(project: Project, phase: str, report: Report) -> None:
+    """The model carries the tokenizer of its phase; its base is the one that was named; merged follows from trained."""
+    trained, merged = f"models/{phase}/trained", f"models/{phase}/merged"
+    sha256 = project.digests.sha256
+    for file in project.digests.files(f"models/tokenizers/{phase}"):
+        name = file.rsplit("/", 1)[1]
+        for folder in (trained, merged):
+            here = f"{folder}/{name}"
+            if not (project.root / here).is_file() or sha256(here) != sha256(file):
+                raise Wrong(f"{here} is not the {name} of models/tokenizers/{phase}")
+    about = json.loads((project.root / trained / "training.json").read_text(encoding="utf-8"))
+    stage = project.stages[f"train_model@{phase}"]
+    if about["base"] not in stage.deps:
+        raise Wrong(f"{trained}/training.json names the base {about['base']}, dvc.lock another one")
+    adapter = (project.root / trained / "adapter_config.json").is_file()
+    names = {file.rsplit("/", 1)[1] for file in project.digests.files(trained)} - set(TRAINING_FILES)
+    for name in sorted(
+        n for n in names if not n.startswith("adapter_") and not (adapter and n == "generation_config.json")
+    ):
+        if not (project.root / merged / name).is_file() or sha256(f"{merged}/{name}") != sha256(f"{trained}/{name}"):
+            raise Wrong(f"{merged}/{name} is not that of {trained}")
+    report.ok(
+        "trained -> merged", merged, "tokenizer and files of the training" if adapter else "the files of the training"
+    )
+    if adapter:
+        report.stops(
+            "trained -> merged", merged, "base + adapter is not added up anew; merge_lora compares their logits"
+        )
+    if about["base"].startswith("models/base/"):
+        report.stops("base", about["base"], "lineage horizon: what this model was trained on is its publisher's word")
+
+
+# --- All of it
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def attempt(report: Report, check: str, path: str, needs: list[str], work: Callable[..., Any], *about: Any) -> Any:
+    """Return what one check returns; what rests on bytes that are not those of the papers is not even tried."""
+    if broken := [need for need in needs if report.failed(need)]:
+        report.stops(check, path, f"{broken[0]} is not what its papers say")
+        return None
+    try:
+        return work(*about)
+    except Wrong as error:
+        report.fail(check, path, str(error))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, pa.ArrowException) as error:
+        report.fail(check, path, f"it cannot be read as it should be ({type(error).__name__}: {_short(error)})")
+    return None
+
+
+def verify(root: Path, phase: str | None = None) -> Report:
+    """Return what all checks found. Raises SystemExit when `root` is no finished project."""
+    report = Report()
+    if not (root / "dvc.lock").is_file():
+        raise SystemExit(f"{root} has no dvc.lock: run this in a project that `dvc repro` has finished, or in a pack.")
+    try:
+        project = Project(root, phase)
+    except Wrong as error:
+        report.fail("dvc.lock", "dvc.lock", str(error))
+        return report
+    paths = {path for stage in project.stages.values() for path in (*stage.deps, *stage.outs)}
+    paths |= {f"{RECORDS}/{name}.json" for name in project.stages if name != "check_params"}
+    project.digests.read(sorted(path for path in paths if (root / path).exists()))
+    check_lock(project, report)
+    check_params(project, report)
+    check_records(project, report)
+    check_manifests(project, report)
+    if project.whole:
+        check_strangers(project, report)
+    for name in project.phases:
+        _check_phase(project, name, report)
+    return report
+
+
+def _check_phase(project: Project, phase: str, report: Report) -> None:
+    clean, decisions, tokens, blocks = (f"data/{kind}/{phase}" for kind in ("clean", "dedup", "tokens", "blocks"))
+    trained, merged, at = f"models/{phase}/trained", f"models/{phase}/merged", f"models/tokenizers/{phase}"
+    sources = attempt(report, "sources", clean, [], project.sources, phase) or []
+    for source in sources:
+        needs = [source.folder("ledger"), source.folder("documents")]
+        attempt(report, "raw -> documents", needs[0], needs, check_raw, project, source, report)
+    if sources and f"dedup@{phase}" in project.stages:
+        needs = [clean, decisions, EXCLUSIONS]
+        attempt(report, "documents -> decisions", decisions, needs, check_decisions, project, phase, sources, report)
+    if (project.root / at).is_dir() and (
+        tokenizer := attempt(report, "tokenizer", at, [at], Tokenizer, project.root / at)
+    ):
+        for source in sources:
+            needs = [source.folder(kind) for kind in ("documents", "dedup", "marked", "tokens")]
+            attempt(report, "documents -> tokens", needs[3], needs, check_marked, project, source, tokenizer, report)
+        attempt(
+            report,
+            "tokens -> blocks",
+            blocks,
+            [tokens, blocks],
+            check_blocks,
+            project,
+            phase,
+            sources,
+            tokenizer,
+            report,
+        )
+    if f"train_model@{phase}" in project.stages:
+        attempt(
+            report, "blocks -> receipts", trained, [f"{blocks}/train", trained], check_receipts, project, phase, report
+        )
+    if f"merge_lora@{phase}" in project.stages:
+        attempt(report, "trained -> merged", merged, [trained, merged, at], check_model, project, phase, report)
+
+
+def show(report: Report, read: int = 0) -> str:
+    """Return the findings as lines of text: what failed first, papers that are right summed up."""
+    lines = []
+    papers = Counter(f.check for f in report.findings if f.status == "ok")
+    for check in ("dvc.lock", "run record", "manifest"):
+        lines.append(f"ok      {check:23} {papers[check]} agree with the bytes")
+    for finding in report.findings:
+        if finding.status != "ok" or finding.check not in ("dvc.lock", "run record", "manifest"):
+            lines.append(f"{finding.status:7} {finding.check:23} {finding.path}: {finding.detail}")
+    lines.sort(key=lambda line: not line.startswith("FAILED"))
+    failed = sum(f.status == "FAILED" for f in report.findings)
+    stops = sum(f.status == "stops" for f in report.findings)
+    verdict = f"{failed} FAILED" if failed else "all that was checked is as it is said"
+    return "\n".join([*lines, f"{verdict}; {len(report.findings)} checks, {stops} places where it stops"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", nargs="?", help="check only what this phase rests on")
+    parser.add_argument("--root", type=Path, default=Path(), help="the project or pack (default: this folder)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    given = parser.parse_args()
+    report = verify(given.root, given.phase)
+    if given.json:
+        print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
+    else:
+        print(show(report))
+    sys.exit(any(finding.status == "FAILED" for finding in report.findings))
+
+
+if __name__ == "__main__":
+    main()

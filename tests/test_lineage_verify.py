@@ -1,0 +1,408 @@
+"""`lineage verify`: whatever is altered between raw bytes and model is found and named, papers rewritten or not."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lineage import verify
+from ruamel.yaml import YAML
+
+from conftest import ROOT
+from kit import arrow
+
+STRUCTURE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished tiny project; each test puts back what it has altered."""
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("verify") / "project", symlinks=True))
+
+
+@pytest.fixture
+def altered(project: Path) -> Iterator[Path]:
+    """The project, to be edited: all small files are put back afterwards."""
+    files = {path: path.read_bytes() for path in project.rglob("*") if path.is_file() and ".dvc" not in path.parts}
+    yield project
+    for path in project.rglob("*"):
+        if path.is_file() and ".dvc" not in path.parts and path not in files:
+            path.unlink()
+    for path, content in files.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def failures(root: Path, phase: str | None = None) -> dict[str, str]:
+    """Return what failed, by path."""
+    return {f.path: f"{f.check}: {f.detail}" for f in verify.verify(root, phase).findings if f.status == "FAILED"}
+
+
+def kinds(root: Path) -> dict[str, Path]:
+    """Return one file of each kind: equal paths but for the names of phase and source."""
+    found: dict[str, Path] = {}
+    names = {"pretrain", "chat", "tiny_text", "tiny_notes", "tiny_qa"}
+    for top in ("data", "models", "metrics", "plots", "reports", "stages", "params.yaml", "dvc.lock"):
+        for path in sorted((root / top).rglob("*") if (root / top).is_dir() else [root / top]):
+            parts = path.relative_to(root).parts
+            used = parts[:2] != ("models", "configs") or parts[2:3] == ("tiny",)  # others are of no model here
+            if path.is_file() and path.stat().st_size and "__pycache__" not in parts and path.suffix and used:
+                kind = "/".join("*" if part in names else part for part in parts if parts[1:2] != ("raw",))
+                kind = kind or "raw" + path.suffix
+                kind = "metrics/runs/" + path.name.split("@")[0] if parts[:2] == ("metrics", "runs") else kind
+                found.setdefault("stages/*.py" if parts[0] == "stages" else kind, path)
+    return found
+
+
+def test_a_finished_project_is_right_as_a_whole_and_phase_by_phase(project: Path) -> None:
+    for phase in (None, "pretrain", "chat"):
+        report = verify.verify(project, phase)
+        assert not [f for f in report.findings if f.status == "FAILED"]
+        assert {"raw -> documents", "marked -> tokens", "tokens -> blocks", "blocks -> receipts"} <= {
+            f.check for f in report.findings if f.status == "ok"
+        }
+    # chat goes on from pretrain, so both are checked; pretrain knows nothing of chat.
+    assert not any("chat" in f.path for f in verify.verify(project, "pretrain").findings)
+
+
+def test_one_flipped_bit_in_any_kind_of_artefact_is_named_though_its_time_is_restored(project: Path) -> None:
+    chosen = kinds(project)
+    assert len(chosen) > 50
+    missed = []
+    for kind, path in chosen.items():
+        content, times = path.read_bytes(), path.stat()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        path.write_bytes(flipped)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        name = path.relative_to(project).as_posix()
+        if not any(name == found or name.startswith(found + "/") for found in failures(project)):
+            missed.append(kind)
+        path.write_bytes(content)
+    assert not missed
+
+
+def test_a_flipped_bit_in_a_raw_file_is_named_with_its_line(altered: Path) -> None:
+    path = altered / "data/raw/tiny_qa/qa.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[6] = lines[6].replace(b"long", b"lonf")
+    path.write_bytes(b"\n".join(lines))
+    found = failures(altered)
+    assert "line 7 is not the record" in found["data/raw/tiny_qa/qa.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "path"),
+    [
+        (("md5: ", "md5: 0"), "named"),
+        (("size: ", "size: 1"), "named"),
+        (("stages/clean.py tiny_qa", "stages/clean.py tiny_qb"), "dvc.lock"),
+        (("seed: 0", "seed: 1"), "params.yaml"),
+        (
+            ("    - path: stages/kit/memo.py\n      hash: md5\n", "    - path: stages/kit/nemo.py\n      hash: md5\n"),
+            "named",
+        ),
+        (("schema: '2.0'", "schema: '1.0'"), "dvc.lock"),
+        (("  dedup@chat:", "  dedup@chatt:"), "named"),
+    ],
+)
+def test_a_hand_edited_dvc_lock_is_found(altered: Path, edit: tuple[str, str], path: str) -> None:
+    lock = altered / "dvc.lock"
+    text = lock.read_text()
+    assert edit[0] in text
+    lock.write_text(text.replace(*edit, 1))
+    found = failures(altered)
+    assert found
+    assert path == "named" or any(path.startswith(name) for name in found)
+
+
+def test_a_stage_or_an_input_taken_out_of_dvc_lock_is_found(altered: Path) -> None:
+    lock = altered / "dvc.lock"
+    text = lock.read_text()
+    begin = text.index("  evaluate_model@chat:")
+    end = text.index("\n  ", text.index("    outs:", begin) + 10)
+    while text[end + 3] == " ":
+        end = text.index("\n  ", end + 1)
+    lock.write_text(text[:begin] + text[end + 1 :])
+    assert "metrics/runs/evaluate_model@chat.json" in failures(altered)
+
+    begin = text.index("    - path: data/exclusions.txt")
+    lock.write_text(text[:begin] + text[text.index("    - path", begin + 10) :])
+    assert "other inputs: data/exclusions.txt" in str(failures(altered))
+
+
+def test_a_hand_edited_manifest_is_found(altered: Path) -> None:
+    path = altered / "data/tokens/chat/tiny_qa/manifest.json"
+    content = json.loads(path.read_text())
+    content["counts"]["train"] += 1
+    arrow.write_json(path, content)
+    assert "data/tokens/chat/tiny_qa" in failures(altered)
+
+
+def test_swapped_inputs_are_found(altered: Path) -> None:
+    first, second = (altered / f"data/raw/tiny_text/0{number}.txt" for number in (1, 2))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    assert {"data/raw/tiny_text/01.txt", "data/raw/tiny_text/02.txt"} <= failures(altered).keys()
+
+
+def test_a_stranger_among_the_outputs_is_found(altered: Path) -> None:
+    (altered / "data/blocks/old").mkdir()
+    (altered / "data/blocks/old/data.arrow").write_bytes(b"x")
+    found = failures(altered)
+    shutil.rmtree(altered / "data/blocks/old")
+    assert "data/blocks/old/data.arrow" in found
+
+
+# --- A forger who rewrites the papers, too: manifests, run records and dvc.lock agree with the altered bytes.
+
+
+def papers(root: Path) -> dict[str, str]:
+    """Return all digests that papers name: SHA-256 and MD5 of every input and output, with its size."""
+    stages = verify.read_lock(root)
+    paths = sorted({path for stage in stages.values() for path in (*stage.deps, *stage.outs)})
+    paths += sorted({out.rsplit("/", 1)[0] for out in paths if out.startswith(("plots/", "metrics/"))})
+    digests = verify.Digests(root)
+    digests.read(paths)
+    found = {f"{path} sha256:": digests.sha256(path) for path in paths}
+    for path in paths:
+        entry = digests.md5(path)
+        found[f"{path} md5:"] = f"md5: {entry['md5']}\n      size: {entry['size']}"
+    return found
+
+
+def forge(root: Path, alter: Callable[[], None]) -> None:
+    """Alter artefacts, and write every digest anew wherever papers name the old one."""
+    for round_ in range(3):  # run records are outputs themselves; then dvc.lock
+        before = papers(root)
+        if not round_:
+            alter()
+        after = papers(root)
+        changed = {before[key]: after[key] for key in before if before[key] != after[key]}
+        for path in [*(root / "metrics/runs").glob("*.json"), root / "dvc.lock"]:
+            text = path.read_text()
+            for old, new in changed.items():
+                text = text.replace(old, new)
+            path.write_text(text)
+        if round_ == 0:
+            lock_before = before
+    final = papers(root)
+    text = (root / "dvc.lock").read_text()
+    for key, old in lock_before.items():
+        text = text.replace(old, final[key])
+    (root / "dvc.lock").write_text(text)
+
+
+def rewrite(folder: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> Callable[[], None]:
+    """Return what rewrites an Arrow folder with edited rows, its manifest made for them."""
+
+    def work() -> None:
+        table = arrow.table(folder)
+        schema, rows, counts = table.schema, table.to_pylist(), arrow.manifest(folder)["counts"]
+        del table
+        edit(rows)
+        for path in folder.iterdir():
+            path.unlink()
+        with arrow.Writer(folder, schema) as out:
+            out.write(pa.Table.from_pylist(rows, schema))
+            out.counts = {name: count for name, count in counts.items() if name != "rows"}
+
+    return work
+
+
+def test_papers_alone_can_be_forged_and_then_nothing_is_missed_but_nothing_claimed(altered: Path) -> None:
+    """The helper of the next tests does what it says: the papers agree after it."""
+    forge(altered, lambda: (altered / "plots/chat/train.csv").write_text("step,loss\n1,0.0\n"))
+    assert not failures(altered)
+
+
+def swap(rows: list[dict[str, Any]], name: str) -> None:
+    rows[0][name], rows[1][name] = rows[1][name], rows[0][name]
+
+
+def other_text(rows: list[dict[str, Any]]) -> None:
+    rows[0]["text"] = rows[0]["text"].replace("bridges", "ferries")
+
+
+def other_text_and_id(rows: list[dict[str, Any]]) -> None:
+    other_text(rows)
+    rows[0]["doc_id"] = hashlib.sha256(rows[0]["text"].encode()).digest()[:16]
+
+
+def skip_record(rows: list[dict[str, Any]]) -> None:
+    del rows[3]
+
+
+def keep_the_duplicate(rows: list[dict[str, Any]]) -> None:
+    row = next(row for row in rows if row["split"] == "dropped")
+    row.update(split="train", rule=None, twin=None, similarity=None)
+
+
+def other_side(rows: list[dict[str, Any]]) -> None:
+    for now, then in (("train", "eval"), ("eval", "train")):
+        for row in [row for row in rows if row["split"] == now][-3:]:
+            row["split"] = f"to {then}"
+    for row in rows:
+        row["split"] = row["split"].removeprefix("to ")
+
+
+def segment(rows: list[dict[str, Any]]) -> None:
+    rows[0]["segments"][1]["text"] += "!"
+
+
+def learn_the_question(rows: list[dict[str, Any]]) -> None:
+    next(s for s in rows[0]["segments"] if not s["learn"] and not s["special"])["learn"] = True
+
+
+def without_bos(rows: list[dict[str, Any]]) -> None:
+    rows[0]["input_ids"] = rows[0]["input_ids"][1:]
+
+
+def other_id(rows: list[dict[str, Any]]) -> None:
+    rows[2]["input_ids"][5] += 1
+
+
+def other_mark(rows: list[dict[str, Any]]) -> None:
+    rows[0]["learn"][4] = not rows[0]["learn"][4]
+
+
+def off_by_one(rows: list[dict[str, Any]]) -> None:
+    flat = [number for row in rows for number in row["input_ids"]]
+    size = len(rows[0]["input_ids"])
+    flat = flat[1:] + flat[:1]
+    for place, row in enumerate(rows):
+        row["input_ids"] = flat[place * size : (place + 1) * size]
+
+
+FORGERIES = [
+    ("data/clean/pretrain/tiny_text/documents", other_text, "not the one that its doc_id names"),
+    ("data/clean/pretrain/tiny_text/documents", other_text_and_id, "has another doc_id"),
+    ("data/clean/pretrain/tiny_text/documents", skip_record, "has another doc_id"),
+    ("data/clean/pretrain/tiny_text/ledger", lambda rows: swap(rows, "raw_id"), "line 1 is not the record"),
+    ("data/clean/pretrain/tiny_text/ledger", skip_record, "the document in its place has another doc_id"),
+    ("data/clean/chat/tiny_qa/ledger", skip_record, "has a record at"),
+    ("data/dedup/pretrain/tiny_notes", keep_the_duplicate, "has the same text"),
+    ("data/dedup/pretrain/tiny_text", other_side, "another side of the split"),
+    ("data/dedup/pretrain/tiny_text", lambda rows: swap(rows, "doc_id"), "decides about another document"),
+    ("data/marked/pretrain/tiny_text", segment, "another text than in"),
+    ("data/marked/pretrain/tiny_text", skip_record, "holds other documents"),
+    ("data/marked/chat/tiny_qa", learn_the_question, "learns other words"),
+    ("data/tokens/pretrain/tiny_text", other_id, "decode to another text"),
+    ("data/tokens/pretrain/tiny_text", without_bos, "decode to another text"),
+    ("data/tokens/chat/tiny_qa", other_mark, "decode to another text"),
+    ("data/tokens/pretrain/tiny_text", skip_record, "holds other documents"),
+    ("data/blocks/pretrain/train", lambda rows: swap(rows, "input_ids"), "block 0 holds other tokens"),
+    ("data/blocks/pretrain/train", off_by_one, "block 0 holds other tokens"),
+    ("data/blocks/pretrain/eval", lambda rows: rows.pop(), "blocks are missing"),
+    ("data/blocks/chat/train", other_mark, "other marks of what is learned"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "edit", "said"), FORGERIES, ids=[f"{f[5:]}-{s[:22]}" for f, _, s in FORGERIES])
+def test_altered_rows_are_found_though_every_paper_agrees(
+    altered: Path, folder: str, edit: Callable[[list[dict[str, Any]]], Any], said: str
+) -> None:
+    forge(altered, rewrite(altered / folder, edit))
+    found = verify.verify(altered).findings
+    assert not [f for f in found if f.status == "FAILED" and f.check in ("dvc.lock", "run record", "params.yaml")]
+    assert said in str([f.detail for f in found if f.status == "FAILED"])
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> Callable[[], None]:
+    content = path.read_bytes()
+    assert old in content
+    return lambda: write(path, content.replace(old, new, 1))
+
+
+def write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("data/raw/tiny_text/03.txt", b"bridges", b"ferries", "line 1 is not the record whose raw_id"),
+        ("data/clean/chat/tiny_qa/source.json", b'"dropped": 0', b'"dropped": 1', "source.json says 1 dropped"),
+        ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "cannot be read as it should be"),
+        ("models/pretrain/trained/training.json", b"models/configs/tiny", b"models/configs/tine", "names the base"),
+        ("models/pretrain/merged/config.json", b'"model_type"', b'"model_tipe"', "merged/config.json is not that of"),
+        ("models/chat/trained/tokenizer.json", b"version", b"versian", "is not the tokenizer.json of"),
+        ("data/exclusions.txt", b"# Documents", b"#\n%s\n# D", "is kept although data/exclusions.txt"),
+    ],
+)
+def test_altered_files_are_found_though_every_paper_agrees(
+    altered: Path, file: str, old: bytes, new: bytes, said: str
+) -> None:
+    if b"%s" in new:
+        decisions = arrow.table(altered / "data/dedup/pretrain/tiny_text").to_pylist()
+        kept = next(row["doc_id"] for row in decisions if row["split"] == "train")
+        new = new.replace(b"%s", kept.hex().encode())
+    forge(altered, replaced(altered / file, old, new))
+    assert said in str(list(failures(altered).values()))
+
+
+def test_an_altered_receipt_and_an_altered_weight_are_found_though_every_paper_agrees(altered: Path) -> None:
+    path = altered / "models/chat/trained/receipts.bin"
+    content = bytearray(path.read_bytes())
+    content[16 * 2 + 5] ^= 4
+    forge(altered, lambda: write(path, bytes(content)))
+    assert "receipt of step 3" in str(failures(altered))
+
+    path = altered / "models/pretrain/merged/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    forge(altered, lambda: write(path, bytes(content)))
+    assert "merged/model.safetensors is not that of models/pretrain/trained" in str(failures(altered))
+
+
+# --- The program itself
+
+
+def test_the_yaml_reader_reads_what_the_project_writes() -> None:
+    for path in [*ROOT.glob("*.yaml"), ROOT / "dvc.lock", *ROOT.glob("recipes/*.yaml"), ROOT / "tests/tiny.yaml"]:
+        expected = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        assert verify.read_yaml(path) == expected, path
+
+
+@given(STRUCTURE)
+def test_the_yaml_reader_reads_whatever_dvc_would_write(content: Any) -> None:
+    yaml = YAML()
+    yaml.default_flow_style = False
+    out = StringIO()
+    yaml.dump({"key": content}, out)
+    try:
+        found = verify.Yaml(out.getvalue()).read()
+    except ValueError:
+        return  # it says that it cannot read this; it must never read it wrongly
+    assert found == YAML(typ="safe").load(out.getvalue())
+
+
+def test_it_needs_nothing_but_python_and_pyarrow_and_runs_from_anywhere(project: Path) -> None:
+    tree = ast.parse((ROOT / "lineage/verify.py").read_text(encoding="utf-8"))
+    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported - sys.stdlib_module_names == {"pyarrow"}
+    for phase in ([], ["chat"]):
+        command = [sys.executable, "-P", str(ROOT / "lineage/verify.py"), *phase, "--root", str(project)]
+        finished = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "all that was checked is as it is said" in finished.stdout
