@@ -1,0 +1,105 @@
+"""`python -m lineage`: the questions as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Where a token came from, and what became of a line: questions about a finished project, from its root.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
+
+
+def _lineage() -> Any:
+    from lineage.questions import Lineage
+
+    return Lineage(Path())
+
+
+def _print(answer: Any, as_json: bool) -> None:
+    """Print an answer: JSON, or its values with its lists as tables."""
+    if as_json:
+        print(json.dumps(answer, indent=1, ensure_ascii=False))
+        return
+    from lineage.tables import show
+
+    show(answer)
+
+
+@app.command()
+def why(place: Annotated[str, typer.Argument(metavar="FILE:LINE")], as_json: AsJson = False) -> None:
+    """Was this record kept, by which rule was it dropped, in which blocks, steps and models is it?"""
+    file, _, number = place.rpartition(":")
+    if not file or not number.isdecimal():
+        raise SystemExit(
+            f"{place!r}: write FILE:LINE, e.g. data/raw/laws/a.md:12 (a row, page or paragraph for tables)."
+        )
+    _print(_lineage().why(file, int(number)), as_json)
+
+
+@app.command()
+def block(phase: str, number: int, split: str = "train", as_json: AsJson = False) -> None:
+    """What stands in a block, from which file and line, and at which steps was it shown?"""
+    _print(_lineage().block(phase, number, split), as_json)
+
+
+@app.command()
+def where(
+    what: Annotated[str, typer.Argument(metavar="ID|FILE|TEXT")], limit: int = 20, as_json: AsJson = False
+) -> None:
+    """Which records does a doc_id or raw_id, a raw file, or a part of a text lead to?"""
+    _print(_lineage().where(what, limit), as_json)
+
+
+@app.command()
+def steps(identity: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
+    """At which steps of which training was a document shown?"""
+    _print(_lineage().steps(identity), as_json)
+
+
+@app.command()
+def model(phase: str, as_json: AsJson = False) -> None:
+    """Everything that went into a model, down to the lineage horizon."""
+    _print(_lineage().model(phase), as_json)
+
+
+@app.command()
+def diff(rev1: str, rev2: Annotated[str, typer.Argument()] = "", limit: int = 20, as_json: AsJson = False) -> None:
+    """Which documents and tokens came in and went out between two commits (REV2: else the workspace)?"""
+    from lineage.diff import compare
+
+    _print(compare(Path(), rev1, rev2 or None, limit), as_json)
+
+
+@app.command()
+def sample(
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    number: Annotated[int, typer.Option("-n")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """An auditor's random sample: raw text beside cleaned text, the same on every machine."""
+    _print(_lineage().sample(seed, number), as_json)
+
+
+@app.command()
+def verify(phase: Annotated[str, typer.Argument()] = "", as_json: AsJson = False) -> None:
+    """Re-read every byte and rebuild the chain from the raw files to the model (lineage/verify.py)."""
+    from lineage import verify as program
+
+    report = program.verify(Path(), phase or None)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
+    else:
+        print(program.show(report))
+    raise typer.Exit(any(finding.status == "FAILED" for finding in report.findings))
+
+
+if __name__ == "__main__":
+    app()

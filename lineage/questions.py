@@ -1,0 +1,485 @@
+"""The questions themselves: each answer is plain Python values, the same from the command line with --json.
+
+    lineage = Lineage(Path("."))
+    lineage.why("data/raw/laws/a.md", 12)    ->   [{"verdict": "trained", "blocks": [...], "models": [...], ...}]
+    lineage.block("pretrain", 7)             ->   {"steps": [3], "pieces": [{"file": ..., "line": 1, "tokens": 200}, ...]}
+
+What was made of what is read from dvc.lock, the artefacts' manifests and the artefacts, not from params.yaml, which may
+have been edited since.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from block_order import RECEIPT_BYTES, BlockOrder
+from lineage import verify
+from lineage.folders import Array, Cache, Chosen, Folder, Ids, Places
+from lineage.layout import Layout, Piece
+
+Answer = dict[str, Any]
+SHOWN = 160  # characters of a text in an answer
+
+
+class Source:
+    """One source: its raw files, ledger, documents, decisions and tokens, and the ways between their rows."""
+
+    def __init__(self, lineage: Lineage, name: str, phase: str, raw: str, params: dict[str, Any]) -> None:
+        self.lineage, self.name, self.phase, self.raw, self.params = lineage, name, phase, raw, params
+        self.home = lineage.root / "data/clean" / phase / name
+
+    def _folder(self, *parts: str) -> Folder:
+        return Folder(self.lineage.root.joinpath("data", *parts), self.lineage.cache)
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.home / "source.json").read_text(encoding="utf-8"))
+        return found
+
+    @functools.cached_property
+    def ledger(self) -> Folder:
+        return self._folder("clean", self.phase, self.name, "ledger")
+
+    @functools.cached_property
+    def documents(self) -> Folder:
+        return self._folder("clean", self.phase, self.name, "documents")
+
+    @functools.cached_property
+    def decisions(self) -> Folder:
+        return self._folder("dedup", self.phase, self.name)
+
+    @functools.cached_property
+    def tokens(self) -> Folder:
+        return self._folder("tokens", self.phase, self.name)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        return Places(self.ledger)
+
+    @functools.cached_property
+    def doc_ids(self) -> Ids:
+        return Ids(self.documents, "doc_id")
+
+    @functools.cached_property
+    def raw_ids(self) -> Ids:
+        return Ids(self.ledger, "raw_id")
+
+    @functools.cached_property
+    def kept_records(self) -> Chosen:
+        return Chosen(self.ledger, "kept", _has_document)
+
+    @functools.cached_property
+    def kept_documents(self) -> Chosen:
+        return Chosen(self.decisions, "kept", _is_kept)
+
+    def path(self, file: str) -> str:
+        """Return the path of a raw file from the root of the project."""
+        return (
+            self.raw
+            if Path(self.raw).name == file and not (self.lineage.root / self.raw / file).exists()
+            else f"{self.raw}/{file}"
+        )
+
+    def content(self, row: int) -> str:
+        """Return the text of a document, a conversation as lines of `role: content`."""
+        document = self.documents.row(row)
+        if "text" in document:
+            return str(document["text"])
+        return "\n".join(f"{message['role']}: {message['content']}" for message in document["messages"])
+
+    def raw_text(self, record: Answer) -> str | None:
+        """Return what stands in the raw file where a record was read, None where this format needs its own reader."""
+        path = self.lineage.root / self.path(record["file"])
+        if record["start"] is not None and path.is_file():
+            with verify.opened(path) as handle:
+                if path.suffix.lower() in verify.COMPRESSIONS:
+                    handle.read(record["start"])
+                else:
+                    handle.seek(record["start"])
+                raw = handle.read(record["end"] - record["start"])
+            return bytes(raw).decode(self.about["encoding"], "replace")
+        if not path.exists():
+            return None
+        import raw_formats
+
+        given = {key: self.params[key] for key in raw_formats.Params.model_fields if key in self.params}
+        for found in raw_formats.records(path, raw_formats.Params(**given)):
+            if found.number == record["number"]:
+                return found.raw.decode("utf-8", "replace")
+        return None
+
+
+def _has_document(batch: pa.RecordBatch) -> Array:
+    found: Array = batch["doc_id"].is_valid().to_numpy(zero_copy_only=False)
+    return found
+
+
+def _is_kept(batch: pa.RecordBatch) -> Array:
+    found: Array = pc.not_equal(batch["split"], "dropped").to_numpy(zero_copy_only=False)
+    return found
+
+
+class Phase:
+    """One phase: its sources, its blocks, and the order in which its training showed them."""
+
+    def __init__(self, lineage: Lineage, name: str, sources: list[Source]) -> None:
+        self.lineage, self.name, self.sources = lineage, name, sources
+        stage = lineage.stages.get(f"train_model@{name}")
+        self.params: dict[str, Any] = stage.group if stage else {}
+        known = (f"data/blocks/{name}", f"models/tokenizers/{name}")
+        self.base = next((path for path in stage.inputs if path not in known), None) if stage else None
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Steps of the training, as its receipts count them; 0 before it."""
+        path = self.lineage.root / "models" / self.name / "trained/receipts.bin"
+        return path.stat().st_size // RECEIPT_BYTES if path.is_file() else 0
+
+    @property
+    def batch(self) -> int:
+        return int(self.params.get("global_batch_size", 16))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the program)
+    def layout(self, split: str) -> Layout:
+        tokens = {source.name: source.tokens for source in self.sources}
+        return Layout(self.lineage.root, self.lineage.cache, self.name, split, tokens)
+
+    def steps_of(self, block: int) -> list[int]:
+        """Return the steps, from 1, at which the training showed a block of the train split."""
+        blocks = self.layout("train").blocks
+        order = BlockOrder(blocks, int(self.params.get("seed", 0)))
+        shown = self.steps * self.batch
+        places = (order.position(block, epoch) for epoch in range(-(-shown // blocks)))
+        return [place // self.batch + 1 for place in places if place < shown]
+
+
+class Lineage:
+    """All that can be asked of the project in a folder. Raises SystemExit when it is no finished project."""
+
+    def __init__(self, root: Path) -> None:
+        if not (root / "dvc.lock").is_file():
+            raise SystemExit(
+                "there is no dvc.lock here: run this from the root of a project that `dvc repro` has finished."
+            )
+        self.root, self.cache = root, Cache(root)
+        try:
+            self.stages = verify.read_lock(root)
+        except verify.Wrong as error:
+            raise SystemExit(f"dvc.lock {error}") from None
+        by_phase: dict[str, list[Source]] = {}
+        for stage in self.stages.values():
+            out = next((path for path in stage.outs if path.startswith("data/clean/")), None)
+            if stage.name == "clean" and out:
+                phase = out.split("/")[2]
+                raw = next(path for path in stage.inputs if path != verify.RULES)
+                by_phase.setdefault(phase, []).append(Source(self, stage.item, phase, raw, stage.group))
+        self.phases = {
+            name: Phase(self, name, sorted(sources, key=lambda source: source.name))
+            for name, sources in sorted(by_phase.items())
+        }
+        self.sources = [source for phase in self.phases.values() for source in phase.sources]
+
+    def phase(self, name: str) -> Phase:
+        if name not in self.phases:
+            raise SystemExit(f"dvc.lock has no phase {name}; it has {', '.join(self.phases) or 'none'}.")
+        return self.phases[name]
+
+    # Records --------------------------------------------------------------------------------------------------------
+
+    def why(self, file: str, number: int) -> list[Answer]:
+        """Return what became of the record that stands at a line (row, page, paragraph) of a raw file.
+
+        One answer for each source that reads the file. Raises SystemExit when there is no such record.
+        """
+        found = []
+        for source, name in self._files(file):
+            row = source.places.find(name, number)
+            if row is None:
+                continue
+            record = source.ledger.row(row)
+            last = self._last_line(source, record)
+            if number <= last:
+                found.append(self.record(source, row))
+        if not found:
+            raise SystemExit(f"{file}:{number}: no source has a record there; `where {file}` lists those of the file.")
+        return found
+
+    def _files(self, file: str) -> Iterator[tuple[Source, str]]:
+        """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""
+        path = file.removeprefix("./")
+        for source in self.sources:
+            if path == source.raw:
+                yield source, Path(path).name
+            elif path.startswith(f"{source.raw}/"):
+                yield source, path[len(source.raw) + 1 :]
+            else:
+                yield source, path
+
+    def _last_line(self, source: Source, record: Answer) -> int:
+        if (
+            source.about["unit"] != "line"
+            or source.params.get("sample_by") == "line"
+            or source.about["format"] == "jsonl"
+        ):
+            return int(record["number"])
+        text = self._raw(source, record)
+        return 2**31 if text is None else int(record["number"]) + max(text.removesuffix("\n").count("\n"), 0)
+
+    def _raw(self, source: Source, record: Answer) -> str | None:
+        try:
+            return source.raw_text(record)
+        except (OSError, pa.ArrowException):
+            return None
+
+    def record(self, source: Source, row: int) -> Answer:
+        """Return all that is known of a row of a ledger."""
+        record = source.ledger.row(row)
+        place = {"file": source.path(record["file"]), source.about["unit"]: record["number"]}
+        answer: Answer = {
+            "phase": source.phase,
+            "source": source.name,
+            **place,
+            "bytes": [record["start"], record["end"]],
+        }
+        answer |= {"raw_id": record["raw_id"].hex(), "changes": record["changes"], "characters": record["n_chars"]}
+        if record["doc_id"] is None:
+            return {**answer, "verdict": "dropped by clean", "rule": record["rule"], "evidence": record["evidence"]}
+        document = source.kept_records.place(row)
+        assert document is not None
+        return {**answer, **self.document(source, document)}
+
+    def document(self, source: Source, row: int) -> Answer:
+        """Return what became of a document: dropped, held out, or trained on, and where."""
+        decision = source.decisions.row(row)
+        answer: Answer = {"doc_id": decision["doc_id"].hex(), "document": f"{source.name}/{row}"}
+        if decision["split"] == "dropped":
+            answer |= {"verdict": "dropped by dedup", "rule": decision["rule"], "evidence": decision["evidence"]}
+            if decision["twin"]:
+                answer |= {"twin": self._twin(source.phase, decision["twin"]), "similarity": decision["similarity"]}
+            return answer
+        tokens = source.kept_documents.place(row)
+        assert tokens is not None
+        batch = source.tokens.batch_of(tokens)
+        lengths = source.tokens.batch(batch)["input_ids"].offsets
+        inside = tokens - int(source.tokens.starts[batch])
+        answer |= {"split": decision["split"], "tokens": lengths[inside + 1].as_py() - lengths[inside].as_py()}
+        phase = self.phases[source.phase]
+        blocks: list[dict[str, Any]] = []
+        for piece in phase.layout(decision["split"]).document(source.name, tokens):
+            shown = phase.steps_of(piece.block) if decision["split"] == "train" else []
+            blocks.append(
+                {
+                    "block": piece.block,
+                    "place": piece.place,
+                    "from": piece.start,
+                    "tokens": piece.length,
+                    "steps": shown,
+                }
+            )
+        first = min((step for block in blocks for step in block["steps"]), default=None)
+        if decision["split"] == "eval":
+            verdict = "held out"
+        elif not blocks:
+            verdict = "left out of the blocks"
+        elif not phase.steps:
+            verdict = "in the training blocks, no model yet"
+        else:
+            verdict = "trained" if first is not None else f"not reached in {phase.steps} steps"
+        return {**answer, "verdict": verdict, "blocks": blocks, "models": self._models(source.phase, first)}
+
+    def _twin(self, phase: str, name: str) -> Answer:
+        source_name, _, row = name.rpartition("/")
+        source = next(one for one in self.phases[phase].sources if one.name == source_name)
+        document = source.documents.row(int(row))
+        return {"document": name, "file": source.path(document["file"]), source.about["unit"]: document["number"]}
+
+    def _models(self, phase: str, first_step: int | None) -> list[Answer]:
+        """Return the models that saw something of a phase from a step on: its own, and those that go on from it."""
+        if first_step is None:
+            return []
+        found: list[Answer] = [{"phase": phase, "model": f"models/{phase}/merged", "first_step": first_step}]
+        for later in self.descendants(phase):
+            base = self.phases[later].base
+            found.append({"phase": later, "model": f"models/{later}/merged", "goes_on_from": base})
+        return found
+
+    def descendants(self, phase: str) -> list[str]:
+        """Return the phases whose base is a model of this one, directly or not."""
+        found = []
+        for name, one in self.phases.items():
+            if one.base and one.base.startswith(f"models/{phase}/") and name != phase:
+                found += [name, *self.descendants(name)]
+        return found
+
+    # Blocks and steps -----------------------------------------------------------------------------------------------
+
+    def block(self, phase: str, number: int, split: str = "train") -> Answer:
+        """Return what stands in a block, and the steps that showed it."""
+        of = self.phase(phase)
+        try:
+            pieces = of.layout(split).block(number)
+        except IndexError as error:
+            raise SystemExit(f"phase {phase}, split {split}: {error}.") from None
+        steps = of.steps_of(number) if split == "train" else []
+        return {
+            "phase": phase,
+            "split": split,
+            "block": number,
+            "steps": steps,
+            "pieces": [self._piece(of, p) for p in pieces],
+        }
+
+    def _piece(self, phase: Phase, piece: Piece) -> Answer:
+        source = next(one for one in phase.sources if one.name == piece.source)
+        row = source.kept_documents.row(piece.row)
+        document = source.documents.row(row)
+        batch = source.tokens.batch_of(piece.row)
+        ids = source.tokens.batch(batch)["input_ids"][piece.row - int(source.tokens.starts[batch])].values
+        text = self._decode(phase.name, ids.slice(piece.start, piece.length).to_pylist())
+        return {
+            "place": piece.place, "tokens": piece.length, "from": piece.start, "of": len(ids), "source": source.name,
+            "file": source.path(document["file"]), source.about["unit"]: document["number"],
+            "doc_id": document["doc_id"].hex(), "text": text,
+        }  # fmt: skip
+
+    def _decode(self, phase: str, ids: list[int]) -> str:
+        return str(self._tokenizer(phase).decode(ids, skip_special_tokens=False))
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _tokenizer(self, phase: str) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.root / "models/tokenizers" / phase / "tokenizer.json"))
+
+    def steps(self, identity: str) -> list[Answer]:
+        """Return the training steps that showed a document, in each phase that holds it."""
+        found = []
+        for source, row in self._identified(identity):
+            answer = self.document(source, row)
+            at = [
+                {"step": step, "block": block["block"]} for block in answer.get("blocks", []) for step in block["steps"]
+            ]
+            at.sort(key=lambda one: (one["step"], one["block"]))
+            found.append(
+                {"phase": source.phase, "document": answer["document"], "verdict": answer["verdict"], "steps": at}
+            )
+        return found
+
+    # Looking for something ------------------------------------------------------------------------------------------
+
+    def where(self, what: str, limit: int = 20) -> list[Answer]:
+        """Return the records that an id, a raw file, or a text leads to, at most `limit` of them."""
+        if re.fullmatch("[0-9a-fA-F]{16,32}", what):
+            found = [self.record(source, row) for source, row in self._records(what)]
+            if found:
+                return found[:limit]
+        for source, name in self._files(what):
+            rows = sorted(row for row, _ in zip(source.places.rows(name), range(100_000), strict=False))
+            if rows:
+                return [self.record(source, row) for row in rows[:limit]]
+        found = []
+        for source, row in self._holding(what):
+            found.append(self.record(source, source.kept_records.row(row)))
+            if len(found) == limit:
+                break
+        if not found:
+            raise SystemExit(f"{what[:60]!r} is no id, no raw file of a source, and no part of a document.")
+        return found
+
+    def _records(self, identity: str) -> Iterator[tuple[Source, int]]:
+        for source, row in self._identified(identity, missing=False):
+            yield source, source.kept_records.row(row)
+        for source in self.sources:
+            yield from ((source, row) for row in source.raw_ids(bytes.fromhex(identity)))
+
+    def _identified(self, identity: str, missing: bool = True) -> list[tuple[Source, int]]:
+        if not re.fullmatch("([0-9a-fA-F]{2}){8,16}", identity):
+            raise SystemExit(f"{identity!r} is no doc_id: 32 hexadecimal digits, or the first 16 of them.")
+        found = [(source, row) for source in self.sources for row in source.doc_ids(bytes.fromhex(identity))]
+        if missing and not found:
+            raise SystemExit(f"no document has the id {identity}.")
+        return found
+
+    def _holding(self, text: str) -> Iterator[tuple[Source, int]]:
+        """Yield the documents that hold a text; every document is looked at."""
+        for source in self.sources:
+            for number, batch in enumerate(source.documents.all()):
+                if "text" in batch.schema.names:
+                    hits = pc.match_substring(batch["text"], text).to_numpy(zero_copy_only=False)
+                else:
+                    said = pc.match_substring(batch["messages"].flatten().field("content"), text)
+                    parents = pc.list_parent_indices(batch["messages"]).filter(said).to_numpy()
+                    hits = np.bincount(parents, minlength=batch.num_rows) > 0
+                for inside in np.flatnonzero(hits).tolist():
+                    yield source, int(source.documents.starts[number]) + inside
+
+    # Models ---------------------------------------------------------------------------------------------------------
+
+    def model(self, phase: str) -> Answer:
+        """Return everything that went into a model, down to where knowledge ends: the lineage horizon."""
+        chain, name = [], self.phase(phase).name
+        horizon: Answer = {}
+        while True:
+            of = self.phases[name]
+            chain.append(self._training(of))
+            parts = Path(of.base or "").parts
+            if parts[:1] == ("models",) and len(parts) == 3 and parts[1] in self.phases:
+                name = parts[1]
+                continue
+            weights = bool(of.base) and any((self.root / str(of.base)).glob("*.safetensors"))
+            said = "its publisher's word: what it was trained on is not known here" if weights else "random weights"
+            horizon = {"base": of.base, "horizon": said}
+            break
+        return {"phase": phase, "model": f"models/{phase}/merged", "trainings": chain, **horizon}
+
+    def _training(self, of: Phase) -> Answer:
+        sources = []
+        layout = of.layout("train")
+        for source in of.sources:
+            shown = layout.grouping["train"].get(source.name, {"documents": 0, "tokens": 0, "weight": 1.0})
+            counts = {"records": source.about["records"], "documents": source.about["kept"]}
+            counts |= {"train": shown["documents"], "tokens": shown["tokens"], "weight": shown["weight"]}
+            names = ("license", "owner", "origin", "language", "collected_on")
+            sources.append({"source": source.name, "raw": source.raw, **{n: source.about[n] for n in names}, **counts})
+        total = sum(source["tokens"] for source in sources)
+        for row in sources:
+            row["share"] = round(row["tokens"] / total, 6) if total else 0.0
+        seen = min(of.steps * of.batch, layout.blocks)
+        return {
+            "phase": of.name, "base": of.base, "tokenizer": f"models/tokenizers/{of.name}", "steps": of.steps,
+            "blocks": layout.blocks, "blocks_shown": seen, "tokens_shown": of.steps * of.batch * layout.size,
+            "seed": int(of.params.get("seed", 0)), "sources": sources,
+        }  # fmt: skip
+
+    # A sample -------------------------------------------------------------------------------------------------------
+
+    def sample(self, seed: int, number: int) -> list[Answer]:
+        """Return records drawn from all ledgers, raw text beside cleaned text: the same ones on every machine."""
+        sizes = [len(source.ledger) for source in self.sources]
+        ends, total = np.cumsum(sizes).tolist(), sum(sizes)
+        drawn: dict[int, None] = {}
+        count = 0
+        while len(drawn) < min(number, total):
+            key = hashlib.sha256(f"{seed} {count}".encode()).digest()
+            drawn[int.from_bytes(key, "little") % total] = None
+            count += 1
+        found = []
+        for row in drawn:
+            at = next(n for n, end in enumerate(ends) if row < end)
+            source, inside = self.sources[at], row - (ends[at] - sizes[at])
+            record = source.ledger.row(inside)
+            answer = self.record(source, inside)
+            document = source.kept_records.place(inside)
+            cleaned = None if document is None else source.content(document)
+            found.append({**answer, "raw": self._raw(source, record), "cleaned": cleaned})
+        return found

@@ -1,0 +1,66 @@
+"""Answers as text: single values first, then each list of equal things as a table. Plain where it is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = 80  # characters of a cell
+WIDE = 10_000  # columns of a pipe: no line is broken
+
+
+def show(answer: Any) -> None:
+    """Print an answer or a list of them."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    answers = answer if isinstance(answer, list) else [answer]
+    for number, one in enumerate(answers):
+        if number:
+            console.print()
+        _one(console, one)
+
+
+def _one(console: Console, answer: dict[str, Any]) -> None:
+    tables = {key: value for key, value in answer.items() if _is_table(value)}
+    plain = {key: value for key, value in answer.items() if key not in tables and value is not None}
+    width = max(map(len, plain), default=0)
+    for key, value in plain.items():
+        console.print(Text(f"{key:{width}}  {_cell(value)}"))
+    for key, rows in tables.items():
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = Table(title=key.replace("_", " "), title_justify="left", box=None, pad_edge=False)
+        for name in names:
+            table.add_column(name, justify="right" if all(isinstance(row.get(name), int) for row in rows) else "left")
+        for row in rows:
+            table.add_row(*(Text(_short(_cell(row.get(name)))) for name in names))
+        console.print(table)
+        nested = [(number, row) for number, row in enumerate(rows) if any(_is_table(value) for value in row.values())]
+        for _, row in nested:
+            _one(console, {name: value for name, value in row.items() if _is_table(value)})
+
+
+def _short(text: str) -> str:
+    """Return a text as one short line; --json has the whole of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if _is_table(value):
+        return f"{len(value)} below"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool) or not isinstance(value, int):
+        return str(value)
+    return f"{value:,}"
