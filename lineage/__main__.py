@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,9 +39,7 @@ def why(place: Annotated[str, typer.Argument(metavar="FILE:LINE")], as_json: AsJ
     """Was this record kept, by which rule was it dropped, in which blocks, steps and models is it?"""
     file, _, number = place.rpartition(":")
     if not file or not number.isdecimal():
-        raise SystemExit(
-            f"{place!r}: write FILE:LINE, e.g. data/raw/laws/a.md:12 (a row, page or paragraph for tables)."
-        )
+        raise SystemExit(f"{place!r}: write FILE:LINE, e.g. data/raw/laws/a.md:12 (or row, page, paragraph).")
     _print(_lineage().why(file, int(number)), as_json)
 
 
@@ -89,16 +88,40 @@ def sample(
 
 
 @app.command()
-def verify(phase: Annotated[str, typer.Argument()] = "", as_json: AsJson = False) -> None:
-    """Re-read every byte and rebuild the chain from the raw files to the model (lineage/verify.py)."""
+def verify(
+    phase: Annotated[str, typer.Argument()] = "",
+    blocks: Annotated[int, typer.Option(help="random blocks of each split to rebuild from the raw files")] = 100,
+    seed: Annotated[int | None, typer.Option(help="of the random blocks; another one each time if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Re-read every byte and check the chain from the raw files to the model; rebuild random blocks from raw bytes.
+
+    The first is lineage/verify.py, which runs without the project, too; the second uses the project's own stages.
+    """
     from lineage import verify as program
 
     report = program.verify(Path(), phase or None)
+    if blocks and not any(finding.status == "FAILED" for finding in report.findings):
+        _replay(report, phase, blocks, secrets.randbelow(2**32) if seed is None else seed)
     if as_json:
         print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
     else:
         print(program.show(report))
     raise typer.Exit(any(finding.status == "FAILED" for finding in report.findings))
+
+
+def _replay(report: Any, phase: str, blocks: int, seed: int) -> None:
+    from lineage.replay import replay
+
+    lineage = _lineage()
+    grouped = [name for name in lineage.phases if f"group_blocks@{name}" in lineage.stages and phase in ("", name)]
+    for one in replay(lineage, grouped, blocks, seed):
+        path = f"data/blocks/{one['phase']}/{one['split']}"
+        for text in one["wrong"]:
+            report.fail("raw -> blocks", path, text)
+        if not one["wrong"]:
+            text = f"{one['rebuilt']} of {one['blocks']} blocks, by the project's own stages (seed {seed})"
+            report.ok("raw -> blocks", path, text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lineage import verify
 from lineage.questions import Answer, Lineage, Source
 
-KINDS = ("data/clean/", "data/dedup/", "data/tokens/")
+KINDS = ("data/clean/", "data/dedup/", "data/tokens/", "data/blocks/")
 SPLITS = ("train", "eval")
 
 

@@ -2,7 +2,7 @@
 
     lineage = Lineage(Path("."))
     lineage.why("data/raw/laws/a.md", 12)    ->   [{"verdict": "trained", "blocks": [...], "models": [...], ...}]
-    lineage.block("pretrain", 7)             ->   {"steps": [3], "pieces": [{"file": ..., "line": 1, "tokens": 200}, ...]}
+    lineage.block("pretrain", 7)             ->   {"steps": [3], "pieces": [{"file": ..., "line": 1, ...}, ...]}
 
 What was made of what is read from dvc.lock, the artefacts' manifests and the artefacts, not from params.yaml, which may
 have been edited since.
@@ -28,7 +28,7 @@ from lineage.folders import Array, Cache, Chosen, Folder, Ids, Places
 from lineage.layout import Layout, Piece
 
 Answer = dict[str, Any]
-SHOWN = 160  # characters of a text in an answer
+MOST = 20  # records of one line
 
 
 class Source:
@@ -119,6 +119,10 @@ class Source:
         return None
 
 
+def _begin(record: Answer) -> tuple[str, int]:
+    return record["file"], record["number"]
+
+
 def _has_document(batch: pa.RecordBatch) -> Array:
     found: Array = batch["doc_id"].is_valid().to_numpy(zero_copy_only=False)
     return found
@@ -153,6 +157,10 @@ class Phase:
     def layout(self, split: str) -> Layout:
         tokens = {source.name: source.tokens for source in self.sources}
         return Layout(self.lineage.root, self.lineage.cache, self.name, split, tokens)
+
+    def blocks(self, split: str) -> Folder:
+        """Return the blocks of a split."""
+        return Folder(self.lineage.root / "data/blocks" / self.name / split, self.lineage.cache)
 
     def steps_of(self, block: int) -> list[int]:
         """Return the steps, from 1, at which the training showed a block of the train split."""
@@ -199,17 +207,19 @@ class Lineage:
     def why(self, file: str, number: int) -> list[Answer]:
         """Return what became of the record that stands at a line (row, page, paragraph) of a raw file.
 
-        One answer for each source that reads the file. Raises SystemExit when there is no such record.
+        One answer for each source that reads the file and each record that begins there. Raises SystemExit when there
+        is none.
         """
-        found = []
+        found: list[Answer] = []
         for source, name in self._files(file):
             row = source.places.find(name, number)
-            if row is None:
+            if row is None or number > self._last_line(source, source.ledger.row(row)):
                 continue
-            record = source.ledger.row(row)
-            last = self._last_line(source, record)
-            if number <= last:
-                found.append(self.record(source, row))
+            rows = [row]
+            # Of a JSON array, many records may begin on one line.
+            while rows[0] and len(rows) < MOST and _begin(source.ledger.row(rows[0] - 1)) == (name, number):
+                rows.insert(0, rows[0] - 1)
+            found += [answer for answer in (self.record(source, one) for one in rows) if answer not in found]
         if not found:
             raise SystemExit(f"{file}:{number}: no source has a record there; `where {file}` lists those of the file.")
         return found
@@ -218,12 +228,12 @@ class Lineage:
         """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""
         path = file.removeprefix("./")
         for source in self.sources:
-            if path == source.raw:
-                yield source, Path(path).name
-            elif path.startswith(f"{source.raw}/"):
-                yield source, path[len(source.raw) + 1 :]
-            else:
-                yield source, path
+            for whole in (path, f"data/raw/{path}"):
+                if whole == source.raw:
+                    yield source, Path(path).name
+                elif whole.startswith(f"{source.raw}/"):
+                    yield source, whole[len(source.raw) + 1 :]
+            yield source, path
 
     def _last_line(self, source: Source, record: Answer) -> int:
         if (
@@ -274,6 +284,8 @@ class Lineage:
         inside = tokens - int(source.tokens.starts[batch])
         answer |= {"split": decision["split"], "tokens": lengths[inside + 1].as_py() - lengths[inside].as_py()}
         phase = self.phases[source.phase]
+        if f"group_blocks@{phase.name}" not in self.stages:
+            return {**answer, "verdict": "kept, not grouped into blocks yet"}
         blocks: list[dict[str, Any]] = []
         for piece in phase.layout(decision["split"]).document(source.name, tokens):
             shown = phase.steps_of(piece.block) if decision["split"] == "train" else []

@@ -1,0 +1,334 @@
+"""Every line's fate, every block's documents, every document's steps: both ways, for each format and kind of block."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lineage import verify
+from lineage.diff import at_revision, compare
+from lineage.questions import Lineage
+from lineage.replay import replay
+
+import varied
+from block_order import BlockOrder
+from conftest import ROOT, git, repro, write
+
+SPLITS = ("train", "eval")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of each format, a victim of each rule, blocks of each kind; grouped, not trained."""
+    return varied.build(tmp_path_factory.mktemp("varied") / "project")
+
+
+@pytest.fixture(scope="module")
+def lineage(project: Path) -> Lineage:
+    return Lineage(project)
+
+
+@pytest.fixture(scope="module")
+def trained(finished: Path) -> Lineage:
+    """The finished tiny project; its index goes beside it into .work, which Git ignores."""
+    return Lineage(finished)
+
+
+def ask(root: Path, *arguments: str, status: int = 0) -> Any:
+    """Return the JSON that a command prints, or its message when it is to fail."""
+    command = [sys.executable, "-m", "lineage", *arguments, *([] if status else ["--json"])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else json.loads(done.stdout)
+
+
+# --- Blocks and documents
+
+
+@pytest.mark.parametrize("which", ["lineage", "trained"])
+def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    """All modes, weights, splits: the pieces' tokens are the block's, and each piece is found from its document."""
+    of: Lineage = request.getfixturevalue(which)
+    pieces = 0
+    for phase in of.phases.values():
+        sources = {source.name: source for source in phase.sources}
+        for split in SPLITS:
+            layout, from_blocks, tokens = phase.layout(split), set(), 0
+            for number in range(layout.blocks):
+                stored = phase.blocks(split).row(number)["input_ids"]
+                for piece in layout.block(number):
+                    document = sources[piece.source].tokens.row(piece.row)
+                    part = document["input_ids"][piece.start : piece.start + piece.length]
+                    if layout.grouping["long_documents"] == "truncate" and len(document["input_ids"]) > layout.size:
+                        part = [*part[:-1], stored[piece.place + piece.length - 1]]
+                    assert stored[piece.place : piece.place + piece.length] == part
+                    from_blocks.add(piece)
+                    tokens += piece.length
+            assert tokens == layout.filled
+            rows = [
+                (s.name, row)
+                for s in phase.sources
+                for row in range(len(s.tokens))
+                if s.tokens.row(row)["split"] == split
+            ]
+            assert {piece for source, row in rows for piece in layout.document(source, row)} == from_blocks
+            pieces += len(from_blocks)
+    assert pieces > 200
+
+
+def test_random_blocks_come_out_of_the_raw_files_alike(lineage: Lineage) -> None:
+    found = replay(lineage, list(lineage.phases), 300, seed=5)
+    assert not any(one["wrong"] for one in found)
+    assert sum(one["rebuilt"] for one in found) > 200
+    assert {one["phase"] for one in found} == {"docs", "packs", "talk"}
+
+
+def test_each_block_is_shown_once_in_an_epoch_and_steps_are_the_order_s_inverse(trained: Lineage) -> None:
+    for name, phase in trained.phases.items():
+        blocks = phase.layout("train").blocks
+        order = BlockOrder(blocks, 0)
+        expected: dict[int, list[int]] = {block: [] for block in range(blocks)}
+        for place in range(phase.steps * phase.batch):
+            expected[order.block(place)].append(place // phase.batch + 1)
+        assert {block: phase.steps_of(block) for block in range(blocks)} == expected
+        shown = Counter(step for steps in expected.values() for step in steps)
+        assert shown == dict.fromkeys(range(1, phase.steps + 1), phase.batch)
+        assert all(trained.block(name, block)["steps"] == steps for block, steps in list(expected.items())[:5])
+
+
+# --- Canaries and victims
+
+LINES = {  # file and line (row, paragraph) of the canary: the sixth record
+    "text": ("text/05.txt", 1),
+    "line": ("line.txt", 6),
+    "separator": ("separator/book.md", 21),
+    "jsonl": ("jsonl/rows.jsonl.gz", 6),
+    "json": ("json/rows.json", 17),
+    "csv": ("csv/rows.csv", 12),
+    "tsv": ("tsv/rows.tsv", 7),
+    "parquet": ("parquet/rows.parquet", 6),
+    "arrow": ("arrow/rows.arrow", 6),
+    "html": ("html/05.html", 1),
+    "docx": ("docx/notes.docx", 6),
+    "packed": ("packed.txt", 6),
+    "messages": ("messages/rows.jsonl", 6),
+    "alpaca": ("alpaca/rows.json", 1),
+    "pairs": ("pairs/rows.csv", 7),
+}
+
+
+@pytest.mark.parametrize("name", [*varied.FORMATS, *varied.CHATS])
+def test_a_canary_of_each_format_comes_back_at_its_file_and_line_and_blocks(name: str, lineage: Lineage) -> None:
+    file, number = LINES[name]
+    (found,) = lineage.where(varied.canary(name))
+    unit = {"parquet": "row", "arrow": "row", "docx": "paragraph"}.get(name, "line")
+    assert (found["file"], found["source"]) == (f"data/raw/{file}", name)
+    assert abs(found[unit] - number) <= (1 if name == "json" else 0)
+    here = lineage.why(f"data/raw/{file}", found[unit])
+    assert found in here and len(here) == (12 if name == "alpaca" else 1)  # all of its records stand on one line
+    assert found in lineage.why(file.removeprefix(f"{name}/"), found[unit])
+    # The weight of csv is a half, and its canary is in the half that is not shown.
+    expected = ("left out of the blocks",) if name == "csv" else ("in the training blocks, no model yet", "held out")
+    assert found["verdict"] in expected
+    phase = lineage.phases[found["phase"]]
+    text = ""
+    for block in found["blocks"]:
+        pieces = lineage.block(phase.name, block["block"], found["split"])["pieces"]
+        text += next(p["text"] for p in pieces if p["doc_id"] == found["doc_id"] and p["from"] == block["from"])
+    assert varied.canary(name) in text or name == "csv"
+
+
+def test_lines_within_a_record_lead_to_it_and_lines_beyond_the_file_to_none(lineage: Lineage) -> None:
+    first = lineage.why("data/raw/text/05.txt", 1)
+    assert lineage.why("data/raw/text/05.txt", 4) == first
+    assert lineage.why("data/raw/separator/book.md", 22)[0]["line"] == 21
+    for file, number in (
+        ("data/raw/text/05.txt", 5),
+        ("data/raw/line.txt", 13),
+        ("data/raw/line.txt", 0),
+        ("no.txt", 1),
+    ):
+        with pytest.raises(SystemExit, match="no source has a record there"):
+            lineage.why(file, number)
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict", "rule", "evidence"),
+    [
+        (41, "dropped by clean", "length", "5 < 10 characters"),
+        (42, "dropped by clean", "empty", "nothing but white space"),
+        (43, "dropped by clean", "symbol_share", "of the characters"),
+        (44, "dropped by dedup", "exact_duplicate", None),
+        (45, "dropped by dedup", "near_duplicate", None),
+        (46, "dropped by dedup", "excluded", None),
+        (47, "dropped by dedup", "decontaminate:quiz", "data/benchmarks/quiz.txt line 1"),
+    ],
+)
+def test_a_victim_of_each_rule_comes_back_with_rule_evidence_and_twin(
+    lineage: Lineage, line: int, verdict: str, rule: str, evidence: str | None
+) -> None:
+    (found,) = lineage.why("data/raw/packed.txt", line)
+    assert (found["verdict"], found["rule"]) == (verdict, rule)
+    assert "blocks" not in found
+    if evidence:
+        assert evidence in found["evidence"]
+    twins = {44: 4, 45: 6}
+    assert found.get("twin", {}).get("line") == twins.get(line)
+    assert not lineage.steps(found["doc_id"])[0]["steps"] if "doc_id" in found else True
+
+
+def test_what_the_rules_changed_is_said(lineage: Lineage) -> None:
+    assert lineage.why("data/raw/packed.txt", 48)[0]["changes"] == "pii 1"
+    assert lineage.why("data/raw/text/05.txt", 1)[0]["changes"] == "newlines 3, nfc 1, whitespace 1"
+
+
+def test_models_are_those_trained_on_it_and_those_that_go_on_from_them(trained: Lineage) -> None:
+    seen = Counter()
+    for source in trained.sources:
+        for row in range(len(source.ledger)):
+            found = trained.record(source, row)
+            steps = sorted(step for block in found.get("blocks", []) for step in block["steps"])
+            models = [(one["phase"], one.get("first_step")) for one in found.get("models", [])]
+            chained = [("chat", None)] if source.phase == "pretrain" else []
+            assert models == ([(source.phase, steps[0]), *chained] if steps else [])
+            assert (found["verdict"] == "trained") == bool(steps)
+            seen[re.sub(r"\d+", "N", found["verdict"])] += 1
+    assert seen.keys() == {"trained", "held out", "not reached in N steps", "dropped by clean", "dropped by dedup"}
+
+
+def test_the_steps_of_a_document_are_those_of_its_blocks(trained: Lineage) -> None:
+    source = trained.phases["pretrain"].sources[1]
+    rows = [trained.record(source, row) for row in range(len(source.ledger))]
+    found = next(row for row in rows if row["verdict"] == "trained")
+    (answer,) = trained.steps(found["doc_id"])
+    assert [(one["step"], one["block"]) for one in answer["steps"]] == sorted(
+        (step, block["block"]) for block in found["blocks"] for step in block["steps"]
+    )
+    with pytest.raises(SystemExit, match="no document has the id"):
+        trained.steps("0" * 32)
+    with pytest.raises(SystemExit, match="is no doc_id"):
+        trained.steps("xyz")
+
+
+def test_an_id_leads_to_its_records_whole_or_by_its_first_half(lineage: Lineage) -> None:
+    (dropped,) = lineage.why("data/raw/packed.txt", 41)
+    assert lineage.where(dropped["raw_id"]) == [dropped]
+    copies = lineage.where(lineage.why("data/raw/packed.txt", 44)[0]["doc_id"][:16])
+    assert [one["line"] for one in copies] == [4, 44]
+
+
+def test_a_file_leads_to_its_records_and_a_text_to_all_that_hold_it(lineage: Lineage) -> None:
+    assert [one["line"] for one in lineage.where("data/raw/line.txt", 50)] == list(range(1, 13))
+    assert len(lineage.where("docx/notes.docx", 5)) == 5
+    assert len({one["source"] for one in lineage.where("Canary of", 50)}) == 16 - 1
+    with pytest.raises(SystemExit, match="is no id"):
+        lineage.where("nobody wrote this")
+
+
+def test_a_model_says_all_that_went_in_down_to_the_horizon(trained: Lineage) -> None:
+    found = trained.model("chat")
+    assert [one["phase"] for one in found["trainings"]] == ["chat", "pretrain"]
+    assert (found["base"], found["horizon"]) == ("models/configs/tiny", "random weights")
+    for one in found["trainings"]:
+        assert sum(source["share"] for source in one["sources"]) == pytest.approx(1, abs=1e-5)
+        assert one["blocks_shown"] == min(one["steps"] * 4, one["blocks"])
+        layout = trained.phases[one["phase"]].layout("train")
+        assert sum(source["tokens"] for source in one["sources"]) == layout.filled
+
+
+def test_a_sample_is_the_same_on_another_machine_and_shows_raw_beside_cleaned(
+    twins: tuple[Path, Path], lineage: Lineage
+) -> None:
+    one, other = (ask(root, "sample", "--seed", "3", "-n", "7") for root in twins)
+    assert one == other
+    assert len({(row["file"], row["line"]) for row in one}) == 7
+    assert one != ask(twins[0], "sample", "--seed", "4", "-n", "7")
+    everything = lineage.sample(0, 1000)
+    assert len(everything) == sum(len(source.ledger) for source in lineage.sources)
+    for row in everything:
+        assert row["raw"] is not None
+        if row["source"] in ("line", "docx"):
+            assert row["raw"].rstrip("\n") == row["cleaned"]
+        if row["verdict"] == "dropped by clean":
+            assert row["cleaned"] is None
+
+
+# --- Two commits
+
+
+def test_diff_says_what_came_in_and_went_out(project: Path, tmp_path: Path) -> None:
+    before = git(project, "rev-parse", "HEAD").strip()
+    assert not any(one["documents_in"] or one["documents_out"] for one in compare(project, before, None)["sources"])
+    path = project / "data/raw/packed.txt"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    new = "A wholly new line about nothing in particular, of which nobody has heard."
+    try:
+        write(path, "\n".join([*lines[1:-1], lines[2], new]) + "\n")  # the first goes, a copy and a new one come
+        repro(project, "tokenize_text@packed")
+        found = compare(project, before, None)
+        changed = [one for one in found["sources"] if one["documents_in"] or one["documents_out"]]
+        assert [(one["source"], one["documents_in"], one["documents_out"]) for one in changed] == [("packed", 1, 1)]
+        assert [(one["number"], one["on_the_other_side"]) for one in found["out"]] == [(1, "not among the documents")]
+        assert len(found["in"]) == 1
+        gone = Lineage(at_revision(project, before)).why("data/raw/packed.txt", 1)
+        assert gone[0]["doc_id"] == found["out"][0]["doc_id"]
+    finally:
+        write(path, "\n".join(lines))
+        repro(project, "group_blocks@packs")
+    with pytest.raises(SystemExit, match=r"Git has no dvc.lock there"):
+        compare(project, "nonsense", None)
+
+
+# --- The command line
+
+
+def test_commands_print_json_and_tables_and_mistakes_are_one_sentence(trained: Lineage) -> None:
+    root = trained.root
+    (found,) = ask(root, "why", "data/raw/tiny_notes.txt:22")
+    assert (found["rule"], found["twin"]["line"]) == ("exact_duplicate", 1)
+    assert ask(root, "block", "pretrain", "3")["pieces"]
+    assert ask(root, "where", "data/raw/tiny_notes.txt", "--limit", "3")[2]["line"] == 3
+    assert ask(root, "steps", found["doc_id"])
+    assert ask(root, "model", "chat")["trainings"]
+    assert {one["status"] for one in ask(root, "verify", "--blocks", "5")} == {"ok", "stops"}
+    assert (
+        ask(root, "why", "x", status=1)
+        == "'x': write FILE:LINE, e.g. data/raw/laws/a.md:12 (or row, page, paragraph).\n"
+    )
+    assert re.fullmatch(
+        r"phase pretrain, split train: there is no block 999; .*\n", ask(root, "block", "pretrain", "999", status=1)
+    )
+    assert "dvc.lock has no phase x; it has chat, pretrain." in ask(root, "model", "x", status=1)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lineage", "block", "pretrain", "0"]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "data/raw/tiny_notes.txt" in shown
+    assert "\x1b" not in shown
+
+
+# --- verify, on formats and layouts that the tiny project has not
+
+
+def test_verify_rebuilds_formats_and_layouts_of_every_kind_and_says_where_it_stops(project: Path) -> None:
+    report = verify.verify(project)
+    assert not [finding for finding in report.findings if finding.status == "FAILED"]
+    rebuilt = {
+        f.path.split("/")[3]: f.detail for f in report.findings if (f.status, f.check) == ("ok", "raw -> documents")
+    }
+    assert rebuilt.keys() == {*varied.FORMATS, *varied.CHATS} - {"html", "docx"}
+    assert rebuilt["text"] == "12 texts rebuilt from raw bytes"
+    stops = {f.path.split("/")[3] for f in report.findings if (f.status, f.check) == ("stops", "raw -> documents")}
+    assert stops == {"html", "docx", "packed"}
+    assert {"data/blocks/docs/train", "data/blocks/packs/train", "data/blocks/talk/eval"} <= {
+        f.path for f in report.findings if (f.status, f.check) == ("ok", "tokens -> blocks")
+    }
