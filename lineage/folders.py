@@ -191,26 +191,31 @@ class Places:
 
     def find(self, file: str, number: int) -> int | None:
         """Return the row of the last record of `file` that begins at `number` or before."""
-        key = (file.encode(), number)
-        low, high = 0, len(self.numbers)
-        while low < high:  # the first batch whose first row stands behind the place
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._first(middle) <= key else (low, middle)
-        if not low:
+        at = self._batch(file, number)
+        if at < 0:
             return None
-        batch = self.ledger.batch(low - 1)
+        batch = self.ledger.batch(at)
         rows = np.flatnonzero(_equal(batch["file"], file))
         rows = rows[batch["number"].to_numpy()[rows] <= number]
-        return int(self.ledger.starts[low - 1]) + int(rows[-1]) if len(rows) else None
+        return int(self.ledger.starts[at]) + int(rows[-1]) if len(rows) else None
 
     def rows(self, file: str) -> Iterator[int]:
-        """Yield all rows of a file."""
-        first = self.find(file, 2**31 - 1)
-        while first is not None and first >= 0:
-            batch = self.ledger.batch_of(first)
-            rows = np.flatnonzero(_equal(self.ledger.batch(batch)["file"], file)) + int(self.ledger.starts[batch])
-            yield from (int(row) for row in rows[::-1] if row <= first)
-            first = int(rows[0]) - 1 if int(rows[0]) == int(self.ledger.starts[batch]) else None
+        """Yield all rows of a file, in order."""
+        for at in range(max(self._batch(file, 0), 0), len(self.numbers)):
+            if self._first(at)[0] > file.encode():
+                return
+            yield from (
+                np.flatnonzero(_equal(self.ledger.batch(at)["file"], file)) + int(self.ledger.starts[at])
+            ).tolist()
+
+    def _batch(self, file: str, number: int) -> int:
+        """Return the last batch whose first row does not stand behind a place, -1 when all do."""
+        key = (file.encode(), number)
+        low, high = 0, len(self.numbers)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._first(middle) <= key else (low, middle)
+        return low - 1
 
     def _first(self, batch: int) -> tuple[bytes, int]:
         begin = int(self.ends[batch - 1]) if batch else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -396,9 +397,9 @@ class Lineage:
             if found:
                 return found[:limit]
         for source, name in self._files(what):
-            rows = sorted(row for row, _ in zip(source.places.rows(name), range(100_000), strict=False))
+            rows = list(itertools.islice(source.places.rows(name), limit))
             if rows:
-                return [self.record(source, row) for row in rows[:limit]]
+                return [self.record(source, row) for row in rows]
         found = []
         for source, row in self._holding(what):
             found.append(self.record(source, source.kept_records.row(row)))
