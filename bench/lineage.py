@@ -24,7 +24,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # before this folder, where this file is called lineage, too
 
-from lineage.questions import Lineage  # it brings stages/, too
+from lineage.questions import Lineage
 
 # isort: split
 import clean
