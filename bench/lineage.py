@@ -1,7 +1,8 @@
 """Measure look-ups in the lineage of a large corpus: 10 million records when not given.
 
     why, where ID, where FILE, steps, block     95 of 100 under 50 ms, each answer compared with what was written
-    the index                                   built once; seconds and bytes are printed
+    the index of ids and places                 built once; seconds and bytes are printed
+    the index of fingerprints (trace)           10 MB of text in a CPU second, 3 bytes a token; English and Chinese
 
     python bench/lineage.py [RECORDS]
 
@@ -20,16 +21,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # before this folder, where this file is called lineage, too
+# Before this folder, where files are called lineage and near_duplicates, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lineage.questions import Lineage
+
+from lineage import trace
 
 # isort: split
 import clean
 import dedup
 import train_tokenizer
+from corpus import chinese, english
 from kit import arrow
 from tokenize_text import tokens_schema
 
@@ -54,6 +58,12 @@ stages:
           license: unknown
     outs:
     - path: data/clean/p/big
+      hash: md5
+      md5: '0'
+  tokenize_text@big:
+    cmd: exec python stages/tokenize_text.py big
+    outs:
+    - path: data/tokens/p/big
       hash: md5
       md5: '0'
   group_blocks@p:
@@ -169,6 +179,21 @@ def verdict(number: int, found: dict[str, Any]) -> None:
         assert found["tokens"] == number % 90 + 10 == sum(block["tokens"] for block in found["blocks"])
 
 
+def trace_index(language: str, texts: list[str]) -> bool:
+    """Print what fingerprints of texts cost; return whether a budget is missed."""
+    column = pa.array(texts)
+    params = train_tokenizer.Params(mode="train", vocab_size=8192)
+    tokenizer = train_tokenizer.train(iter(texts[:400]), params)
+    tokens = sum(len(one.ids) for one in tokenizer.encode_batch(texts[:100]))
+    share = sum(len(text.encode()) for text in texts[:100]) / tokens  # bytes of text in a token
+    started = time.process_time()
+    hashes, _ = trace.fingerprints(column)
+    seconds, text_bytes = time.process_time() - started, column.nbytes
+    speed, cost = text_bytes / 1e6 / seconds, len(hashes) * trace.BYTES * share / text_bytes
+    print(f"fingerprints   {language}: {speed:.1f} MB a CPU second (budget 10), {cost:.2f} bytes a token (budget 3)")
+    return speed < 10 or cost > 3
+
+
 def milliseconds(work: Callable[[Any], None], things: list[Any]) -> list[float]:
     found = []
     for thing in things:
@@ -222,6 +247,8 @@ def main() -> None:
             missed |= high > BUDGET_MS
             middle = times[len(times) // 2]
             print(f"{question:14} median {middle:6.2f} ms, 95 of 100 within {high:6.2f} ms (budget {BUDGET_MS:.0f})")
+    for language, make in (("English", english), ("Chinese", chinese)):
+        missed |= trace_index(language, list(make(16 * 2**20, 5)))
     raise SystemExit(missed and "the budget is missed")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +87,29 @@ def sample(
 ) -> None:
     """An auditor's random sample: raw text beside cleaned text, the same on every machine."""
     _print(_lineage().sample(seed, number), as_json)
+
+
+@app.command()
+def trace(
+    text: Annotated[str, typer.Argument(help="a text; `-` reads it from standard input")] = "",
+    prompt: Annotated[str, typer.Option(help="trace what the model of --phase writes behind this")] = "",
+    phase: Annotated[str, typer.Option(help="only documents that this phase and those before it were made of")] = "",
+    max_new_tokens: int = 100,
+    limit: int = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Which runs of 16 words or more (characters of Chinese) of a text stand in the training data, verbatim?"""
+    from lineage.trace import generated
+    from lineage.trace import trace as find
+
+    if bool(text) == bool(prompt) or (prompt and not phase):
+        raise SystemExit("give either a text, or --prompt with --phase, the phase whose model is to answer.")
+    if prompt:
+        text = generated(Path(), phase, prompt, max_new_tokens)
+    found = find(_lineage(), sys.stdin.read() if text == "-" else text, phase or None, limit, os.cpu_count() or 1)
+    _print({"text": text, "runs": found} if prompt else found, as_json)
+    if not found and not as_json:
+        print("no run of 16 units stands in a document")
 
 
 @app.command()

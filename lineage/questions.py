@@ -278,6 +278,8 @@ class Lineage:
             if decision["twin"]:
                 answer |= {"twin": self._twin(source.phase, decision["twin"]), "similarity": decision["similarity"]}
             return answer
+        if f"tokenize_text@{source.name}" not in self.stages:
+            return {**answer, "split": decision["split"], "verdict": "kept, not tokenised yet"}
         tokens = source.kept_documents.place(row)
         assert tokens is not None
         batch = source.tokens.batch_of(tokens)

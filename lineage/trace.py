@@ -1,0 +1,310 @@
+"""Find which documents a text was written off from: verbatim runs of at least 16 units, longest first.
+
+    "... and the cat sat on the mat, ... (16 words of a document) ..."
+    ->   [{"units": 19, "text": "the cat sat on ...", "status": "trained", "documents": 1, "file": ..., "line": 12}]
+
+A unit is a word, or one character of a script without spaces; case, punctuation and white space do not count (as in
+stages/near_duplicates.py). Of each document the hashes of 8 units in a row are winnowed: of any 9 that follow each
+other the least is kept (Schleimer, Wilkerson and Aiken, "Winnowing", 2003), so that two texts that share 16 units share
+at least one fingerprint. What a fingerprint finds is compared with the document itself before it counts, and no match
+goes beyond a document's end. All documents are looked at, also those that dedup dropped: what stands in them alone is
+reported as dropped. What clean dropped is no document; `why` knows it.
+
+The index lies in .work/lineage/fingerprints, a file for each shard of about 8 MB of documents, named after the ids of
+its documents, which are hashes of their content: a new document costs its own shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kit.memo import SHARD_BYTES, cuts, row_hashes
+from lineage.folders import Array
+from lineage.questions import Answer, Lineage, Source
+from near_duplicates import pieces, spans, whole_runs
+
+RUN, WINDOW = 8, 9
+SHORTEST = RUN + WINDOW - 1  # units that two texts must share to be found in any case
+BYTES = 4.25  # of a fingerprint in the index; see `_build`
+VERSION = "1"
+CANDIDATES = 2000  # documents compared with the text, those with the most common fingerprints first
+
+
+def fingerprints(texts: pa.Array) -> tuple[Array, Array]:
+    """Return the winnowed hashes of the texts and their rows, each pair once, sorted: uint32 both.
+
+    >>> hashes, rows = fingerprints(pa.array(["a b c", " ".join("abcdefghijklmnopq")]))
+    >>> len(hashes), set(rows.tolist())
+    (2, {1})
+    """
+    pairs = [np.zeros(0, np.uint64)]
+    for row, units, counts in pieces(texts):
+        if len(units) < SHORTEST:
+            continue
+        hashes, ends = whole_runs(units, RUN), np.cumsum(counts)
+        least = np.lib.stride_tricks.sliding_window_view(hashes, WINDOW).argmin(axis=1) + np.arange(
+            len(hashes) - WINDOW + 1
+        )
+        # A window lies in one document.
+        inside = np.arange(SHORTEST, len(units) + 1) <= np.repeat(ends, counts)[: len(least)]
+        places = np.unique(least[inside])
+        rows = row + np.searchsorted(ends, places, side="right")
+        pairs.append(hashes[places].astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64))
+    found = np.unique(np.concatenate(pairs))
+    return (found >> np.uint64(32)).astype(np.uint32), found.astype(np.uint32)
+
+
+class Shard(NamedTuple):
+    """Neighbouring documents of a source."""
+
+    first: int  # row
+    last: int
+    path: Path
+
+
+class Index:
+    """The fingerprints of one source's documents, built where they are missing."""
+
+    def __init__(self, source: Source, workers: int) -> None:
+        self.source = source
+        self.folder = source.lineage.root / ".work/lineage/fingerprints"
+        self.shards = list(self._shards())
+        missing = [shard for shard in self.shards if not shard.path.is_file()]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            work = [(source.documents.path, source.documents.cache.root, *shard) for shard in missing]
+            if workers > 1 and len(missing) > 1:
+                with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+                    list(pool.map(_build, work))
+            else:
+                list(map(_build, work))
+
+    def _shards(self) -> Iterator[Shard]:
+        folder = self.source.documents
+        hashes, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+        for batch in folder.all():
+            hashes.append(row_hashes(batch["doc_id"]))
+            sizes.append(_sizes(batch))
+        ends = cuts(np.concatenate(hashes), np.concatenate(sizes), SHARD_BYTES)
+        for first, last in zip([0, *ends], ends, strict=False):
+            digest = hashlib.sha256(VERSION.encode())
+            for batch, begin, end in _parts(folder, first, last):
+                digest.update(memoryview(batch["doc_id"].buffers()[1])[16 * begin : 16 * end])
+            yield Shard(first, last, self.folder / digest.hexdigest()[:32])
+
+    def candidates(self, hashes: Array) -> Iterator[tuple[int, int]]:
+        """Yield (row, fingerprints in common) of the documents that share fingerprints with a text."""
+        for shard in self.shards:
+            found = look_up(shard.path, hashes)
+            rows, counts = np.unique(found, return_counts=True)
+            yield from zip((rows + shard.first).tolist(), counts.tolist(), strict=True)
+
+    def size(self) -> int:
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+
+def _sizes(batch: pa.RecordBatch) -> Array:
+    texts = batch["text"] if "text" in batch.schema.names else joined(batch["messages"])
+    found: Array = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
+
+
+def joined(messages: pa.ListArray) -> pa.Array:
+    """Return conversations as texts: the contents of their messages, a line each."""
+    said = pc.struct_field(messages.values, "content").fill_null("")
+    return pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+
+
+def _parts(folder: Any, first: int, last: int) -> Iterator[tuple[pa.RecordBatch, int, int]]:
+    """Yield the batches that hold the rows from `first` to before `last`, and which rows of them do."""
+    at = folder.batch_of(first) if last > first else 0
+    while first < last:
+        begin, end = (int(n) for n in folder.starts[at : at + 2])
+        yield folder.batch(at), first - begin, min(last, end) - begin
+        first, at = end, at + 1
+
+
+def _build(work: tuple[Path, Path, int, int, Path]) -> None:
+    """Write the fingerprints of a shard: a directory by the first bits of the hash, the next 16 bits, and the rows.
+
+    16 rows share an entry of the directory, so a fingerprint takes 2 + 2 + 1/4 bytes, 2 more where rows need 32 bits.
+    """
+    from lineage.folders import Cache, Folder
+
+    path, root, first, last, target = work
+    folder = Folder(path, Cache(root))
+    texts = []
+    for batch, begin, end in _parts(folder, first, last):
+        part = batch.slice(begin, end - begin)
+        texts.append(part["text"] if "text" in part.schema.names else joined(part["messages"]))
+    hashes, rows = fingerprints(pa.chunked_array(texts, pa.string()))
+    bits = max(0, int(len(hashes) // 16).bit_length() - 1)
+    directory = np.searchsorted(
+        hashes >> np.uint32(32 - bits) if bits else np.zeros_like(hashes), np.arange(2**bits + 1)
+    )
+    rest = (hashes << np.uint32(bits) >> np.uint32(16)).astype(np.uint16)
+    narrow = last - first <= 2**16
+    head = np.array([len(hashes), bits, narrow, 0], np.uint32)
+    content = [head, directory.astype(np.uint32), rows.astype(np.uint16 if narrow else np.uint32), rest]
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    temporary.write_bytes(b"".join(part.tobytes() for part in content))
+    temporary.replace(target)
+
+
+def look_up(path: Path, hashes: Array) -> Array:
+    """Return the rows of a shard that have fingerprints with these hashes, as often as they have them."""
+    data = np.memmap(path, np.uint8, "r")
+    size, bits, narrow, _ = (int(n) for n in data[:16].view(np.uint32))
+    directory = data[16 : 16 + 4 * (2**bits + 1)].view(np.uint32)
+    at, width = 16 + directory.nbytes, 2 if narrow else 4
+    rows = data[at : at + width * size].view(np.uint16 if narrow else np.uint32)
+    rest = data[at + width * size :].view(np.uint16)
+    found = [np.zeros(0, np.int64)]
+    for number in np.unique(hashes).tolist():
+        bucket = number >> (32 - bits) if bits else 0
+        begin, end = int(directory[bucket]), int(directory[bucket + 1])
+        same = rest[begin:end] == (number << bits & 0xFFFFFFFF) >> 16
+        found.append(rows[begin:end][same].astype(np.int64))
+    return np.concatenate(found)
+
+
+class Span(NamedTuple):
+    """A run of units that a text and a document share."""
+
+    begin: int  # units of the text
+    end: int
+    start: int  # first unit in the document
+    source: Source
+    row: int
+
+
+def matches(text: list[bytes], document: list[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Yield begin and end in the text and begin in the document of the longest common runs, of SHORTEST units or more.
+
+    >>> list(matches(list(b"xabcdefghijklmnopqy"), list(b"zzabcdefghijklmnopqz")))
+    [(1, 18, 2)]
+    """
+    places: dict[tuple[bytes, ...], list[int]] = defaultdict(list)
+    for at in range(len(text) - SHORTEST + 1):
+        places[tuple(text[at : at + SHORTEST])].append(at)
+    if not places:
+        return
+    done: dict[int, int] = {}  # diagonal: where its last match ended in the document
+    for at in range(len(document) - SHORTEST + 1):
+        for begin in places.get(tuple(document[at : at + SHORTEST]), ()):
+            if done.get(at - begin, -1) > at:
+                continue
+            length = SHORTEST
+            while (
+                begin + length < len(text)
+                and at + length < len(document)
+                and text[begin + length] == document[at + length]
+            ):
+                length += 1
+            done[at - begin] = at + length
+            yield begin, begin + length, at
+
+
+def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20, workers: int = 1) -> list[Answer]:
+    """Return the runs of a text that stand in documents, the longest first; see the top of this file.
+
+    `phase`: only the documents of this phase and of those it goes on from. A run that lies within a longer one is left
+    out, but for one that was trained on within one that was dropped. Raises SystemExit for a text that is too short.
+    """
+    units, places = spans(text)
+    if len(units) < SHORTEST:
+        raise SystemExit(f"the text has {len(units)} words (or characters of Chinese ...); {SHORTEST} are needed.")
+    hashes = np.unique(whole_runs(_hashed(text), RUN))
+    found: list[tuple[int, Source, int]] = []
+    for source in lineage.sources if phase is None else _sources(lineage, phase):
+        found += [(count, source, row) for row, count in Index(source, workers).candidates(hashes)]
+    found.sort(key=lambda one: (-one[0], one[1].phase, one[1].name, one[2]))
+    runs: dict[tuple[int, int, str], list[Span]] = defaultdict(list)
+    for _, source, row in found[:CANDIDATES]:
+        document = source.decisions.row(row)
+        content = _content(source, row)
+        for begin, end, start in matches(units, spans(content)[0]):
+            runs[begin, end, document["split"]].append(Span(begin, end, start, source, row))
+    chosen = sorted(runs, key=lambda key: (key[0] - key[1], key[0], {"train": 0, "eval": 1}.get(key[2], 2)))
+    answers: list[Answer] = []
+    taken: list[tuple[int, int, str]] = []
+    for begin, end, split in chosen:
+        better = {"train": ("train",), "eval": ("train", "eval"), "dropped": ("train", "eval", "dropped")}[split]
+        if any(a <= begin and end <= b and other in better for a, b, other in taken):
+            continue
+        taken.append((begin, end, split))
+        answers.append(_answer(text, places, runs[begin, end, split], split))
+    return answers[:limit]
+
+
+def _hashed(text: str) -> Array:
+    parts = [units for _, units, _ in pieces(pa.array([text]))]
+    return np.concatenate(parts)
+
+
+def _sources(lineage: Lineage, phase: str) -> list[Source]:
+    wanted = [phase, *(name for name in lineage.phases if phase in lineage.descendants(name))]
+    lineage.phase(phase)
+    return [source for source in lineage.sources if source.phase in wanted]
+
+
+def _content(source: Source, row: int) -> str:
+    document = source.documents.row(row)
+    return str(document["text"]) if "text" in document else "\n".join(m["content"] for m in document["messages"])
+
+
+def _answer(text: str, places: list[tuple[int, int]], found: list[Span], split: str) -> Answer:
+    """Return a run with the first of the documents that hold it."""
+    first = min(found, key=lambda span: (span.source.phase, span.source.name, span.row))
+    utf16 = text.encode("utf-16-le")
+    words = utf16[2 * places[first.begin][0] : 2 * places[first.end - 1][1]].decode("utf-16-le", "replace")
+    document = first.source.documents.row(first.row)
+    content = _content(first.source, first.row)
+    before = content.encode("utf-16-le")[: 2 * spans(content)[1][first.start][0]].decode("utf-16-le", "replace")
+    unit = first.source.about["unit"]
+    line = document["number"] + (before.count("\n") if unit == "line" and "text" in document else 0)
+    status = {"train": "in the training text", "eval": "held out, not trained", "dropped": "dropped, not trained"}[
+        split
+    ]
+    if split == "train":
+        status = str(first.source.lineage.document(first.source, first.row)["verdict"])
+    return {
+        "units": first.end - first.begin, "text": words, "status": status,
+        "documents": len({(span.source.name, span.source.phase, span.row) for span in found}),
+        "phase": first.source.phase, "source": first.source.name, "file": first.source.path(document["file"]),
+        unit: line, "doc_id": document["doc_id"].hex(),
+    }  # fmt: skip
+
+
+def generated(root: Path, phase: str, prompt: str, tokens: int) -> str:
+    """Return what the merged model of a phase writes behind a prompt, always its likeliest token."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = root / "models" / phase / "merged"
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder} is not there; train phase {phase} first.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    if tokenizer.chat_template:
+        said = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(said, return_tensors="pt", add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        written = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

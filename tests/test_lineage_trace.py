@@ -1,0 +1,185 @@
+"""`lineage trace`: every verbatim run of 16 units is found, in its document and line; nothing else is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lineage.questions import Lineage
+
+import clean
+import dedup
+from kit import arrow
+from lineage import trace
+from near_duplicates import spans
+
+WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "s", "", "th")]
+LOCK = """schema: '2.0'
+stages:
+  clean@s:
+    cmd: exec python stages/clean.py s
+    deps:
+    - path: data/raw/s
+      hash: md5
+      md5: '0'
+    outs:
+    - path: data/clean/p/s
+      hash: md5
+      md5: '0'
+"""
+
+
+def project(root: Path, documents: list[str], splits: list[str]) -> Lineage:
+    """Write what a source leaves before it is tokenised: documents, one a file, and the decisions about them."""
+    home = root / "data/clean/p/s"
+    ids = [clean.doc_id(text) for text in documents]
+    names = [f"{number:05}.txt" for number in range(len(ids))]
+    places = {
+        "file": names,
+        "start": [0] * len(ids),
+        "end": [len(t.encode()) for t in documents],
+        "number": [1] * len(ids),
+    }
+    with arrow.Writer(home / "documents", clean.TEXT_DOCUMENTS, batch_rows=16) as out:
+        out.write(pa.table({"doc_id": ids, **places, "text": documents}, clean.TEXT_DOCUMENTS))
+    rows = [
+        {"doc_id": i, "split": s, "rule": "near_duplicate" if s == "dropped" else None}
+        for i, s in zip(ids, splits, strict=True)
+    ]
+    with arrow.Writer(root / "data/dedup/p/s", dedup.DECISIONS) as out:
+        out.write(pa.Table.from_pylist(rows, dedup.DECISIONS))
+    arrow.write_json(home / "source.json", {"unit": "line", "format": "text"})
+    (root / "dvc.lock").write_text(LOCK)
+    return Lineage(root)
+
+
+def written(draw: random.Random, words: int) -> str:
+    signs = [" ", " ", " ", ", ", ".\n"]
+    return "".join(draw.choice(WORDS) + draw.choice(signs) for _ in range(words)) + "."
+
+
+def statuses(found: list[dict[str, Any]]) -> set[str]:
+    return {one["status"] for one in found}
+
+
+def test_100_kept_100_dropped_and_100_fresh_passages(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    documents = [written(draw, draw.randint(20, 300)) for _ in range(200)]
+    lineage = project(tmp_path, documents, ["train"] * 100 + ["dropped"] * 100)
+    for number, text in enumerate(documents):
+        places = spans(text)[1]
+        begin = draw.randrange(len(places) - 15)
+        end = draw.randint(begin + 16, len(places))
+        passage = text[places[begin][0] : places[end - 1][1]]
+        # Another case and other punctuation, in new company.
+        found = trace.trace(lineage, f"{written(draw, 10)} {passage.upper().replace(',', ' -')} {written(draw, 10)}")
+        assert statuses(found) == {"kept, not tokenised yet" if number < 100 else "dropped, not trained"}
+        assert (found[0]["file"], found[0]["documents"]) == (f"data/raw/s/{number:05}.txt", 1)
+        assert found[0]["line"] == 1 + text[: places[begin][0]].count("\n")
+        assert found[0]["units"] >= end - begin
+    for _ in range(100):
+        assert trace.trace(lineage, written(draw, 200)) == []
+
+
+def test_a_match_ends_with_its_document_and_frequency_counts_documents(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    one, other, shared = (written(draw, 40) for _ in range(3))
+    lineage = project(tmp_path, [one, other, f"new {shared} here", f"and {shared} there"], ["train"] * 4)
+    found = trace.trace(lineage, one + " " + other)
+    assert [(run["units"], run["file"]) for run in found] == [
+        (40, "data/raw/s/00000.txt"),
+        (40, "data/raw/s/00001.txt"),
+    ]
+    (run,) = trace.trace(lineage, "before " + shared)
+    assert (run["documents"], run["file"]) == (2, "data/raw/s/00002.txt")
+
+
+def test_a_shorter_run_that_was_trained_on_is_told_beside_a_longer_one_that_was_dropped(tmp_path: Path) -> None:
+    draw = random.Random(2)
+    head, tail = written(draw, 30), written(draw, 30)
+    lineage = project(tmp_path, [head, head + " " + tail], ["train", "dropped"])
+    found = trace.trace(lineage, head + " " + tail)
+    assert [(run["units"], run["status"]) for run in found] == [
+        (60, "dropped, not trained"),
+        (30, "kept, not tokenised yet"),
+    ]
+    # The other way round the dropped one says nothing new.
+    lineage = project(tmp_path / "other", [head + " " + tail, head], ["train", "dropped"])
+    assert [run["units"] for run in trace.trace(lineage, head + " " + tail)] == [60]
+
+
+def test_chinese_is_matched_by_character(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    law = "".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(200))
+    lineage = project(tmp_path, [law, "something else"], ["train", "train"])
+    (run,) = trace.trace(lineage, "他说：" + law[50:58] + "，" + law[58:66] + "。")
+    assert (run["units"], run["text"]) == (16, law[50:58] + "，" + law[58:66])
+    assert trace.trace(lineage, "他说：" + law[50:65]) == []
+
+
+def test_a_text_of_fewer_than_16_units_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="the text has 3 words"):
+        trace.trace(project(tmp_path, ["x"], ["train"]), "one two three")
+
+
+units = st.lists(st.sampled_from("abcdefgh"), min_size=16, max_size=40)
+
+
+@given(units, units, st.lists(st.sampled_from("xyz"), max_size=9), st.lists(st.sampled_from("uvw"), max_size=9))
+def test_texts_that_share_16_units_share_a_fingerprint(
+    shared: list[str], other: list[str], before: list[str], behind: list[str]
+) -> None:
+    pair = pa.array([" ".join(before + shared), " ".join(other), " ".join(other[:3] + shared + behind)])
+    hashes, rows = trace.fingerprints(pair)
+    assert set(hashes[rows == 0]) & set(hashes[rows == 2])
+    alone, _ = trace.fingerprints(pair.slice(2))
+    assert sorted(hashes[rows == 2]) == sorted(alone)  # neighbours do not matter
+
+
+@given(st.lists(st.sampled_from("ab"), max_size=60), st.lists(st.sampled_from("ab"), max_size=60))
+def test_matches_are_all_longest_common_runs(text: list[str], document: list[str]) -> None:
+    a, b = ([one.encode() for one in side] for side in (text, document))
+    expected = set()
+    for i in range(len(a)):
+        for j in range(len(b)):
+            if i and j and a[i - 1] == b[j - 1]:
+                continue
+            length = 0
+            while i + length < len(a) and j + length < len(b) and a[i + length] == b[j + length]:
+                length += 1
+            if length >= trace.SHORTEST:
+                expected.add((i, i + length, j))
+    assert set(trace.matches(a, b)) == expected
+
+
+def test_the_index_is_exact_sharded_and_built_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "SHARD_BYTES", 20_000)
+    draw = random.Random(4)
+    documents = [written(draw, draw.randint(20, 300)) for _ in range(300)]
+    lineage = project(tmp_path / "one", documents, ["train"] * 300)
+    index = trace.Index(lineage.sources[0], workers=2)
+    assert len(index.shards) > 10
+    hashes, rows = trace.fingerprints(pa.array(documents))
+    for number in draw.sample(range(len(hashes)), 200):
+        found = {row for row, _ in index.candidates(hashes[number : number + 1])}
+        assert set(rows[hashes == hashes[number]].tolist()) <= found
+        assert len(found) <= 3  # 16 + a few bits of the hash are kept: hardly ever another row
+    before = {shard.path: shard.path.stat().st_mtime_ns for shard in index.shards}
+    tokens = sum(len(text.split()) for text in documents)
+    assert index.size() < 3 * tokens
+
+    documents.insert(150, written(draw, 100))
+    (tmp_path / "one/data").rename(tmp_path / "old")
+    lineage = project(tmp_path / "one", documents, ["train"] * 301)
+    index = trace.Index(lineage.sources[0], workers=1)
+    new = [shard for shard in index.shards if before.get(shard.path) != shard.path.stat().st_mtime_ns]
+    assert 1 <= len(new) <= 4
+    assert np.sum([shard.last - shard.first for shard in index.shards]) == 301
