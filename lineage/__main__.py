@@ -113,6 +113,54 @@ def trace(
 
 
 @app.command()
+def pack(target: Path) -> None:
+    """Write an evidence pack (tar) that lineage/verify.py accepts without the project."""
+    from lineage.pack import pack as write
+
+    digest, files, signed = write(Path(), target)
+    print(
+        f"{target}: {files:,} files, {'signed' if signed else 'not signed (set TERROIR_SIGNING_KEY)'}; sha256 {digest}"
+    )
+
+
+eraser = typer.Typer(no_args_is_help=True, help="Take a document out of every model: plan, apply, prove.")
+app.add_typer(eraser, name="erase")
+Identity = Annotated[str, typer.Argument(metavar="ID")]
+
+
+@eraser.command("plan")
+def erase_plan(identity: Identity, as_json: AsJson = False) -> None:
+    """Where do a document and its copies stand, which models saw them, what must be redone?"""
+    from lineage.erase import plan
+
+    _print(plan(_lineage(), identity), as_json)
+
+
+@eraser.command("apply")
+def erase_apply(identity: Identity, as_json: AsJson = False) -> None:
+    """Add the ids of a document and its copies to data/exclusions.txt."""
+    from lineage.erase import apply
+
+    _print(apply(_lineage(), identity), as_json)
+
+
+@eraser.command("prove")
+def erase_prove(
+    identity: Identity,
+    text: Annotated[
+        Path | None, typer.Option(help="the document's text, where the raw files no longer have it")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is a document, or a run of 16 words of it, in anything that is kept now? Exit status 1 when it is."""
+    from lineage.erase import prove
+
+    found = prove(_lineage(), identity, text.read_text(encoding="utf-8") if text else None)
+    _print(found, as_json)
+    raise typer.Exit(not found["absent"])
+
+
+@app.command()
 def verify(
     phase: Annotated[str, typer.Argument()] = "",
     blocks: Annotated[int, typer.Option(help="random blocks of each split to rebuild from the raw files")] = 100,

@@ -379,7 +379,7 @@ class Lineage:
     def steps(self, identity: str) -> list[Answer]:
         """Return the training steps that showed a document, in each phase that holds it."""
         found = []
-        for source, row in self._identified(identity):
+        for source, row in self.identified(identity):
             answer = self.document(source, row)
             at = [
                 {"step": step, "block": block["block"]} for block in answer.get("blocks", []) for step in block["steps"]
@@ -412,12 +412,13 @@ class Lineage:
         return found
 
     def _records(self, identity: str) -> Iterator[tuple[Source, int]]:
-        for source, row in self._identified(identity, missing=False):
+        for source, row in self.identified(identity, missing=False):
             yield source, source.kept_records.row(row)
         for source in self.sources:
             yield from ((source, row) for row in source.raw_ids(bytes.fromhex(identity)))
 
-    def _identified(self, identity: str, missing: bool = True) -> list[tuple[Source, int]]:
+    def identified(self, identity: str, missing: bool = True) -> list[tuple[Source, int]]:
+        """Return the documents with an id; SystemExit when it is none, or `missing` and no document has it."""
         if not re.fullmatch("([0-9a-fA-F]{2}){8,16}", identity):
             raise SystemExit(f"{identity!r} is no doc_id: 32 hexadecimal digits, or the first 16 of them.")
         found = [(source, row) for source in self.sources for row in source.doc_ids(bytes.fromhex(identity))]

@@ -233,7 +233,7 @@ def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20
     runs: dict[tuple[int, int, str], list[Span]] = defaultdict(list)
     for _, source, row in found[:CANDIDATES]:
         document = source.decisions.row(row)
-        content = _content(source, row)
+        content = content_of(source, row)
         for begin, end, start in matches(units, spans(content)[0]):
             runs[begin, end, document["split"]].append(Span(begin, end, start, source, row))
     chosen = sorted(runs, key=lambda key: (key[0] - key[1], key[0], {"train": 0, "eval": 1}.get(key[2], 2)))
@@ -259,7 +259,8 @@ def _sources(lineage: Lineage, phase: str) -> list[Source]:
     return [source for source in lineage.sources if source.phase in wanted]
 
 
-def _content(source: Source, row: int) -> str:
+def content_of(source: Source, row: int) -> str:
+    """Return what a document says: its text, or its messages a line each."""
     document = source.documents.row(row)
     return str(document["text"]) if "text" in document else "\n".join(m["content"] for m in document["messages"])
 
@@ -270,7 +271,7 @@ def _answer(text: str, places: list[tuple[int, int]], found: list[Span], split: 
     utf16 = text.encode("utf-16-le")
     words = utf16[2 * places[first.begin][0] : 2 * places[first.end - 1][1]].decode("utf-16-le", "replace")
     document = first.source.documents.row(first.row)
-    content = _content(first.source, first.row)
+    content = content_of(first.source, first.row)
     before = content.encode("utf-16-le")[: 2 * spans(content)[1][first.start][0]].decode("utf-16-le", "replace")
     unit = first.source.about["unit"]
     line = document["number"] + (before.count("\n") if unit == "line" and "text" in document else 0)

@@ -1,6 +1,6 @@
 """Check that a finished project, or an evidence pack, is what its papers say: from the raw bytes to the model.
 
-    python lineage/verify.py [PHASE] [--root FOLDER] [--json]        exit status 1 when anything is not as it is said
+    python lineage/verify.py [PHASE] [--root FOLDER] [--key PUBLIC.pem] [--json]     exit status 1: something is wrong
 
 It needs Python and pyarrow, no network and nothing of the project's own code, and trusts neither file times nor
 dvc.lock: every byte of every input and output is read and hashed. Then each artefact is held against the one before:
@@ -14,6 +14,7 @@ dvc.lock: every byte of every input and output is read and hashed. Then each art
     tokens -> blocks                      every block rebuilt, all ids, marks and padding compared
     blocks -> receipts                    what each training step was fed, computed anew from the blocks and the order
     model                                 tokenizer and base are those that were named; merged follows from trained
+    attestations (in a pack)              name the same digests; with --key, each is signed with it (ed25519)
 
 It stops where a library would be needed: text of PDF, Word and HTML files, rules of cleaning beyond line ends, Unicode
 forms and white space, chat templates, encoding (ids are decoded instead), masked objectives, the sums of a merge. Each
@@ -24,6 +25,7 @@ them can forge all of them alike, unless digests or signatures are kept elsewher
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import hashlib
 import io
@@ -1389,6 +1391,119 @@ def check_model(project: Project, phase: str, report: Report) -> None:
         report.stops("base", about["base"], "lineage horizon: what this model was trained on is its publisher's word")
 
 
+# --- Attestations: in-toto statements in DSSE envelopes, signed with ed25519 (RFC 8032)
+
+ED_P, ED_L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
+ED_D = -121665 * pow(121666, -1, ED_P) % ED_P
+Point = tuple[int, int, int, int]  # extended homogeneous coordinates
+
+
+def _add(a: Point, b: Point) -> Point:
+    low, high = (a[1] - a[0]) * (b[1] - b[0]) % ED_P, (a[1] + a[0]) * (b[1] + b[0]) % ED_P
+    t, z = 2 * a[3] * b[3] * ED_D % ED_P, 2 * a[2] * b[2] % ED_P
+    e, f, g, h = high - low, z - t, z + t, high + low
+    return e * f % ED_P, g * h % ED_P, f * g % ED_P, e * h % ED_P
+
+
+def _times(number: int, point: Point) -> Point:
+    found: Point = (0, 1, 1, 0)
+    while number:
+        found = _add(found, point) if number & 1 else found
+        point, number = _add(point, point), number >> 1
+    return found
+
+
+def _same(a: Point, b: Point) -> bool:
+    return (a[0] * b[2] - b[0] * a[2]) % ED_P == 0 and (a[1] * b[2] - b[1] * a[2]) % ED_P == 0
+
+
+def _point(content: bytes) -> Point | None:
+    y = int.from_bytes(content, "little")
+    sign, y = y >> 255, y & (2**255 - 1)
+    square = (y * y - 1) * pow(ED_D * y * y + 1, -1, ED_P) % ED_P
+    x = pow(square, (ED_P + 3) // 8, ED_P)
+    if (x * x - square) % ED_P:
+        x = x * pow(2, (ED_P - 1) // 4, ED_P) % ED_P
+    if y >= ED_P or (x * x - square) % ED_P or (x == 0 and sign):
+        return None
+    x = ED_P - x if x & 1 != sign else x
+    return x, y, 1, x * y % ED_P
+
+
+def is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
+    """Return whether an ed25519 signature (64 bytes) of a message is that of a public key (32 bytes)."""
+    if len(key) != 32 or len(signature) != 64:
+        return False
+    a, r, s = _point(key), _point(signature[:32]), int.from_bytes(signature[32:], "little")
+    if a is None or r is None or s >= ED_L:
+        return False
+    h = int.from_bytes(hashlib.sha512(signature[:32] + key + message).digest(), "little") % ED_L
+    y = 4 * pow(5, -1, ED_P) % ED_P
+    base = _point(y.to_bytes(32, "little"))
+    assert base
+    return _same(_times(s, base), _add(r, _times(h, a)))
+
+
+def payload_bytes(kind: str, body: bytes) -> bytes:
+    """Return what a DSSE signature is over: the pre-authentication encoding of type and payload."""
+    return b"DSSEv1 %d %s %d %s" % (len(kind.encode()), kind.encode(), len(body), body)
+
+
+def public_key(path: Path) -> bytes:
+    """Return the 32 bytes of an ed25519 public key: PEM, or 64 hexadecimal digits. Raises SystemExit for another."""
+    text = path.read_text(encoding="ascii", errors="replace")
+    body = re.sub(r"-----[A-Z ]+-----", "", text).replace("\n", "").strip()
+    if re.fullmatch("[0-9a-fA-F]{64}", body):
+        return bytes.fromhex(body)
+    try:
+        content = base64.b64decode(body, validate=True)
+    except ValueError:
+        content = b""
+    if len(content) != 44 or content[:12] != bytes.fromhex("302a300506032b6570032100"):
+        raise SystemExit(f"{path} is no ed25519 public key: PEM as `openssl pkey -pubout` writes it, or 64 hex digits.")
+    return content[12:]
+
+
+def check_attestations(project: Project, report: Report, key: bytes | None) -> None:
+    """Each statement names the bytes that are here, and is signed with the key where one is given."""
+    folder = project.root / "attestations"
+    if not folder.is_dir():
+        if key:
+            report.fail("attestations", "attestations", "a key was given, but there are none")
+        return
+    for name, stage in project.stages.items():
+        path = f"attestations/{name}.json"
+        attempt(report, "attestations", path, [], _check_attestation, project, name, stage, path, report, key)
+    if key is None:
+        report.stops(
+            "attestations", "attestations", "signatures are not checked: give the signer's public key with --key"
+        )
+
+
+def _check_attestation(project: Project, name: str, stage: Stage, path: str, report: Report, key: bytes | None) -> None:
+    content = json.loads((project.root / path).read_text(encoding="utf-8"))
+    body = base64.b64decode(content["payload"], validate=True)
+    if key:
+        message = payload_bytes(content["payloadType"], body)
+        if not any(is_signed(key, message, base64.b64decode(one["sig"])) for one in content["signatures"]):
+            raise Wrong("it is not signed with this key")
+    said = json.loads(body)
+    definition = said["predicate"]["buildDefinition"]
+    if definition["externalParameters"] != {"stage": name, "command": stage.cmd, "parameters": stage.params}:
+        raise Wrong("it names another stage, command or parameters than dvc.lock")
+    records = f"{RECORDS}/"
+    sides = (("subject", said["subject"], stage.outs), ("input", definition["resolvedDependencies"], stage.deps))
+    for side, listed, paths in sides:
+        files = {file for one in paths if not one.startswith(records) for file in project.digests.files(one)}
+        named = {one["name"]: one["digest"].get("sha256") for one in listed if one["name"] != "git"}
+        if odd := sorted(files ^ named.keys()):
+            raise Wrong(f"{odd[0]} is no {side} of it, or not there")
+        for file, digest in named.items():
+            if project.digests.known[file][0] != digest:
+                report.fail("attestations", file, f"it is not the file that {path} names as {side}")
+    report.ok("attestations", path, "signed with this key" if key else "its digests are those of the bytes")
+
+
 # --- All of it
 
 
@@ -1410,8 +1525,8 @@ def attempt(report: Report, check: str, path: str, needs: list[str], work: Calla
     return None
 
 
-def verify(root: Path, phase: str | None = None) -> Report:
-    """Return what all checks found. Raises SystemExit when `root` is no finished project."""
+def verify(root: Path, phase: str | None = None, key: bytes | None = None) -> Report:
+    """Return what all checks found; `key`: of who signed the attestations. Raises SystemExit without a dvc.lock."""
     report = Report()
     if not (root / "dvc.lock").is_file():
         raise SystemExit(f"{root} has no dvc.lock: run this in a project that `dvc repro` has finished, or in a pack.")
@@ -1427,6 +1542,7 @@ def verify(root: Path, phase: str | None = None) -> Report:
     check_params(project, report)
     check_records(project, report)
     check_manifests(project, report)
+    check_attestations(project, report, key)
     if project.whole:
         check_strangers(project, report)
     for name in project.phases:
@@ -1474,10 +1590,13 @@ def show(report: Report, read: int = 0) -> str:
     """Return the findings as lines of text: what failed first, papers that are right summed up."""
     lines = []
     papers = Counter(f.check for f in report.findings if f.status == "ok")
-    for check in ("dvc.lock", "run record", "manifest"):
+    summed = ("dvc.lock", "run record", "manifest", "attestations")
+    for check in summed:
+        if check == "attestations" and not papers[check]:
+            continue
         lines.append(f"ok      {check:23} {papers[check]} agree with the bytes")
     for finding in report.findings:
-        if finding.status != "ok" or finding.check not in ("dvc.lock", "run record", "manifest"):
+        if finding.status != "ok" or finding.check not in summed:
             lines.append(f"{finding.status:7} {finding.check:23} {finding.path}: {finding.detail}")
     lines.sort(key=lambda line: not line.startswith("FAILED"))
     failed = sum(f.status == "FAILED" for f in report.findings)
@@ -1490,9 +1609,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", nargs="?", help="check only what this phase rests on")
     parser.add_argument("--root", type=Path, default=Path(), help="the project or pack (default: this folder)")
+    parser.add_argument("--key", type=Path, help="public ed25519 key of the pack's signer, PEM or hexadecimal")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     given = parser.parse_args()
-    report = verify(given.root, given.phase)
+    report = verify(given.root, given.phase, public_key(given.key) if given.key else None)
     if given.json:
         print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
     else:

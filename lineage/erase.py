@@ -1,0 +1,188 @@
+"""Take a document out of every model: where it is, how to exclude it, and what can be said afterwards.
+
+    python -m lineage erase plan  3f2a...     its copies and near twins, where they stand, what must be redone
+    python -m lineage erase apply 3f2a...     their ids go into data/exclusions.txt; then `dvc repro`
+    python -m lineage erase prove 3f2a...     after that: is it, or a run of 16 units of it, in anything that was kept?
+
+The promise is: located, removed, rebuilt. A model that was given away, DVC's cache, Git's history, backups and the raw
+file itself are not reached from here; and no proof of absence sees a text that says the same in other words.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+
+from lineage.folders import Folder
+from lineage.questions import Answer, Lineage, Source
+from lineage.trace import Index, content_of, fingerprints, trace
+from lineage.verify import EXCLUSIONS, RECORDS
+from near_duplicates import spans
+
+LIMITS = (
+    "not reached: the raw file, DVC's cache (`dvc gc`), Git's history, backups, models that were given away; "
+    "not seen: the same content in other words, or in runs of fewer than 16 words (characters of Chinese)"
+)
+CLUSTER_STAGES = ("dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks")
+MODEL_STAGES = ("train_model", "merge_lora", "evaluate_model", "describe_model")
+
+
+def cluster(lineage: Lineage, identity: str) -> list[tuple[Source, int]]:
+    """Return the documents with an id, with the copies and near twins that dedup has named, in every phase.
+
+    Raises SystemExit when no document has the id. Two near twins that were both kept are not named by dedup; when it
+    excludes a document it takes those along, too.
+    """
+    waiting = lineage.identified(identity)
+    named = _named(lineage)
+    found: dict[tuple[str, str, int], tuple[Source, int]] = {}
+    while waiting:
+        source, row = waiting.pop()
+        if (source.phase, source.name, row) in found:
+            continue
+        found[source.phase, source.name, row] = source, row
+        decision = source.decisions.row(row)
+        waiting += lineage.identified(decision["doc_id"].hex())
+        waiting += named.get((source.phase, f"{source.name}/{row}"), [])
+        if decision["twin"]:
+            name, _, number = decision["twin"].rpartition("/")
+            waiting += [(s, int(number)) for s in lineage.phases[source.phase].sources if s.name == name]
+    return [found[key] for key in sorted(found)]
+
+
+def _named(lineage: Lineage) -> dict[tuple[str, str], list[tuple[Source, int]]]:
+    """Return the documents that name a kept one as their twin, by phase and name of that one."""
+    found: dict[tuple[str, str], list[tuple[Source, int]]] = {}
+    for source in lineage.sources:
+        for number, batch in enumerate(source.decisions.all()):
+            there = np.flatnonzero(batch["twin"].is_valid().to_numpy(zero_copy_only=False))
+            for inside in there.tolist():
+                key = source.phase, batch["twin"][inside].as_py()
+                found.setdefault(key, []).append((source, int(source.decisions.starts[number]) + inside))
+    return found
+
+
+def plan(lineage: Lineage, identity: str) -> Answer:
+    """Return where a document and its copies stand, which models saw it, and what taking it out costs."""
+    members = cluster(lineage, identity)
+    documents, files, models = [], set(), {}
+    phases: set[str] = set()
+    for source, row in members:
+        answer = lineage.record(source, source.kept_records.row(row))
+        blocks, unit = answer.get("blocks", []), source.about["unit"]
+        documents.append(
+            {
+                **{name: answer[name] for name in ("phase", "document", "doc_id", "file", unit, "verdict")},
+                "tokens": answer.get("tokens", 0),
+                "blocks": sorted({block["block"] for block in blocks}),
+                "first_step": min((step for block in blocks for step in block["steps"]), default=None),
+            }
+        )
+        files |= _shards(source, row)
+        for model in answer.get("models", []):
+            models[model["model"]] = model
+        if answer.get("split"):
+            phases |= {source.phase, *lineage.descendants(source.phase)}
+    redo, seconds = _cost(lineage, phases)
+    return {
+        "documents": documents, "models": list(models.values()), "shards": sorted(files),
+        "redo": redo, "seconds_last_time": round(seconds, 1), "limits": LIMITS,
+    }  # fmt: skip
+
+
+def _shards(source: Source, row: int) -> set[str]:
+    """Return the Arrow files that hold a document."""
+
+    def shard(folder: Folder, number: int) -> str:
+        return (
+            f"{folder.name}/{folder.manifest['shards'][int(folder.batches['shard'][folder.batch_of(number)])]['name']}"
+        )
+
+    found = {
+        shard(source.documents, row),
+        shard(source.decisions, row),
+        shard(source.ledger, source.kept_records.row(row)),
+    }
+    kept = source.kept_documents.place(row)
+    if kept is not None and f"tokenize_text@{source.name}" in source.lineage.stages:
+        marked = Folder(source.lineage.root / "data/marked" / source.phase / source.name, source.lineage.cache)
+        found |= {shard(marked, kept), shard(source.tokens, kept)}
+    return found
+
+
+def _cost(lineage: Lineage, phases: set[str]) -> tuple[list[str], float]:
+    """Return the stages that must run again, and the seconds that they took the last time."""
+    items = {(stage, phase) for phase in phases for stage in (*CLUSTER_STAGES, *MODEL_STAGES)}
+    items |= {(stage, s.name) for s in lineage.sources if s.phase in phases for stage in CLUSTER_STAGES}
+    names = [name for name, stage in lineage.stages.items() if (stage.name, stage.item) in items]
+    seconds = 0.0
+    for name in names:
+        path = lineage.root / RECORDS / f"{name}.json"
+        seconds += json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else 0.0
+    return names, seconds
+
+
+def apply(lineage: Lineage, identity: str) -> Answer:
+    """Add the ids of a document and of its twins to data/exclusions.txt; ids that stand there stay as they are."""
+    path = lineage.root / EXCLUSIONS
+    text = path.read_text(encoding="utf-8-sig")
+    there = {line.split("#", 1)[0].strip().lower() for line in text.splitlines()}
+    ids = sorted({source.decisions.row(row)["doc_id"].hex() for source, row in cluster(lineage, identity)})
+    new = [one for one in ids if one not in there]
+    if new:
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(
+            text + "\n" * (not text.endswith("\n")) + "".join(f"{one}\n" for one in new), encoding="utf-8"
+        )
+        temporary.replace(path)
+    return {"added": new, "were_there": [one for one in ids if one in there], "next": "dvc repro, then erase prove"}
+
+
+def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
+    """Return whether a document, or a part of it, is in what is kept now, with what this does not see.
+
+    `text`: the document's, needed where its record is no longer in the raw files. Raises SystemExit without it then.
+    """
+    members = lineage.identified(identity, missing=False)
+    if text is None:
+        if not members:
+            raise SystemExit(f"no document has the id {identity} any more; give its text with --text FILE.")
+        text = content_of(*members[0])
+    kept = [f"{source.phase}: {source.name}/{row}" for source, row in members if _is_kept(source, row)]
+    units = spans(text)[0]
+    runs = [run for run in trace(lineage, text) if "dropped" not in run["status"]] if len(units) >= 16 else []
+    most, where = _containment(lineage, text)
+    stale = [] if lineage.root.joinpath(EXCLUSIONS).is_file() and _is_listed(lineage, identity) else [EXCLUSIONS]
+    return {
+        "absent": not (kept or runs or stale),
+        "exact": "no kept document has this id" if not kept else f"kept: {', '.join(kept)}",
+        "runs": runs,
+        "longest_run": max((run["units"] for run in runs), default=0),
+        "containment": round(most, 4), "most_like": where or None,
+        "excluded": f"its id stands {'not ' * bool(stale)}in {EXCLUSIONS}",
+        "limits": LIMITS,
+    }  # fmt: skip
+
+
+def _is_kept(source: Source, row: int) -> bool:
+    return bool(source.decisions.row(row)["split"] != "dropped")
+
+
+def _is_listed(lineage: Lineage, identity: str) -> bool:
+    lines = (lineage.root / EXCLUSIONS).read_text(encoding="utf-8-sig").splitlines()
+    return any(line.split("#", 1)[0].strip().lower().startswith(identity.lower()) for line in lines)
+
+
+def _containment(lineage: Lineage, text: str) -> tuple[float, str]:
+    """Return the largest share of a text's winnowed fingerprints that one kept document has, and which."""
+    own = np.unique(fingerprints(pa.array([text]))[0])
+    best = (0.0, "")
+    for source in lineage.sources if len(own) else []:
+        for row, count in Index(source, 1).candidates(own):
+            if count / len(own) > best[0] and _is_kept(source, row):
+                # The index keeps a part of each hash.
+                there = np.intersect1d(own, fingerprints(pa.array([content_of(source, row)]))[0])
+                best = max(best, (len(there) / len(own), f"{source.phase}: {source.name}/{row}"))
+    return best
