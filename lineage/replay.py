@@ -15,6 +15,7 @@ import pyarrow as pa
 
 import clean
 import raw_formats
+import raw_params
 from add_bos_eos import SEGMENT
 from chat_segments import Marker
 from lineage.questions import Answer, Lineage, Phase, Source
@@ -79,7 +80,7 @@ def _content(source: Source, kept: Answer) -> raw_formats.Content:
     if not path.exists():
         raise SystemExit(f"{path} is not there; nothing can be rebuilt without the raw files.")
     part = None
-    if raw_formats.cuttable(path, params):
+    if raw_params.cuttable(path, params):
         part = raw_formats.Part(kept["start"], kept["end"], kept["number"])
     for record in raw_formats.records(path, params, part):
         if record.number == kept["number"] and record.start == kept["start"]:

@@ -92,11 +92,8 @@ class Index:
 
     def _shards(self) -> Iterator[Shard]:
         folder = self.source.documents
-        hashes, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-        for batch in folder.all():
-            hashes.append(row_hashes(batch["doc_id"]))
-            sizes.append(_sizes(batch))
-        ends = cuts(np.concatenate(hashes), np.concatenate(sizes), SHARD_BYTES)
+        batches = ((row_hashes(batch["doc_id"]), _sizes(batch)) for batch in folder.all())
+        ends = cuts(batches, SHARD_BYTES)
         for first, last in zip([0, *ends], ends, strict=False):
             digest = hashlib.sha256(VERSION.encode())
             for batch, begin, end in _parts(folder, first, last):

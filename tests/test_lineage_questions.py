@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lineage import verify
 from lineage.diff import at_revision, compare
 from lineage.questions import Lineage
 from lineage.replay import replay
@@ -20,6 +19,7 @@ from lineage.replay import replay
 import varied
 from block_order import BlockOrder
 from conftest import ROOT, git, repro, write
+from lineage import verify
 
 SPLITS = ("train", "eval")
 
