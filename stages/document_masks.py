@@ -147,9 +147,13 @@ class Separated(torch.utils.data.Dataset[dict[str, Any]]):
     def at(self, indices: list[int], positions_of_stream: list[int]) -> dict[str, Any]:
         """Return blocks as one batch, as they are at these positions of the stream."""
         batch = self.blocks.__getitems__(indices) if self.causal else self.blocks.at(indices, positions_of_stream)
+        return self.apart(batch, indices)
+
+    def apart(self, batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+        """Return a batch of these blocks with what keeps documents apart."""
         place = torch.from_numpy(positions(begins(self.columns, np.asarray(indices), self.bos)))
-        if self.causal:
-            batch["labels"][place == 0] = IGNORED  # no token is predicted from another document's last one
+        if self.causal:  # no token is predicted from another document's last one
+            batch = {**batch, "labels": batch["labels"].masked_fill(place == 0, IGNORED)}
         return {**batch, **inputs(place, self.how)}
 
 

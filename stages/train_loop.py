@@ -122,13 +122,16 @@ class Stream(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """Return the blocks at these positions as one batch."""
         rows = [self.order.block(position) for position in positions]
-        plain = isinstance(self.blocks, Blocks)
-        batch = self.blocks.__getitems__(rows) if plain else self.blocks.at(rows, positions)
+        plain = self.blocks.blocks if isinstance(self.blocks, Separated) else self.blocks
+        batch = plain.__getitems__(rows) if isinstance(plain, Blocks) else plain.at(rows, positions)
+        # Of the blocks as they are stored: whoever checks a receipt needs not know whether documents were kept apart.
         ids, labels = (batch[name].numpy().astype("<i4") for name in ("input_ids", "labels"))
         for place, position in enumerate(positions):
             self.receipts[position] = block_receipt(rows[place], ids[place].tobytes(), labels[place].tobytes())
+        if isinstance(self.blocks, Separated):
+            batch = self.blocks.apart(batch, rows)
         if self.chunked:
-            batch["learned"] = torch.from_numpy(loss_head.learned(labels, self.blocks.causal))
+            batch["learned"] = torch.from_numpy(loss_head.learned(batch["labels"].numpy(), self.blocks.causal))
         return batch
 
 

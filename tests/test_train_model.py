@@ -816,7 +816,7 @@ def packed(folder: Path, rows: int) -> Path:
 
 def test_documents_of_a_block_are_trained_as_if_each_stood_alone(base: Path, tmp_path: Path) -> None:
     """Whole training: the losses of packed blocks are those of a block for each document."""
-    for name in ("packed", "whole", "killed"):
+    for name in ("packed/plain", "packed", "whole", "killed"):
         train, held_out = packed(tmp_path / name / "train", 20), packed(tmp_path / name / "eval", 5)
     settings = params(mask_documents=True, max_steps=3, logging_steps=1)
     _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "packed")
@@ -834,6 +834,8 @@ def test_documents_of_a_block_are_trained_as_if_each_stood_alone(base: Path, tmp
                     tokens += last - first - 1
         expected = done.curves["train"][0]["loss"] if loss is None else loss
         assert expected == pytest.approx(total / tokens, abs=1e-5)
+    _, plain = run_training(base, tmp_path / "tokenizer", params(max_steps=3), tmp_path / "packed/plain")
+    assert plain.receipts == done.receipts and plain.curves != done.curves
     again, other = run_training(base, tmp_path / "tokenizer", params(mask_documents=True), tmp_path / "whole")
     killed, third = run_training(base, tmp_path / "tokenizer", params(mask_documents=True), tmp_path / "killed", stop=5)
     assert torch.equal(learned(again), learned(killed)) and other == third
