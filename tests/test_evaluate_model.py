@@ -18,6 +18,7 @@ import dedup
 import held_out
 import score_report
 import tiny
+from compared_models import same_weights
 from conftest import Runner
 from evaluate_model import Params
 from held_out import Document
@@ -165,6 +166,16 @@ def test_general_texts_hold_no_special_token(tmp_path: Path, monkeypatch: pytest
     assert vocabulary.special_ids["eos_token_id"] not in first.ids
     assert vocabulary.tokenizer.decode(first.ids[1:]) == "the fox</s>"
     assert (first.source, first.said, first.learned.tolist()[:2]) == ("novel", "the fox</s>", [False, True])
+
+
+def test_a_model_is_scored_once_when_nothing_was_merged() -> None:
+    """Equal weights and config; the papers beside them may differ. An adapter is never the merged model."""
+    files = {"model.safetensors": "a", "config.json": "b", "training.json": "c"}
+    known = {"one": files, "two": {**files, "training.json": "d"}, "other": {**files, "model.safetensors": "e"}}
+    known["adapter"] = {"adapter_model.safetensors": "a", "config.json": "b"}
+    assert same_weights(known, Path("one"), Path("two"))
+    assert not same_weights(known, Path("one"), Path("other"))
+    assert not same_weights(known, Path("one"), Path("adapter"))
 
 
 def edit(workspace: Path, phase: str, **settings: Any) -> None:

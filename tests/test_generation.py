@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 import train_loop
@@ -34,6 +35,9 @@ def test_greedy_text_is_the_pipelines(tmp_path: Path) -> None:
     from transformers import pipeline
 
     model, tokenizer = saved(tmp_path)
+    with torch.no_grad():  # at random, the last token decides almost alone, and padding would not be noticed
+        for name, values in model.named_parameters():
+            values.mul_(6 if "proj" in name else 1)
     prompts = ["the fox", "the quick brown fox jumps over", "法律"]
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     alone = write(model, tokenizer, ids, 8)

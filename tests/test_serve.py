@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 MISSING = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
-SECONDS = 180
+SECONDS = 600  # a shared machine takes minutes for what takes a quiet one 15 s
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,17 +50,24 @@ def server(workspace: Path) -> Iterator[str]:
     (workspace / ".work/hub").mkdir(exist_ok=True)
     port = free_port()
     started = subprocess.Popen(["sh", "-c", f"exec env {recipe('serve', port)}"], cwd=workspace)
-    deadline = time.monotonic() + SECONDS
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-            break
-        except OSError:
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not answers(port):
             assert started.poll() is None and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}/v1"
-    started.terminate()
-    started.wait(30)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        started.kill()
+        started.wait()
+
+
+def answers(port: int) -> bool:
+    """Return whether a server says that it is well."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+            return True
+    except OSError:
+        return False
 
 
 def test_the_openai_client_gets_the_pipelines_answer(workspace: Path, server: str) -> None:
@@ -80,20 +89,24 @@ def test_the_openai_client_gets_the_pipelines_answer(workspace: Path, server: st
 
 
 def test_a_chat_in_the_terminal(workspace: Path) -> None:
-    """What a user types is answered, `!exit` ends the chat, and the server goes with it."""
+    """What a user types is answered, `!exit` ends the chat and, without any help, the server."""
     (workspace / ".work/hub").mkdir(exist_ok=True)
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    said = subprocess.run(
+    with subprocess.Popen(
         ["sh", "-c", recipe("chat", port)],
         cwd=workspace,
         env=environment,
-        input="How long is the Rhine?\n!exit\n",
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=SECONDS,
-    )
-    assert "CHAT INTERFACE" in said.stdout and "tok/s" in said.stdout, said.stdout + said.stderr
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+        start_new_session=True,
+    ) as chat:
+        try:
+            said, _ = chat.communicate("How long is the Rhine?\n!exit\n", timeout=SECONDS)
+            assert "CHAT INTERFACE" in said and "tok/s" in said, said
+            assert not answers(port)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(chat.pid, signal.SIGKILL)

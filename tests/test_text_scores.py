@@ -31,9 +31,9 @@ def test_known_pairs(answer: str, expected: str, rouge: float, character_f: floa
 
 
 def test_chrf_of_several_answers_is_of_their_sums() -> None:
-    """As sacrebleu's corpus score of these four pairs."""
-    pairs = [(answer, expected) for answer, expected, *_ in GOLDEN[:4]]
-    assert float(chrf(sum(chrf_counts(*pair) for pair in pairs))) == pytest.approx(0.387052, abs=1e-6)
+    """As sacrebleu's corpus score of these pairs; of the last, runs longer than the expected text do not count."""
+    pairs = [(answer, expected) for answer, expected, *_ in GOLDEN[:4]] + [("the cat sat on the mat", "a b")]
+    assert float(chrf(sum(chrf_counts(*pair) for pair in pairs))) == pytest.approx(0.376000, abs=1e-6)
 
 
 @given(WORDS, WORDS)
