@@ -3,6 +3,10 @@
 Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged
 Writes: reports/PHASE/model_card.md    in the form of a Hugging Face model card
         reports/PHASE/generations.md   what base and merged model wrote, one under the other
+        reports/PHASE/funnel.json      records, bytes and tokens into and out of each stage, for each source
+        reports/PHASE/sources.json     source register: licence, owner, origin, share of tokens; the fields of the EU's
+                                       summary of training content and of the Chinese collection record
+        reports/PHASE/croissant.json   Croissant 1.1 with PROV-O for the blocks
 Params: none
 
 Example of the data table, one line a source:
@@ -18,6 +22,8 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import croissant
+import source_register
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 
@@ -102,6 +108,9 @@ def card(phase: str, base: str, rows: list[dict[str, Any]], evaluation: dict[str
             "",
             *([f"Scale, bits per byte of the same text: {scale}.", ""] if "bits_per_byte" in models[0] else []),
             *(["## Answers to the fixed prompts", "", answers, ""] if answers else []),
+            "Beside this card: funnel.json (where each record, byte and token went), sources.json (the register of "
+            "sources), croissant.json (the blocks). `python -m lineage` traces a line, block, step or sentence.",
+            "",
             "## Digests (SHA-256)",
             "",
             table([{"path": f"`{path}`", "digest": f"`{value}`"} for path, value in sorted(digests.items())]),
@@ -139,10 +148,23 @@ def main(phase: str) -> None:
     inputs += [f"metrics/{phase}", f"models/{phase}/merged"]
     with stage.run("describe_model", phase, inputs, [f"reports/{phase}"]) as run:
         (folder,) = run.outputs
-        rows = data_rows(phase, phase_sources(phase, Path("data/clean", phase)))
+        sources = phase_sources(phase, Path("data/clean", phase))
+        rows = data_rows(phase, sources)
         for row in rows:
             parts = {name: row[name] for name in ("dropped", "duplicates", "train", "eval")}
             run.balance(f"records of {row['source']}", row["records"], **parts)
+        grouping = arrow.read_json(Path("data/blocks", phase, "grouping.json"))
+        funnels = {source: source_register.funnel(phase, source, grouping) for source in sources}
+        blocks = source_register.totals(phase, grouping)
+        entries = source_register.register(phase, funnels)
+        excluded = sum(one["dedup"]["dropped"].get("excluded", 0) for one in funnels.values())
+        summary = source_register.summary(phase, base, entries, excluded)
+        listed = {"register": entries, "eu_training_content_summary": summary}
+        listed["collection_record"] = source_register.collection_record(entries)
+        described = croissant.describe(phase, entries, grouping, run.digests[f"data/blocks/{phase}"])
+        arrow.write_json(folder / "funnel.json", {"sources": funnels, "blocks": blocks})
+        arrow.write_json(folder / "sources.json", listed)
+        arrow.write_json(folder / "croissant.json", described)
         evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
         text = card(phase, base, rows, evaluation, run.digests)
         (folder / "model_card.md").write_text(text, encoding="utf-8")

@@ -176,3 +176,11 @@ def finished(twins: tuple[Path, Path]) -> Path:
 def workspace(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished tiny project, cache and time stamps included, to be edited."""
     return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def varied_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project of tests/varied.py, run up to its blocks. To be read, never written."""
+    import varied
+
+    return varied.build(tmp_path_factory.mktemp("varied") / "project")

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import croissant
+import source_register
+import varied
 from describe_model import card, generations, table
+from kit import arrow
 
 ROW: dict[str, Any] = {
     "source": "laws",
@@ -56,3 +64,104 @@ def test_what_the_models_wrote_stands_side_by_side() -> None:
         {"prompt": "a <mask>", "answer": "a b", "base": "a c", "candidates": ["b 0.5"], "base_candidates": ["c 1"]}
     ]
     assert "merged, most probable:\n\n    b 0.5\n" in generations("m", {"answers": filled, "generated": {}})
+
+
+def described(root: Path, phase: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Return funnels, sums of the blocks, register and Croissant of a phase of a project, the current folder."""
+    grouping = arrow.read_json(root / "data/blocks" / phase / "grouping.json")
+    sources = sorted(path.name for path in (root / "data/clean" / phase).iterdir())
+    funnels = {source: source_register.funnel(phase, source, grouping) for source in sources}
+    entries = source_register.register(phase, funnels)
+    return (
+        funnels,
+        source_register.totals(phase, grouping),
+        entries,
+        croissant.describe(phase, entries, grouping, "ab" * 32),
+    )
+
+
+@pytest.mark.parametrize("phase", ["docs", "packs", "talk"])
+def test_the_funnel_reconciles_records_bytes_and_tokens(
+    varied_project: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Counted anew from the rows of every folder, for every format and kind of block."""
+    monkeypatch.chdir(varied_project)
+    funnels, blocks, entries, _ = described(varied_project, phase)
+    for source, one in funnels.items():
+        ledger = arrow.table(Path("data/clean", phase, source, "ledger")).to_pylist()
+        documents = arrow.table(Path("data/clean", phase, source, "documents")).to_pylist()
+        decisions = arrow.table(Path("data/dedup", phase, source)).to_pylist()
+        tokens = arrow.table(Path("data/tokens", phase, source)).to_pylist()
+        texts = [d["text"] if "text" in d else "".join(m["content"] for m in d["messages"]) for d in documents]
+        kept = [len(t.encode()) for t, d in zip(texts, decisions, strict=True) if d["split"] == "train"]
+        assert one["clean"]["records_in"] == len(ledger)
+        assert one["clean"]["documents_out"] == one["dedup"]["documents_in"] == len(documents)
+        assert one["clean"]["bytes_out"] == sum(len(text.encode()) for text in texts)
+        assert (one["dedup"]["train"], one["dedup"]["train_bytes"]) == (len(kept), sum(kept))
+        for split in ("train", "eval"):
+            lengths = [len(row["input_ids"]) for row in tokens if row["split"] == split]
+            assert one["tokens"][split] == one["blocks"][split]["tokens_in"] == sum(lengths)
+    for split in ("train", "eval"):
+        rows = arrow.table(Path("data/blocks", phase, split)).num_rows
+        size = arrow.read_json(Path("data/blocks", phase, "grouping.json"))["block_size"]
+        assert blocks[split]["in_blocks"] + blocks[split]["padding"] == rows * size
+        assert sum(one["blocks"][split]["tokens_shown"] for one in funnels.values()) == blocks[split]["shown"]
+        assert blocks[split]["shown"] == blocks[split]["in_blocks"] + blocks[split]["left_out"]
+    assert sum(entry["share_of_tokens"] for entry in entries) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_was_dropped_stands_in_the_funnel_by_rule(varied_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(varied_project)
+    funnels, _, entries, _ = described(varied_project, "packs")
+    clean, dedup = funnels["packed"]["clean"], funnels["packed"]["dedup"]
+    assert clean["dropped"] == {"empty": 1, "length": 1, "symbol_share": 1}
+    assert dedup["dropped"] == {"decontaminate:quiz": 1, "exact_duplicate": 1, "excluded": 1, "near_duplicate": 1}
+    assert clean["personal_information"] == 1
+    summary = source_register.summary("packs", "models/base/x", entries, 1)
+    assert summary["data_processing"]["documents_excluded_on_request"] == 1
+    assert summary["data_processing"]["records_with_personal_information_replaced"] == 1
+    assert summary["general_information"]["latest_data_acquisition"] == "unknown"
+    (row,) = source_register.collection_record(entries)
+    assert (row["name"], row["licence_or_authorisation"], row["origin"]) == ("packed", "CC0-1.0", "unknown")
+
+
+def test_a_lost_document_is_never_published(varied_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(varied_project)
+    decided = source_register.decided
+    monkeypatch.setattr(source_register, "decided", lambda folder: [*decided(folder), ("train", None)].__iter__())
+    with pytest.raises(ValueError, match="went in"):
+        described(varied_project, "packs")
+
+
+@pytest.mark.parametrize("phase", ["docs", "packs", "talk"])
+def test_the_croissant_names_every_shard_with_its_digest_and_every_source(
+    varied_project: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    monkeypatch.chdir(varied_project)
+    _, _, entries, found = described(varied_project, phase)
+    files = [one for one in found["distribution"] if one["@type"] == "cr:FileObject"]
+    shards = sorted(
+        path.as_posix() for path in Path("data/blocks", phase).glob("*/data-*.arrow") if "left" not in str(path)
+    )
+    assert sorted(one["contentUrl"] for one in files) == shards
+    assert all(one["contentSize"] == f"{Path(one['contentUrl']).stat().st_size} B" for one in files)
+    assert {one["@id"].rsplit(":", 1)[1] for one in found["prov:wasDerivedFrom"]} == {one["source"] for one in entries}
+    columns = set(arrow.manifest(Path("data/blocks", phase, "train"))["schema"])
+    assert {field["@id"].split("/")[1] for field in found["recordSet"][0]["field"]} == columns
+    assert found["conformsTo"] == "http://mlcommons.org/croissant/1.1"
+
+
+def test_mlcroissant_finds_no_error_in_it(
+    varied_project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlcroissant = pytest.importorskip(
+        "mlcroissant", reason="the validator of Croissant is no dependency of this project"
+    )
+    monkeypatch.chdir(varied_project)
+    for phase in varied.params()["phases"]:
+        path = tmp_path / f"{phase}.json"
+        path.write_text(json.dumps(described(varied_project, phase)[3]))
+        metadata = mlcroissant.Dataset(jsonld=path).metadata
+        assert not metadata.ctx.issues.errors
+        missing = [str(one) for one in metadata.ctx.issues.warnings]
+        assert all("citeAs" in one or "datePublished" in one for one in missing), missing

@@ -13,13 +13,10 @@ import varied
 from conftest import repro
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied.build(tmp_path_factory.mktemp("erase") / "project")
-
-
-def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(project: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(
+    varied_project: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(varied_project, tmp_path / "project", symlinks=True))
     raw = root / "data/raw/packed.txt"
     lines = raw.read_text(encoding="utf-8").splitlines()
     raw.write_text("\n".join([*lines, varied.canary("packed")]) + "\n", encoding="utf-8")  # an exact copy of line 6
@@ -47,7 +44,7 @@ def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(pro
     assert sorted(added["added"]) == sorted({identity, near})
     assert apply(before, near)["added"] == []
     text = (root / "data/exclusions.txt").read_text(encoding="utf-8")
-    assert text.startswith((project / "data/exclusions.txt").read_text(encoding="utf-8"))
+    assert text.startswith((varied_project / "data/exclusions.txt").read_text(encoding="utf-8"))
     assert "Canary" not in text  # ids, never text
     proof = prove(before, identity)  # excluded, but not rebuilt
     assert not proof["absent"]
@@ -84,11 +81,11 @@ def test_the_plan_names_first_step_and_the_models_of_later_phases(finished: Path
     }
 
 
-def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(project: Path) -> None:
+def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: Path) -> None:
     with pytest.raises(SystemExit, match="give its text"):
-        prove(Lineage(project), "0" * 32)
+        prove(Lineage(varied_project), "0" * 32)
     kept = varied.canary("line")
-    proof = prove(Lineage(project), "0" * 32, f"Something else. {kept} And an end.")
+    proof = prove(Lineage(varied_project), "0" * 32, f"Something else. {kept} And an end.")
     assert not proof["absent"]
     assert proof["runs"][0]["file"] == "data/raw/line.txt"
     assert proof["containment"] > 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -25,9 +26,9 @@ SPLITS = ("train", "eval")
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(varied_project: Path) -> Path:
     """A source of each format, a victim of each rule, blocks of each kind; grouped, not trained."""
-    return varied.build(tmp_path_factory.mktemp("varied") / "project")
+    return varied_project
 
 
 @pytest.fixture(scope="module")
@@ -267,26 +268,23 @@ def test_a_sample_is_the_same_on_another_machine_and_shows_raw_beside_cleaned(
 
 
 def test_diff_says_what_came_in_and_went_out(project: Path, tmp_path: Path) -> None:
-    before = git(project, "rev-parse", "HEAD").strip()
-    assert not any(one["documents_in"] or one["documents_out"] for one in compare(project, before, None)["sources"])
-    path = project / "data/raw/packed.txt"
+    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+    before = git(root, "rev-parse", "HEAD").strip()
+    assert not any(one["documents_in"] or one["documents_out"] for one in compare(root, before, None)["sources"])
+    path = root / "data/raw/packed.txt"
     lines = path.read_text(encoding="utf-8").split("\n")
     new = "A wholly new line about nothing in particular, of which nobody has heard."
-    try:
-        write(path, "\n".join([*lines[1:-1], lines[2], new]) + "\n")  # the first goes, a copy and a new one come
-        repro(project, "tokenize_text@packed")
-        found = compare(project, before, None)
-        changed = [one for one in found["sources"] if one["documents_in"] or one["documents_out"]]
-        assert [(one["source"], one["documents_in"], one["documents_out"]) for one in changed] == [("packed", 1, 1)]
-        assert [(one["number"], one["on_the_other_side"]) for one in found["out"]] == [(1, "not among the documents")]
-        assert len(found["in"]) == 1
-        gone = Lineage(at_revision(project, before)).why("data/raw/packed.txt", 1)
-        assert gone[0]["doc_id"] == found["out"][0]["doc_id"]
-    finally:
-        write(path, "\n".join(lines))
-        repro(project, "group_blocks@packs")
+    write(path, "\n".join([*lines[1:-1], lines[2], new]) + "\n")  # the first goes, a copy and a new one come
+    repro(root, "tokenize_text@packed")
+    found = compare(root, before, None)
+    changed = [one for one in found["sources"] if one["documents_in"] or one["documents_out"]]
+    assert [(one["source"], one["documents_in"], one["documents_out"]) for one in changed] == [("packed", 1, 1)]
+    assert [(one["number"], one["on_the_other_side"]) for one in found["out"]] == [(1, "not among the documents")]
+    assert len(found["in"]) == 1
+    gone = Lineage(at_revision(root, before)).why("data/raw/packed.txt", 1)
+    assert gone[0]["doc_id"] == found["out"][0]["doc_id"]
     with pytest.raises(SystemExit, match=r"Git has no dvc.lock there"):
-        compare(project, "nonsense", None)
+        compare(root, "nonsense", None)
 
 
 # --- The command line
