@@ -159,6 +159,47 @@ def test_every_value_is_the_one_of_pefts_merge(
     assert config["tie_word_embeddings"] is (tied and extra != "modules_to_save")
 
 
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "qwen2", "roberta"])
+def test_a_merge_into_4_bits_restored_computes_what_base_and_adapter_do(
+    tmp_path: Path, architecture: str, kind: str, tied: bool, extra: str
+) -> None:
+    """What peft's adapter on bitsandbytes' base computes, the merged model computes without either."""
+    _, _, targets, saved = MODELS[architecture]
+    base = make_base(tmp_path / "base", architecture, tie_word_embeddings=tied)
+    options = {**KINDS[kind], "target_modules": targets}
+    if extra == "modules_to_save":
+        # peft cannot keep a whole lm_head of RoBERTa, whose inner layer is of 4 bits.
+        options["modules_to_save"] = ["word_embeddings"] if architecture == "roberta" else saved
+    adapter = make_adapter(base, tmp_path / "adapter", extra, **options)
+    (tmp_path / "ours").mkdir()
+    merge(base, adapter, tmp_path / "ours", NF4)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        settings = transformers.BitsAndBytesConfig(**NF4)
+        model = model_class(architecture).from_pretrained(base, dtype=torch.float32, quantization_config=settings)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # as kit.model.load_model does, and says why
+                module.support_avx512bf16_for_cpu = False
+        if extra == "added":
+            model.resize_token_embeddings(VOCABULARY + ADDED, mean_resizing=False)
+        expected = PeftModel.from_pretrained(model, adapter).eval()(input_ids=IDS).logits
+        found = load(tmp_path / "ours").eval()(input_ids=IDS).logits
+        unquantised = PeftModel.from_pretrained(load(base, extra=extra), adapter).eval()(input_ids=IDS).logits
+    assert (expected - found).abs().max() < 1e-4
+    assert (expected - unquantised).abs().max() > 1e-3, "4 bits lose something"
+
+
 @pytest.mark.parametrize(
     "options",
     [
