@@ -170,7 +170,9 @@ NF4 = {
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "bloom", "qwen2", "roberta"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bloom", "qwen2", "roberta"))]
+)
 def test_a_merge_into_4_bits_restored_computes_what_base_and_adapter_do(
     tmp_path: Path, architecture: str, kind: str, tied: bool, extra: str
 ) -> None:
