@@ -46,10 +46,10 @@ def test_two_queued_experiments_are_run_and_listed(workspace: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert (workspace / "params.yaml").read_bytes() == params
     shown = dvc(workspace, "exp", "show", "--csv", "--only-changed", "--sort-by", LOSS)
-    rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown.stdout))}
+    rows = {row["Experiment"] or row["typ"]: row for row in csv.DictReader(io.StringIO(shown.stdout))}
     found = {name: (rows[name][RATE], rows[name]["State"]) for name in ("rate-02", "rate-04")}
     assert found == {"rate-02": ("0.02", "Success"), "rate-04": ("0.04", "Success")}, shown.stdout
-    losses = [float(rows[name][LOSS]) for name in ("master", "rate-02", "rate-04")]
+    losses = [float(rows[name][LOSS]) for name in ("baseline", "rate-02", "rate-04")]
     assert len(set(losses)) == 3, "three settings, three losses"
     assert "metrics/pretrain/evaluation.json:merged.loss" not in rows["rate-02"], "the other phase did not run"
     applied = dvc(workspace, "exp", "apply", "rate-02")
