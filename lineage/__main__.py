@@ -113,14 +113,12 @@ def trace(
 
 
 @app.command()
-def pack(target: Path) -> None:
+def pack(target: Path, as_json: AsJson = False) -> None:
     """Write an evidence pack (tar) that lineage/verify.py accepts without the project."""
     from lineage.pack import pack as write
 
     digest, files, signed = write(Path(), target)
-    print(
-        f"{target}: {files:,} files, {'signed' if signed else 'not signed (set TERROIR_SIGNING_KEY)'}; sha256 {digest}"
-    )
+    _print({"pack": str(target), "files": files, "signed": signed, "sha256": digest}, as_json)
 
 
 eraser = typer.Typer(no_args_is_help=True, help="Take a document out of every model: plan, apply, prove.")

@@ -33,10 +33,11 @@ import json
 import re
 import sys
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -472,7 +473,7 @@ class Project:
     def batches(self, folder: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the batches of an Arrow folder; every value is checked to lie where its offsets say."""
         for shard in self.manifest(folder)["shards"]:
-            with pa.OSFile(str(self.root / folder / shard["name"])) as file, pa.ipc.open_stream(file) as stream:
+            with pa.memory_map(str(self.root / folder / shard["name"])) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
                     batch.validate(full=True)
                     yield batch.select(columns) if columns else batch
@@ -1326,33 +1327,36 @@ def check_receipts(project: Project, phase: str, report: Report) -> None:
     if params.get("objective", "clm") != "clm":
         report.stops("blocks -> receipts", path, "what a masked model was shown is not drawn anew here")
         return
-    manifest = project.manifest(folder)["counts"]
-    table = pa.Table.from_batches(project.batches(folder))
-    length = table.schema.field("input_ids").type.list_size
-    ids = table["input_ids"].combine_chunks()
-    learn = table["learn"].combine_chunks() if "learn" in table.schema.names else None
-    starts = table["starts"].combine_chunks() if "starts" in table.schema.names else None
+    tokens = project.manifest(folder)["counts"]["tokens"]
+    batches = list(project.batches(folder))  # mapped, not held
+    ends = list(accumulate(batch.num_rows for batch in batches))
     known: dict[int, bytes] = {}
     for step in range(steps):
-        shown = [block_at(step * size + place, len(ids), int(params.get("seed", 0))) for place in range(size)]
+        shown = [block_at(step * size + place, ends[-1], int(params.get("seed", 0))) for place in range(size)]
         for block in set(shown) - known.keys():
-            seen = ids[block].values.cast(pa.int32())
-            filled = starts[block].values[-1].as_py() if starts is not None else manifest["tokens"] - block * length
-            labels = seen.slice(0, max(0, min(filled, length))).to_pylist()
-            labels += [-100] * (length - len(labels))
-            if learn is not None:
-                labels = [a if b else -100 for a, b in zip(labels, learn[block].values.to_pylist(), strict=True)]
-            content = b"".join(_int32(values) for values in (seen.to_pylist(), labels))
-            known[block] = hashlib.sha256(block.to_bytes(8, "little") + content).digest()[:16]
+            at = bisect_right(ends, block)
+            row = batches[at].slice(block - (ends[at] - batches[at].num_rows), 1)
+            known[block] = hashlib.sha256(block.to_bytes(8, "little") + _seen(row, block, tokens)).digest()[:16]
         fed = b"".join(known[block] for block in shown)
         if hashlib.sha256((step + 1).to_bytes(8, "little") + fed).digest()[:16] != receipts[16 * step : 16 * step + 16]:
             raise Wrong(
                 f"{path}: the receipt of step {step + 1} is not that of blocks {', '.join(map(str, shown[:4]))} ..."
             )
-    seen_share = min(steps * size / len(ids), 1.0)
+    seen_share = min(steps * size / ends[-1], 1.0)
     report.ok(
         "blocks -> receipts", path, f"{steps:,} steps of {size} blocks ({seen_share:.0%} of the blocks were shown)"
     )
+
+
+def _seen(row: pa.RecordBatch, block: int, tokens: int) -> bytes:
+    """Return what a model is shown of a block: ids and labels as int32; -100 where nothing is learned."""
+    ids = row["input_ids"][0].values.to_pylist()
+    filled = tokens - block * len(ids)
+    if "starts" in row.schema.names:
+        filled = row["starts"][0].values[-1].as_py()
+    learn = row["learn"][0].values.to_pylist() if "learn" in row.schema.names else [True] * len(ids)
+    labels = [number if place < filled and learn[place] else -100 for place, number in enumerate(ids)]
+    return _int32(ids) + _int32(labels)
 
 
 def _int32(values: list[int]) -> bytes:

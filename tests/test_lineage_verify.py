@@ -14,12 +14,15 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+import tiny
+from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import ROOT
 from kit import arrow
 from lineage import verify
@@ -372,6 +375,44 @@ def test_an_altered_receipt_and_an_altered_weight_are_found_though_every_paper_a
     content[-9] ^= 1
     forge(altered, lambda: write(path, bytes(content)))
     assert "merged/model.safetensors is not that of models/pretrain/trained" in str(failures(altered))
+
+
+# --- Receipts
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_receipts_of_1000_steps_are_computed_anew_and_one_altered_token_is_caught(tmp_path: Path, masked: bool) -> None:
+    """Against the functions of block_order.py that the training uses."""
+    folder = tiny.blocks(tmp_path / "data/blocks/p/train", 90, masked)
+    table, order = arrow.table(folder), BlockOrder(90, seed=7)
+    ids = np.array(table["input_ids"].to_pylist(), "<i4")
+    labels = ids.copy()
+    if masked:
+        labels[~np.array(table["learn"].to_pylist())] = -100
+    labels[-1, -3:] = -100  # padding
+    receipts = b""
+    for step in range(1, 1001):
+        shown = [order.block(place) for place in range(4 * step - 4, 4 * step)]
+        receipts += step_receipt(step, [block_receipt(n, ids[n].tobytes(), labels[n].tobytes()) for n in shown])
+    path = tmp_path / "models/p/trained/receipts.bin"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(receipts)
+    arrow.write_json(tmp_path / "record.json", {"counts": [{"steps": 1000}]})
+    (tmp_path / "metrics/runs").mkdir(parents=True)
+    (tmp_path / "record.json").rename(tmp_path / "metrics/runs/train_model@p.json")
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  train_model@p:\n    cmd: x\n    params:\n      params.yaml:\n"
+        "        phases.p.train_model:\n          global_batch_size: 4\n          seed: 7\n"
+    )
+    report = verify.Report()
+    verify.check_receipts(verify.Project(tmp_path, None), "p", report)
+    assert report.findings[0].detail == "1,000 steps of 4 blocks (100% of the blocks were shown)"
+
+    del table
+    rewrite(folder, lambda rows: rows[50]["input_ids"].__setitem__(3, 299 - rows[50]["input_ids"][3]))()
+    first = next(place // 4 + 1 for place in range(400) if order.block(place) == 50)
+    with pytest.raises(verify.Wrong, match=f"the receipt of step {first} is not that of blocks"):
+        verify.check_receipts(verify.Project(tmp_path, None), "p", report)
 
 
 # --- The program itself
