@@ -9,15 +9,14 @@ tokens in its vocabulary; with the default's own 4,096 the products of the layer
 15 % of its tokens more: both are reported.
 Host time: CPU time at a size where nearly nothing is computed, against a plain loop with the same loss and optimizer.
 
-Both sides live at once and take turns of a few steps, so that whatever else the machine does hits both; what counts is
-the median over the turns of the ratio, or of the difference.
+Both sides live at once and take turns of a few steps, so that whatever else the machine does hits both. What counts is
+the best turn of each: other programs can only slow one down.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,8 @@ SPEED, HOST_MS = 1.2, 1.0
 LLAMA = json.loads((ROOT / "models/configs/llama_small/config.json").read_text(encoding="utf-8"))
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
 CASES: dict[str, dict[str, Any]] = {
-    "clm": {"config": {**LLAMA, "vocab_size": 32000}, "block": 256, "rows": 8, "turns": 10, "steps": 1},
-    "small": {"config": LLAMA, "block": 256, "rows": 8, "turns": 10, "steps": 1},
+    "clm": {"config": {**LLAMA, "vocab_size": 32000}, "block": 256, "rows": 8, "turns": 12, "steps": 1},
+    "small": {"config": LLAMA, "block": 256, "rows": 8, "turns": 12, "steps": 1},
     "mlm": {
         "config": {
             "architectures": ["RobertaForMaskedLM"], "model_type": "roberta", "hidden_size": 256, "vocab_size": 4096,
@@ -43,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "block": 128, "rows": 16, "turns": 12, "steps": 1,
     },
     "host": {
-        "config": {**LLAMA, **TINY, "num_key_value_heads": 1, "vocab_size": 64}, "block": 16, "rows": 8, "turns": 12,
+        "config": {**LLAMA, **TINY, "num_key_value_heads": 1, "vocab_size": 64}, "block": 16, "rows": 8, "turns": 20,
         "steps": 50,
     },
 }  # fmt: skip
@@ -262,20 +261,20 @@ def main() -> None:
             if any(abs(a - b) > 1e-3 for a, b in zip(*losses, strict=True)):
                 raise SystemExit(f"{title}: the losses differ, {losses}; nothing was measured.")
             tokens = CASES[case]["rows"] * CASES[case]["block"]
-            cpu, wall = (statistics.median(b[i] / a[i] for a, b in zip(mine, theirs, strict=True)) for i in (0, 1))
-            speeds = [tokens / statistics.median(turn[0] for turn in side) for side in (mine, theirs)]
+            (cpu, their_cpu), (wall, their_wall) = (
+                [tokens / min(turn[i] for turn in side) for side in (mine, theirs)] for i in (0, 1)
+            )
             budget = f", budget {SPEED}" if case == "clm" else ""
             print(
-                f"{title}, {tokens:,} tokens a step, losses equal: {speeds[0]:,.0f} tokens per CPU second, stock "
-                f"Trainer {speeds[1]:,.0f}; {cpu:.2f} times{budget} ({wall:.2f} by the clock)",
+                f"{title}, {tokens:,} tokens a step, losses equal: {cpu:,.0f} tokens per CPU second, stock Trainer "
+                f"{their_cpu:,.0f}; {cpu / their_cpu:.2f} times{budget} ({wall / their_wall:.2f} by the clock)",
                 flush=True,
             )
-            missed |= case == "clm" and cpu < SPEED
+            missed |= case == "clm" and cpu / their_cpu < SPEED
         _, (mine, theirs) = measure("host", ("ours", "raw"), Path(name))
-        above = statistics.median(a[0] - b[0] for a, b in zip(mine, theirs, strict=True)) * 1000
-        plain = statistics.median(turn[0] for turn in theirs) * 1000
-        print(f"host time of a step: {above:.2f} ms above the {plain:.2f} ms of a raw loop, budget {HOST_MS}")
-        missed |= above > HOST_MS
+        host, plain = (min(turn[0] for turn in side) * 1000 for side in (mine, theirs))
+        print(f"host time of a step: {host - plain:.2f} ms above the {plain:.2f} ms of a raw loop, budget {HOST_MS}")
+        missed |= host - plain > HOST_MS
     raise SystemExit(missed)
 
 

@@ -7,6 +7,7 @@ evaluation and the marker that says a checkpoint is whole.
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import math
 import os
@@ -60,10 +61,20 @@ Curves = dict[str, list[dict[str, float]]]
 Data = Blocks | MaskedBlocks | Separated
 
 
+def keep_memory() -> None:
+    """Let the C library keep what one step frees for the next: giving it back and asking anew costs 5 % of a step."""
+    library = ctypes.CDLL(None)
+    if device().type == "cpu" and hasattr(library, "mallopt"):  # glibc's
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        library.mallopt(m_mmap_threshold, 2**30)
+        library.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None = None) -> Any:
     """Return the model to train: all weights trainable, or a frozen base with an adapter for `steps` steps."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    keep_memory()
     start(params.seed)
     quantization = params.quantization.arguments() if params.quantization else None
     vocabulary = Vocabulary(tokenizer)
