@@ -26,6 +26,13 @@ from text_scores import Array
 if TYPE_CHECKING:
     from evaluate_model import Params
 
+# Arguments of transformers' BitsAndBytesConfig; bf16 needs none.
+FEWER_BITS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
+}
+
 
 def load(name: str, base: Path, models: Path, vocabulary: Vocabulary) -> Any:
     """Return base, trained or merged model; trained is its base (4 bits if it was) with the adapter, if it has one."""
@@ -44,6 +51,17 @@ def load(name: str, base: Path, models: Path, vocabulary: Vocabulary) -> Any:
     model = load_model(base, size, special, about["quantization"], models / "trained", kind)
     model = PeftModel.from_pretrained(model, str(models / "trained"))
     return model if about["quantization"] else model.to(device())
+
+
+def quantized(name: str, merged: Path, vocabulary: Vocabulary) -> Any:
+    """Return the merged model in fewer bits, as it would be served; computed in float32 but for bf16."""
+    import torch
+
+    from kit.model import device, load_model, start
+
+    start(0)
+    model = load_model(merged, vocabulary.size, vocabulary.special_ids, FEWER_BITS[name])
+    return model if FEWER_BITS[name] else model.to(device(), torch.bfloat16)
 
 
 def same_weights(files: dict[str, dict[str, str]], left: Path, right: Path) -> bool:

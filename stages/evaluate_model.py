@@ -3,8 +3,8 @@
 Reads:  data/clean/PHASE, data/dedup/PHASE, data/tokens/PHASE, models/PHASE/trained, models/PHASE/merged, the `base`,
         data/benchmarks (the texts of `general`)
 Writes: metrics/PHASE/evaluation.json   base, trained, merged: bits per byte, loss, perplexity, token accuracy;
-                                        change, intervals, sources, contamination, general, tasks, generated,
-                                        answers, scale
+                                        change, intervals, sources, contamination, general, quantized, tasks,
+                                        generated, answers, scale
         metrics/PHASE/scores.csv        bits per byte of each model and baseline with its interval, for `dvc plots`
 Params: phases.PHASE.evaluate_model
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -71,6 +71,9 @@ class Params(BaseModel):
     )
     general: list[str] = Field(
         [], description="files in data/benchmarks (.txt, or .jsonl with `text`) that show what was forgotten"
+    )
+    quantized: list[Literal["bf16", "int8", "nf4"]] = Field(
+        [], description="the merged model in fewer bits (bitsandbytes), scored: what is lost when it is served so"
     )
     lm_eval_tasks: list[str] = Field(
         [], description="tasks of lm-evaluation-harness (an extra), each in a .yaml file in data/benchmarks"
@@ -122,6 +125,11 @@ def main(phase: str) -> None:
 
         draws = params.bootstrap_samples, params.seed
         result = score_report.evaluation(documents, sums, params.general, kind, *draws)
+        result["quantized"] = {}
+        for bits in run.progress(params.quantized, len(params.quantized), "quantised models"):
+            model = compared_models.quantized(bits, models / "merged", vocabulary)
+            served = compared_models.score(model, own, params, masking)
+            result["quantized"][bits] = score_report.scores(served, score_report.MEASURES[kind])
         for name, value in pseudo.items():
             result[name]["pseudo_perplexity"] = value
         limit = params.contaminated_share

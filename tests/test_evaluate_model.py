@@ -203,10 +203,12 @@ def test_a_requirement_that_is_missed_fails_the_stage_and_leaves_what_was_there(
     assert f"evaluate_model@chat: loss is {limit:.4f} but evaluate_model.require wants `loss < " in failed.stderr
     assert "merged, novel" in failed.stdout and f"{limit:.4f}" in failed.stdout
     assert (path.read_bytes(), (workspace / "metrics/chat/scores.csv").read_bytes()) == before
-    edit(workspace, "chat", require=[f"loss < {2 * limit}"])
+    edit(workspace, "chat", require=[f"loss < {2 * limit}"], quantized=["bf16", "int8", "nf4"])
     assert run_stage(workspace, "evaluate_model", "chat").returncode == 0
     found = arrow.read_json(path)
     assert found["general"]["novel"].keys() == {"base", "trained", "merged"}
+    lost = {bits: abs(scores["loss"] - limit) for bits, scores in found["quantized"].items()}
+    assert lost.keys() == {"bf16", "int8", "nf4"} and all(0 < value < 0.05 for value in lost.values())
     assert {name: found[name] for name in ("base", "merged")} == {
         name: json.loads(before[0])[name] for name in ("base", "merged")
     }, "equal to the last digit, with a general text beside it"
