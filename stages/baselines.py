@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 ORDER = 6  # bytes of a run: at most 8 fit into a key
-TRAIN_BYTES = 2**22  # counted of the training text: four times as much text lowers an n-gram model by some 5 %
+TRAIN_BYTES = 2**24  # counted of the training text: of Chinese statutes 4 MiB give 1.76 bits, 16 MiB 1.39 in 6.5 s
 
 
 def scale(text: bytes, train: bytes) -> dict[str, float]:
