@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lineage.erase import apply, plan, prove
+from lineage.erase import apply, cluster, plan, prove
 from lineage.questions import Lineage
 
 import varied
 from conftest import repro
+from test_lineage_trace import project
 
 
 def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(
@@ -79,6 +80,13 @@ def test_the_plan_names_first_step_and_the_models_of_later_phases(finished: Path
         "train_model@pretrain",
         "train_model@chat",
     }
+
+
+def test_a_copy_that_names_no_twin_is_found_by_its_id(tmp_path: Path) -> None:
+    """As those of another phase, or of a document that is excluded already."""
+    lineage = project(tmp_path, ["one text", "another text", "one text"], ["train", "train", "dropped"])
+    identity = lineage.sources[0].decisions.row(0)["doc_id"].hex()
+    assert [row for _, row in cluster(lineage, identity)] == [0, 2]
 
 
 def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: Path) -> None:

@@ -146,7 +146,8 @@ def test_a_canary_of_each_format_comes_back_at_its_file_and_line_and_blocks(name
     for block in found["blocks"]:
         pieces = lineage.block(phase.name, block["block"], found["split"])["pieces"]
         text += next(p["text"] for p in pieces if p["doc_id"] == found["doc_id"] and p["from"] == block["from"])
-    assert varied.canary(name) in text or name == "csv"
+    end = -20 if name == "packed" else None  # longer than a block there, and cut
+    assert varied.canary(name)[:end] in text or name == "csv"
 
 
 def test_lines_within_a_record_lead_to_it_and_lines_beyond_the_file_to_none(lineage: Lineage) -> None:

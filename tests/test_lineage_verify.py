@@ -330,6 +330,20 @@ def test_altered_rows_are_found_though_every_paper_agrees(
     assert said in str([f.detail for f in found if f.status == "FAILED"])
 
 
+def test_a_text_that_the_raw_bytes_do_not_say_is_found_though_ledger_and_documents_agree(altered: Path) -> None:
+    home = altered / "data/clean/pretrain/tiny_text"
+
+    def both() -> None:
+        rewrite(home / "documents", other_text_and_id)()
+        row = arrow.table(home / "documents").to_pylist()[0]
+        rewrite(home / "ledger", lambda rows: rows[0].update(doc_id=row["doc_id"], n_chars=len(row["text"])))()
+
+    forge(altered, both)
+    assert failures(altered)["data/clean/pretrain/tiny_text/ledger"].endswith(
+        "00.txt:1: the document is not what the raw bytes say"
+    )
+
+
 def replaced(path: Path, old: bytes, new: bytes) -> Callable[[], None]:
     content = path.read_bytes()
     assert old in content

@@ -121,7 +121,7 @@ def params() -> dict[str, Any]:
     }
     groups: dict[str, dict[str, Any]] = {
         "docs": {"block_size": 32, "weights": {"line": 2.5, "csv": 0.5}},
-        "packs": {"block_size": 64, "mode": "best_fit", "long_documents": "truncate"},
+        "packs": {"block_size": 40, "mode": "best_fit", "long_documents": "truncate"},
         "talk": {"block_size": 48, "mode": "line"},
     }
     phases = {
