@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from lineage.erase import apply, cluster, plan, prove
 from lineage.questions import Lineage
 
+import dedup
 import varied
 from conftest import repro
+from kit import arrow
 from test_lineage_trace import project
 
 
@@ -82,11 +85,16 @@ def test_the_plan_names_first_step_and_the_models_of_later_phases(finished: Path
     }
 
 
-def test_a_copy_that_names_no_twin_is_found_by_its_id(tmp_path: Path) -> None:
-    """As those of another phase, or of a document that is excluded already."""
-    lineage = project(tmp_path, ["one text", "another text", "one text"], ["train", "train", "dropped"])
-    identity = lineage.sources[0].decisions.row(0)["doc_id"].hex()
-    assert [row for _, row in cluster(lineage, identity)] == [0, 2]
+def test_a_copy_of_a_near_twin_that_names_no_twin_itself_is_found_by_its_id(tmp_path: Path) -> None:
+    """As copies in another phase are."""
+    lineage = project(
+        tmp_path, ["one text", "near text", "near text", "other"], ["train", "dropped", "dropped", "train"]
+    )
+    rows = arrow.table(tmp_path / "data/dedup/p/s").to_pylist()
+    rows[1]["twin"] = "s/0"
+    with arrow.Writer(tmp_path / "data/dedup/p/s", dedup.DECISIONS) as out:
+        out.write(pa.Table.from_pylist(rows, dedup.DECISIONS))
+    assert [row for _, row in cluster(lineage, rows[0]["doc_id"].hex())] == [0, 1, 2]
 
 
 def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: Path) -> None:
