@@ -411,6 +411,18 @@ def read_lock(root: Path) -> dict[str, Stage]:
     return found
 
 
+def in_pipeline(root: Path, lock: dict[str, Stage]) -> tuple[dict[str, Stage], list[str]]:
+    """Return the stages whose item params.yaml names, and the names of the others: DVC keeps what it once ran."""
+    try:
+        params = read_yaml(root / "params.yaml")
+    except (Wrong, OSError):
+        return lock, []  # check_params says so
+    sections = params.values() if isinstance(params, dict) else ()
+    items = {str(item) for section in sections if isinstance(section, dict) for item in section}
+    gone = sorted(name for name, stage in lock.items() if stage.item and stage.item not in items)
+    return {name: stage for name, stage in lock.items() if name not in gone}, gone
+
+
 class Source(NamedTuple):
     """A source with its place in the pipeline."""
 
@@ -430,7 +442,7 @@ class Project:
 
     def __init__(self, root: Path, phase: str | None) -> None:
         self.root = root
-        lock = read_lock(root)
+        lock, self.gone = in_pipeline(root, read_lock(root))
         self.all = lock
         phases = [stage.item for stage in lock.values() if stage.name == "dedup"]
         if phase is not None and phase not in phases:
@@ -1542,6 +1554,11 @@ def verify(root: Path, phase: str | None = None, key: bytes | None = None) -> Re
     paths = {path for stage in project.stages.values() for path in (*stage.deps, *stage.outs)}
     paths |= {f"{RECORDS}/{name}.json" for name in project.stages if name != "check_params"}
     project.digests.read(sorted(path for path in paths if (root / path).exists()))
+    if project.gone:
+        what = ", ".join(project.gone)
+        report.stops(
+            "dvc.lock", "dvc.lock", f"params.yaml does not name these any more, nothing of them is checked: {what}"
+        )
     check_lock(project, report)
     check_params(project, report)
     check_records(project, report)

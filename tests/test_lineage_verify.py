@@ -461,3 +461,19 @@ def test_it_needs_nothing_but_python_and_pyarrow_and_runs_from_anywhere(project:
         finished = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert "all that was checked is as it is said" in finished.stdout
+
+
+def test_what_params_no_longer_names_is_listed_and_not_checked(altered: Path) -> None:
+    """DVC keeps in dvc.lock what it once ran, e.g. the default after `make recipe`."""
+    lock = altered / "dvc.lock"
+    content = YAML(typ="safe").load(lock)
+    content["stages"]["clean@gone"] = {
+        "cmd": "exec python stages/clean.py gone",
+        "deps": [{"path": "data/raw/gone", "hash": "md5", "md5": "0" * 32, "size": 1}],
+        "outs": [{"path": "data/clean/pretrain/gone", "hash": "md5", "md5": "0" * 32, "size": 1}],
+    }
+    with lock.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(content, file)
+    report = verify.verify(altered)
+    assert not [one for one in report.findings if one.status == "FAILED"]
+    assert any(one.status == "stops" and "clean@gone" in one.detail for one in report.findings)
