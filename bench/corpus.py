@@ -85,7 +85,7 @@ def project(folder: Path, tokenizer: Path) -> Path:
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / "models/base" / path.name)
     source = {"phase": "p", "path": "data/raw/text", "clean": {"format": "jsonl", "license": "unknown"}}
-    content = {"imports": {}, "bases": {}, "sources": {"text": source}, "phases": {"p": PHASE}}
+    content = {"imports": {}, "bases": {}, "exports": {}, "sources": {"text": source}, "phases": {"p": PHASE}}
     (folder / "params.yaml").write_text(json.dumps(content))
     return folder
 

@@ -56,7 +56,7 @@ def check_leftovers(content: dict[str, Any]) -> None:
         raise SystemExit(f"{gone[0]} belongs to no source in params.yaml, but would still be read; {_remove(gone)}")
     folders = [Path("data/blocks"), Path("models/tokenizers"), Path("models")]
     for path in sorted(path for folder in folders for path in folder.glob("*")):
-        beside = {"configs", "base", "tokenizers"} if path.parent.name == "models" else set()
+        beside = {"configs", "base", "tokenizers", "exports"} if path.parent.name == "models" else set()
         gone += [path] if _is_output(path) and path.name not in {*content["phases"], *beside} else []
     if gone:
         raise SystemExit(f"{gone[0]} belongs to no phase in params.yaml; {_remove(gone)}")

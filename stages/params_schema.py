@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 import clean
 import dedup
 import evaluate_model
+import export_model
 import group_blocks
 import import_base
 import import_python_docs
@@ -76,6 +77,7 @@ class Everything(BaseModel):
 
     imports: dict[Name, import_python_docs.Params]
     bases: dict[Name, import_base.Params]
+    exports: dict[Name, export_model.Params]
     sources: dict[Name, Source]
     phases: dict[Name, Phase]
 
@@ -88,14 +90,13 @@ def validate(content: dict[str, Any]) -> Everything:
 
 
 def check_references(everything: Everything) -> None:
-    """Raise SystemExit when a source names no phase, a phase has no source, or phases build on each other in a ring."""
+    """Raise SystemExit when one names no phase, a phase has no source, or phases build on each other in a ring."""
     phases = everything.phases
-    for name, source in everything.sources.items():
-        if source.phase not in phases:
-            raise SystemExit(
-                f"params.yaml: sources.{name}.phase is `{source.phase}`, not a key of `phases`; "
-                f"{_near(source.phase, phases)}"
-            )
+    users = [(f"sources.{name}", source.phase) for name, source in everything.sources.items()]
+    users += [(f"exports.{name}", export.phase) for name, export in everything.exports.items()]
+    for name, used in users:
+        if used not in phases:
+            raise SystemExit(f"params.yaml: {name}.phase is `{used}`, not a key of `phases`; {_near(used, phases)}")
     for name, phase in phases.items():
         if not any(source.phase == name for source in everything.sources.values()):
             raise SystemExit(
@@ -107,7 +108,7 @@ def check_references(everything: Everything) -> None:
                 f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
                 f"its sources: {', '.join(sources)}."
             )
-        if name in ("configs", "base", "tokenizers", "runs"):
+        if name in ("configs", "base", "tokenizers", "exports", "runs"):
             raise SystemExit(
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
             )

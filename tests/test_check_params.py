@@ -22,6 +22,7 @@ from conftest import ROOT, Runner, write
 TEXT = """\
 imports: {}
 bases: {}
+exports: {}
 sources:
   laws:
     phase: law
@@ -61,57 +62,57 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # name -> (what stands in the file, what stands there by mistake, the sentence)
 MISTAKES = {
-    "a misspelt section": ("sources:", "soruces:", r"line 3: unknown key `soruces`; did you mean `sources`\?"),
+    "a misspelt section": ("sources:", "soruces:", r"line 4: unknown key `soruces`; did you mean `sources`\?"),
     "a misspelt key": (
         "format:",
         "fromat:",
-        r"line 8: unknown key `sources\.laws\.clean\.fromat`; did you mean `format`\?",
+        r"line 9: unknown key `sources\.laws\.clean\.fromat`; did you mean `format`\?",
     ),
-    "a misspelt stage": ("dedup:", "dedupe:", r"line 13: unknown key `phases\.law\.dedupe`; did you mean `dedup`\?"),
+    "a misspelt stage": ("dedup:", "dedupe:", r"line 14: unknown key `phases\.law\.dedupe`; did you mean `dedup`\?"),
     "a misspelt key in braces": (
         "eval_fraction",
         "eval_fracton",
-        r"line 13: unknown key .* did you mean `eval_fraction`\?",
+        r"line 14: unknown key .* did you mean `eval_fraction`\?",
     ),
     "a key like no other": (
         "license: CC0-1.0",
         "license: CC0-1.0\n      zzz: 1",
-        "line 10: unknown key .* known keys here: collected_on, columns",
+        "line 11: unknown key .* known keys here: collected_on, columns",
     ),
     "a wrong type": (
         "block_size: 16",
         "block_size: many",
-        r"line 15: `phases\.law\.group_blocks\.block_size` is 'many': input should be a valid integer",
+        r"line 16: `phases\.law\.group_blocks\.block_size` is 'many': input should be a valid integer",
     ),
-    "a half block": ("block_size: 16", "block_size: 16.5", "line 15: .* is 16.5: input should be a valid integer"),
+    "a half block": ("block_size: 16", "block_size: 16.5", "line 16: .* is 16.5: input should be a valid integer"),
     "a value too small": (
         "block_size: 16",
         "block_size: 4",
-        "line 15: .* is 4: input should be greater than or equal to 8",
+        "line 16: .* is 4: input should be greater than or equal to 8",
     ),
-    "all held out": ("eval_fraction: 0.05", "eval_fraction: 1", "line 13: .* is 1: input should be less than 1"),
+    "all held out": ("eval_fraction: 0.05", "eval_fraction: 1", "line 14: .* is 1: input should be less than 1"),
     "a seed beyond 64 bits": (
         "eval_fraction: 0.05",
         "seed: 18446744073709551616",
-        "line 13: .* input should be less than",
+        "line 14: .* input should be less than",
     ),
-    "a word not in the list": ("format: text", "format: doc", "line 8: .* is 'doc': input should be 'text'"),
+    "a word not in the list": ("format: text", "format: doc", "line 9: .* is 'doc': input should be 'text'"),
     "a misspelt rule": (
         "format: text",
         "format: text\n      rules: [nfcc]",
-        "line 9: .*no rule `nfcc`; did you mean `nfc`",
+        "line 10: .*no rule `nfcc`; did you mean `nfc`",
     ),
     "a misspelt key of a rule": (
         "format: text",
         "format: text\n      rules: [{rule: length, min_char: 3}]",
-        r"line 9: .*rules\.0`: the rule `length` has no key `min_char`; did you mean `min_chars`\?",
+        r"line 10: .*rules\.0`: the rule `length` has no key `min_char`; did you mean `min_chars`\?",
     ),
     "no licence": (
         "      license: CC0-1.0\n",
         "",
-        r"line 7: the key `sources\.laws\.clean\.license` is missing; add it",
+        r"line 8: the key `sources\.laws\.clean\.license` is missing; add it",
     ),
-    "an empty licence": ("license: CC0-1.0", "license: ''", "line 9: .* should have at least 1 character"),
+    "an empty licence": ("license: CC0-1.0", "license: ''", "line 10: .* should have at least 1 character"),
     "a list for a mapping": ("sources:\n", "sources: []\nx:\n", "unknown key `x`"),
     "nothing for a mapping": (
         "imports: {}",
@@ -121,18 +122,18 @@ MISTAKES = {
     "a path upwards": (
         "data/raw/laws",
         "data/raw/../../laws",
-        "line 6: .*`sources.laws.path`.* leads out of the repository",
+        "line 7: .*`sources.laws.path`.* leads out of the repository",
     ),
     "an absolute path": (
         "data/raw/laws",
         "/srv/laws",
-        "line 6: .*'/srv/laws' leads out of the repository; copy or link",
+        "line 7: .*'/srv/laws' leads out of the repository; copy or link",
     ),
-    "a path from home": ("data/raw/laws", "~/laws", "line 6: .*'~/laws' leads out of the repository"),
-    "a base outside": ("models/configs/llama_small", "../llama", "line 12: .*`phases.law.base`.* leads out"),
-    "an empty path": ("data/raw/laws", "''", "line 6: .* should have at least 1 character"),
-    "a name with a slash": ("  laws:", "  a/b:", "line 4: .*the name `a/b` becomes a folder: use lower-case letters"),
-    "a name in capitals": ("  laws:", "  Laws:", "line 4: .*the name `Laws` becomes a folder"),
+    "a path from home": ("data/raw/laws", "~/laws", "line 7: .*'~/laws' leads out of the repository"),
+    "a base outside": ("models/configs/llama_small", "../llama", "line 13: .*`phases.law.base`.* leads out"),
+    "an empty path": ("data/raw/laws", "''", "line 7: .* should have at least 1 character"),
+    "a name with a slash": ("  laws:", "  a/b:", "line 5: .*the name `a/b` becomes a folder: use lower-case letters"),
+    "a name in capitals": ("  laws:", "  Laws:", "line 5: .*the name `Laws` becomes a folder"),
     "an unknown phase": (
         "phase: law",
         "phase: lwa",
@@ -154,30 +155,30 @@ MISTAKES = {
         "base: models/law/merged",
         "the phases law build on each other",
     ),
-    "a key twice": ("phases:\n", "phases:\n  law: {}\n", "line 12, column 3: not valid YAML .*duplicate key"),
-    "a stage left out": ("    dedup: {eval_fraction: 0.05}\n", "", r"line 11: the key `phases\.law\.dedup` is missing"),
+    "a key twice": ("phases:\n", "phases:\n  law: {}\n", "line 13, column 3: not valid YAML .*duplicate key"),
+    "a stage left out": ("    dedup: {eval_fraction: 0.05}\n", "", r"line 12: the key `phases\.law\.dedup` is missing"),
     "no steps": (
         "max_steps: 1",
         "max_steps: 0",
-        "line 16: .*max_steps` is 0: input should be greater than or equal to 1",
+        "line 17: .*max_steps` is 0: input should be greater than or equal to 1",
     ),
     "LoRA's rank by its name": (
         "max_steps: 1",
         "max_steps: 1, lora: {rank: 8, lora_alpha: 16, target_modules: [q_proj]}",
-        r"line 16: unknown key `phases\.law\.train_model\.lora\.rank`; .*`r`|known keys here: .*\br\b",
+        r"line 17: unknown key `phases\.law\.train_model\.lora\.rank`; .*`r`|known keys here: .*\br\b",
     ),
     "an unknown template": (
         "vocab_size: 300",
         "vocab_size: 300, chat_template: llama9",
         "there is no chat_template `llama9`; known: human_assistant",
     ),
-    "a tab": ("  laws:", "\tlaws:", "line 4, column 1: not valid YAML"),
+    "a tab": ("  laws:", "\tlaws:", "line 5, column 1: not valid YAML"),
     "a control character": ("CC0-1.0", "CC0\x01", "not valid YAML .*unacceptable character #x0001.*remove it"),
-    "no closing brace": ("block_size: 16}", "block_size: 16", r"line 16, column \d+: not valid YAML"),
+    "no closing brace": ("block_size: 16}", "block_size: 16", r"line 17, column \d+: not valid YAML"),
     "reuse with a size": (
         "mode: train",
         "mode: reuse",
-        "line 14: .*`phases.law.train_tokenizer`.* leave `vocab_size` out",
+        "line 15: .*`phases.law.train_tokenizer`.* leave `vocab_size` out",
     ),
 }
 
@@ -370,6 +371,15 @@ def test_a_mistake_is_refused_each_time(here: Path) -> None:
     assert "belongs to no source" in str(said(TEXT))
     (here / "data/marked/law/gone").mkdir(parents=True)
     assert str(said(TEXT)).endswith("delete it and 1 more: rm -r data/clean/law/gone data/marked/law/gone")
+
+
+def test_an_export_names_a_phase(here: Path) -> None:
+    right = TEXT.replace("exports: {}", "exports: {small: {phase: law, format: nf4}}")
+    assert said(right) is None
+    assert said(right.replace("phase: law, f", "phase: lwa, f")) == (
+        "params.yaml: exports.small.phase is `lwa`, not a key of `phases`; did you mean `law`?"
+    )
+    assert "`exports.small.format` is 'q4'" in str(said(right.replace("nf4", "q4")))
 
 
 def test_the_settings_in_the_readme_are_in_order() -> None:

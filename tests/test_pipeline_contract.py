@@ -80,12 +80,14 @@ class WorkBegins(BaseException):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project whose params.yaml has an entry in `bases`, so that every stage exists."""
+    """A copy of the project whose params.yaml has an entry in `bases` and `exports`, so that every stage exists."""
     folder = copy_project(tmp_path_factory.mktemp("contract") / "project")
     git(folder, "init", "--quiet")
     path = folder / "params.yaml"
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"(?m)^bases: \{\}", f"bases: {{example: {BASE}}}", text), encoding="utf-8")
+    text = re.sub(r"(?m)^bases: \{\}", f"bases: {{example: {BASE}}}", text)
+    text = re.sub(r"(?m)^exports: \{\}", "exports: {example: {phase: chat, format: nf4}}", text)
+    path.write_text(text, encoding="utf-8")
     return folder
 
 

@@ -116,6 +116,7 @@ def params_yaml(project: Path, **phases: dict[str, Any]) -> None:
     content = {
         "imports": {},
         "bases": {},
+        "exports": {},
         "sources": {
             f"{name}_text": {"phase": name, "path": "data/raw/x", "clean": {"format": "text", "license": "unknown"}}
             for name in phases

@@ -136,7 +136,7 @@ def params() -> dict[str, Any]:
         }
         for name, group in groups.items()
     }
-    return {"imports": {}, "bases": {}, "sources": sources, "phases": phases}
+    return {"imports": {}, "bases": {}, "exports": {}, "sources": sources, "phases": phases}
 
 
 def write_docx(path: Path, paragraphs: list[str]) -> None:
