@@ -32,7 +32,7 @@ check: setup  ## style, types and the pipeline's contract, under a minute
 	pytest tests/test_pipeline_contract.py
 
 bench: setup  ## measure the budgets
-	for bench in clean_to_blocks scale train_tokenizer near_duplicates loader loss_head train_speed merge lineage pipeline; do \
+	for bench in clean_to_blocks scale train_tokenizer near_duplicates loader loss_head train_speed merge look_ups pipeline; do \
 		echo "--- $$bench"; python bench/$$bench.py || missed=1; done; test -z "$$missed"
 
 recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -355,7 +356,7 @@ def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: 
 
 def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bench/ writes a params.yaml of its own, which a new key without a default would break."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "bench")])
     (here / "tokenizer").mkdir()
     monkeypatch.chdir(importlib.import_module("corpus").project(here / "project", here / "tokenizer"))
     check_params.check()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lineage import verify
 from lineage.diff import at_revision, compare
 from lineage.questions import Lineage
 from lineage.replay import replay
@@ -20,7 +21,6 @@ from lineage.replay import replay
 import varied
 from block_order import BlockOrder
 from conftest import ROOT, git, repro, write
-from lineage import verify
 
 SPLITS = ("train", "eval")
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lineage import trace
 from lineage.questions import Lineage
 
 import clean
 import dedup
 from kit import arrow
-from lineage import trace
 from near_duplicates import spans
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "s", "", "th")]

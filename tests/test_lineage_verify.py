@@ -19,13 +19,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lineage import verify
 from ruamel.yaml import YAML
 
 import tiny
 from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import ROOT
 from kit import arrow
-from lineage import verify
 
 STRUCTURE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -4,7 +4,7 @@
     the index of ids and places                 built once; seconds and bytes are printed
     the index of fingerprints (trace)           10 MB of text in a CPU second, 3 bytes a token; English and Chinese
 
-    python bench/lineage.py [RECORDS]
+    python bench/look_ups.py [RECORDS]
 
 The artefacts are written directly, with random ids: no stage would change what a look-up costs.
 """
@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-# Before this folder, where files are called lineage and near_duplicates, too.
+# Before this folder, where a file is called near_duplicates, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lineage.questions import Lineage
-
 from lineage import trace
+from lineage.questions import Lineage
 
 # isort: split
 import clean
