@@ -86,8 +86,8 @@ class Wrong(Exception):  # noqa: N818 (a finding, no error of this program)
 
 # --- YAML, as far as params.yaml and dvc.lock use it: block and flow collections, quoted and plain scalars, comments
 
-NUMBER = re.compile(r"[-+]?(\d+|0x[0-9a-fA-F]+|0o[0-7]+)")
-FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?(\d+|0x[0-9a-fA-F]+|0o[0-7]+)", re.ASCII)
+FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "e": "\x1b", "a": "\a", "b": "\b", "v": "\v", "f": "\f"}
 ESCAPES |= {"_": "\xa0", "N": "\x85", "L": "\u2028", "P": "\u2029"}
 
@@ -130,7 +130,7 @@ class Flow:
             if ends and self.text[self.at] == ":" and self.text[self.at + 1 : self.at + 2] in ("", " ", *ends):
                 break
             self.at += 1
-        return scalar(self.text[begin : self.at].strip())
+        return scalar(self.text[begin : self.at].strip(" \t"))
 
     def items(self, close: str, pairs: bool) -> Iterator[Any]:
         self.at += 1
@@ -194,13 +194,13 @@ def without_comment(line: str) -> str:
         elif sign in "'\"" and (at == 0 or line[at - 1] in " [{,:"):
             quote = sign
         elif sign == "#" and (at == 0 or line[at - 1] in " \t"):
-            return line[:at].rstrip()
-    return line.rstrip()
+            return line[:at].rstrip(" \t")
+    return line.rstrip(" \t")
 
 
 ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")  # some of them end a line, to some readers
 KEY = re.compile(
-    r"""((?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^\s'"\[\]{},#&*!|>%@`-][^#]*?|-[^\s#][^#]*?))\s*:(?:\s+|$)"""
+    r"""((?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^ \t'"\[\]{},#&*!|>%@`-][^#]*?|-[^ \t#][^#]*?))[ \t]*:(?:[ \t]+|$)"""
 )
 
 
@@ -211,7 +211,7 @@ class Yaml:
         lines = enumerate(text.split("\n"), start=1)
         self.raw = text.split("\n")
         stripped = [(number, without_comment(line)) for number, line in lines]
-        self.lines = [(number, len(s) - len(s.lstrip(" ")), s.strip()) for number, s in stripped if s.strip()]
+        self.lines = [(number, len(s) - len(s.lstrip(" ")), s.strip(" \t")) for number, s in stripped if s.strip(" \t")]
         self.at = 0
 
     def read(self) -> Any:
@@ -240,7 +240,7 @@ class Yaml:
             number, here, text = self.lines[self.at]
             if here != depth or not (text == "-" or text.startswith("- ")):
                 break
-            rest = text[1:].lstrip()
+            rest = text[1:].lstrip(" \t")
             if rest:
                 # What stands behind the dash is a block of its own, as deep as its first character.
                 self.lines[self.at] = (number, depth + len(text) - len(rest), rest)
@@ -286,8 +286,8 @@ class Yaml:
             return scalar(text)
         flow = Flow(text)
         found = flow.value(",]}")
-        if flow.text[flow.at :].strip():
-            raise ValueError(f"line {number}: {flow.text[flow.at :].strip()[:20]!r} stands behind the value")
+        if rest := flow.text[flow.at :].strip(" \t"):
+            raise ValueError(f"line {number}: {rest[:20]!r} stands behind the value")
         return found
 
     def literal(self, text: str, depth: int, number: int) -> str:
@@ -296,7 +296,7 @@ class Yaml:
             self.at += 1
         last = self.lines[self.at - 1][0]
         taken = self.raw[number:last]
-        width = min(len(line) - len(line.lstrip(" ")) for line in taken if line.strip())
+        width = min(len(line) - len(line.lstrip(" ")) for line in taken if line.strip(" \t"))
         joined = ("\n" if text[0] == "|" else " ").join(line[width:] for line in taken)
         return joined if text[1:2] == "-" else joined + "\n"
 
@@ -406,6 +406,8 @@ def read_lock(root: Path) -> dict[str, Stage]:
                 paths[str(one["path"])] = {key: value for key, value in one.items() if key not in ("path", "isexec")}
             sides.append(paths)
         name, _, item = full.partition("@")
+        if (entry.get("params") or {}).keys() - {"params.yaml"}:
+            raise Wrong(f"{full}: its parameters are of {', '.join(entry['params'])}, not of params.yaml")
         given = (entry.get("params") or {}).get("params.yaml") or {}
         found[full] = Stage(name, item, str(entry.get("cmd")), sides[0], sides[1], given)
     return found
@@ -419,7 +421,11 @@ def in_pipeline(root: Path, lock: dict[str, Stage]) -> tuple[dict[str, Stage], l
         return lock, []  # check_params says so
     sections = params.values() if isinstance(params, dict) else ()
     items = {str(item) for section in sections if isinstance(section, dict) for item in section}
-    gone = sorted(name for name, stage in lock.items() if stage.item and stage.item not in items)
+    gone = sorted(
+        name
+        for name, stage in lock.items()
+        if stage.item and stage.item not in items and stage.cmd == f"exec python stages/{stage.name}.py {stage.item}"
+    )
     return {name: stage for name, stage in lock.items() if name not in gone}, gone
 
 

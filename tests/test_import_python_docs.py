@@ -292,7 +292,11 @@ def test_the_library_is_sorted_and_worth_reading(library: dict[str, list[Entry]]
 
 def test_nothing_of_this_machine_is_in_the_corpus(corpus: Corpus) -> None:
     everything = "\n".join([*corpus[0].values(), json.dumps(corpus[1])])
-    assert not re.search(r" at 0x[0-9a-f]{6,}", everything, re.IGNORECASE)
+    # The topics of Python 3.11.2 print an object of their author's machine: the same for all of that version.
+    ours = "\n".join(
+        [*(text for path, text in corpus[0].items() if not path.startswith("topics/")), json.dumps(corpus[1])]
+    )
+    assert not re.search(r" at 0x[0-9a-f]{6,}", ours, re.IGNORECASE)
     for private in (LIBRARY, STAGES, Path.home() / "x", Path(sys.executable)):
         assert str(private).removesuffix("x") not in everything
     assert "\r" not in everything

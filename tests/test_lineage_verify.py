@@ -97,7 +97,9 @@ def test_one_flipped_bit_in_any_kind_of_artefact_is_named_though_its_time_is_res
         path.write_bytes(flipped)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         name = path.relative_to(project).as_posix()
-        if not any(name == found or name.startswith(found + "/") for found in failures(project)):
+        # A digest or size in dvc.lock that is wrong is named with the file that it is of.
+        found = {path if not said.startswith(kind) else kind: said for path, said in failures(project).items()}
+        if not any(name == path or name.startswith(path + "/") for path in found):
             missed.append(kind)
         path.write_bytes(content)
     assert not missed
