@@ -121,7 +121,7 @@ def trained(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
-@pytest.mark.parametrize("changes", [{}, {"lora": LORA}], ids=["whole", "lora"])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"lora": LORA}, marks=pytest.mark.slow)], ids=["whole", "lora"])
 def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner, changes: dict[str, object]) -> None:
     """The same receipts, losses within 1e-4, one writer; the run record says what one process would have written."""
     one, two = (make(tmp_path / name, **changes) for name in ("one", "two"))
@@ -141,6 +141,7 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
+@pytest.mark.slow
 def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner) -> None:
     """None survives the stage that started them; the checkpoint is the one of all, and one process may go on."""
     one, two = (make(tmp_path / name, max_steps=60, eval_steps=60) for name in ("one", "two"))

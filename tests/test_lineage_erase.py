@@ -17,6 +17,7 @@ from kit import arrow
 from test_lineage_trace import project
 
 
+@pytest.mark.slow
 def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(
     varied_project: Path, tmp_path: Path
 ) -> None:

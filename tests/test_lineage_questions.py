@@ -54,7 +54,7 @@ def ask(root: Path, *arguments: str, status: int = 0) -> Any:
 # --- Blocks and documents
 
 
-@pytest.mark.parametrize("which", ["lineage", "trained"])
+@pytest.mark.parametrize("which", [pytest.param("lineage", marks=pytest.mark.slow), "trained"])
 def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
     which: str, request: pytest.FixtureRequest
 ) -> None:

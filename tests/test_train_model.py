@@ -202,7 +202,7 @@ def published(project: Path, name: str = "pretrain") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, run_stage: Runner, optim: str) -> None:
     """SIGKILL between two checkpoints; the second run says where it goes on and publishes what a whole one does."""
     whole, killed = copy_project(tmp_path / "whole"), copy_project(tmp_path / "killed")
