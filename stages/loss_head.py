@@ -6,9 +6,9 @@
     model(input_ids=ids).logits                     # untouched without labels
 
 The logits of 8 blocks of 1,024 tokens and a vocabulary of 32,000 are 1.05 GB in float32, their gradient as much. Here
-only the positions with a label go through the head, about a thousand at a time, and each chunk's gradient is taken while
-its logits are still there (as in Hsu et al., "Liger Kernel", 2024). What is kept has the size of the hidden states and
-of the head's weight.
+only the positions with a label go through the head, about a thousand at a time, and each chunk's gradient is taken
+while its logits are still there (as in Hsu et al., "Liger Kernel", 2024). What is kept has the size of the hidden
+states and of the head's weight.
 
 torch 2.13 has `torch.nn.functional.linear_cross_entropy`; older ones do not, and it computes the gradient of a frozen
 head, too, so there is one way for all versions: ours.
