@@ -1,6 +1,6 @@
 """What params.yaml may say: one model for the whole file, and what its parts must say of each other.
 
-    validated(params.load())   ->   Everything, or SystemExit with one sentence
+    validate(params.load())   ->   Everything, or SystemExit with one sentence
 
 It imports every stage for its class Params, so it is slow to import; stages/check_params.py does so once for each
 state of params.yaml and of the code.

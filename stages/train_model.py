@@ -108,7 +108,7 @@ class Params(BaseModel):
         "for group_blocks.mode best_fit",
     )
     lora: Lora | None = Field(None, description="train an adapter; null trains all weights")
-    quantization: Quantization | None = Field(None, description="base in 4 bits; needs `lora`")
+    quantization: Quantization | None = Field(None, description="base in 4 or 8 bits; needs `lora`")
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,19 @@ def run_stage() -> Runner:
         )
 
     return run
+
+
+def kill_at(folder: Path, sign: str, *arguments: str, **environment: str) -> None:
+    """Run `python stages/NAME.py ARGUMENTS` in a folder and kill it (SIGKILL) once a file like `sign` is there."""
+    command = [sys.executable, f"stages/{arguments[0]}.py", *arguments[1:]]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, **silent)
+    deadline = time.monotonic() + 180
+    while not list(folder.glob(sign)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
 
 
 def git(folder: Path, *arguments: str) -> str:

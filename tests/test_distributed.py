@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import doctest
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from safetensors.torch import load_file
 
 import distributed
 import tiny
-from conftest import ROOT, Runner, copy_project
+from conftest import ROOT, Runner, copy_project, kill_at
 
 CONFIGS = sorted((ROOT / "docs/accelerate").glob("*.yaml"))
 
@@ -120,15 +116,58 @@ def trained(folder: Path) -> Path:
     return folder / "models/pretrain/trained"
 
 
+FSDP_ON_A_CPU = """
+import os
+if "TERROIR_WORKER" in os.environ:
+    from accelerate import state, utils
+
+    original = state.AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **options):
+        original(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
+        self.distributed_type = utils.DistributedType.FSDP
+        open(os.environ["SEEN"], "a").write("fsdp ")
+
+    state.AcceleratorState.__init__ = init
+"""
+
+
+def fsdp_over_gloo(site: Path) -> dict[str, str]:
+    """Return the environment for two processes that share weights by FSDP 2, with the keys of docs/accelerate.
+
+    accelerate 1.15 takes FSDP for accelerators alone; a module that each worker imports first says otherwise.
+    """
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FSDP_ON_A_CPU)
+    keys = yaml.safe_load((ROOT / "docs/accelerate/fsdp.yaml").read_text())["fsdp_config"]
+    environment = {key.upper(): str(value) for key, value in keys.items()}
+    seen = {"PYTHONPATH": str(site), "SEEN": str(site / "seen")}
+    return {**environment, **seen, "ACCELERATE_USE_FSDP": "true", "NUM_PROCESSES": "2"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
-@pytest.mark.parametrize("changes", [{}, pytest.param({"lora": LORA}, marks=pytest.mark.slow)], ids=["whole", "lora"])
-def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [
+        ("ddp", {}),
+        pytest.param("ddp", {"lora": LORA}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"lora": LORA}, marks=pytest.mark.slow),
+    ],
+    ids=["ddp-whole", "ddp-lora", "fsdp-whole", "fsdp-lora"],
+)
+def test_two_processes_train_the_model_of_one(
+    tmp_path: Path, run_stage: Runner, how: str, changes: dict[str, object]
+) -> None:
     """The same receipts, losses within 1e-4, one writer; the run record says what one process would have written."""
     one, two = (make(tmp_path / name, **changes) for name in ("one", "two"))
-    for folder, environment in ((one, {}), (two, {"NUM_PROCESSES": "2"})):
+    several = fsdp_over_gloo(tmp_path / "site") if how == "fsdp" else {"NUM_PROCESSES": "2"}
+    for folder, environment in ((one, {}), (two, several)):
         done = run_stage(folder, "train_model", "pretrain", **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("step 6 of 6, loss") == 1
+    assert how == "ddp" or (tmp_path / "site/seen").is_file()
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
@@ -142,28 +181,19 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path, run_stage: Runner,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
 @pytest.mark.slow
-def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner) -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, how: str) -> None:
     """None survives the stage that started them; the checkpoint is the one of all, and one process may go on."""
     one, two = (make(tmp_path / name, max_steps=60, eval_steps=60) for name in ("one", "two"))
     assert run_stage(one, "train_model", "pretrain").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "stages/train_model.py", "pretrain"],
-        cwd=two,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "NUM_PROCESSES": "2"},
-    )
-    deadline = time.monotonic() + 180
-    while not list(two.glob(".work/train_model@pretrain/*/checkpoint-*/whole")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    environment = fsdp_over_gloo(tmp_path / "site") if how == "fsdp" else {"NUM_PROCESSES": "2"}
+    kill_at(two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **environment)
+    deadline = time.monotonic() + 60
     while running(two):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not trained(two).exists()
-    again = run_stage(two, "train_model", "pretrain", NUM_PROCESSES="2")
+    again = run_stage(two, "train_model", "pretrain", **environment)
     assert "going on from step" in again.stdout, again.stdout + again.stderr
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):

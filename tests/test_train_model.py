@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -31,7 +26,7 @@ import tiny
 import train_loop
 import train_tokenizer
 from block_order import BlockOrder, block_receipt, step_receipt
-from conftest import Runner, copy_project
+from conftest import Runner, copy_project, kill_at
 from group_blocks import blocks_schema
 from kit import arrow
 from kit.model import IGNORED, Blocks, load_model, max_positions, mean_loss, new_tokens, objective
@@ -209,15 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, run_stage: Runner
     for project in (whole, killed):
         make_project(project, optim=optim, max_steps=40, save_steps=5, logging_steps=5, eval_steps=10)
     assert run_stage(whole, "train_model", "pretrain").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "stages/train_model.py", "pretrain"], cwd=killed, stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not list(killed.glob(".work/train_model@pretrain/*/checkpoint-1[05]/whole")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at(killed, ".work/train_model@pretrain/*/checkpoint-1[05]/whole", "train_model", "pretrain")
     assert not (killed / "models/pretrain/trained").exists()
     again = run_stage(killed, "train_model", "pretrain", PYTHONHASHSEED="7")
     assert "going on from step" in again.stdout, again.stdout + again.stderr
