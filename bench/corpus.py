@@ -31,8 +31,8 @@ def _ranks(words: int) -> np.ndarray:
     return np.cumsum(1 / (np.arange(words) + 2.7)) / np.sum(1 / (np.arange(words) + 2.7))
 
 
-def english(n_bytes: int, seed: int) -> Iterator[str]:
-    """Yield documents of 100 to 1,500 words, about `n_bytes` in all; word frequencies fall like English ones."""
+def english(n_bytes: int, seed: int, fewest: int = 100, most: int = 1_500) -> Iterator[str]:
+    """Yield documents of so many words, about `n_bytes` in all; word frequencies fall like English ones."""
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     shares = 0.8 ** np.arange(26)
@@ -41,7 +41,7 @@ def english(n_bytes: int, seed: int) -> Iterator[str]:
     words = ["".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
     ranks = _ranks(len(words))
     while n_bytes > 0:
-        drawn = np.searchsorted(ranks, rng.random(int(rng.integers(100, 1_500))))
+        drawn = np.searchsorted(ranks, rng.random(int(rng.integers(fewest, most))))
         chosen = [words[rank] for rank in drawn.tolist()]
         lines = [" ".join(chosen[at : at + 17]).capitalize() + "." for at in range(0, len(chosen), 17)]
         text = "\n".join(lines) + "\n"
@@ -64,6 +64,13 @@ def chinese(n_bytes: int, seed: int) -> Iterator[str]:
         yield text
 
 
+def conversations(n_bytes: int, seed: int) -> Iterator[dict[str, str]]:
+    """Yield questions of a line with answers of a few, 640 bytes each, about `n_bytes` in all."""
+    for text in english(n_bytes, seed, 40, 170):
+        question, answer = text.split("\n", 1)
+        yield {"prompt": question, "completion": answer}
+
+
 class Cost(NamedTuple):
     """What a process and its children took."""
 
@@ -72,8 +79,11 @@ class Cost(NamedTuple):
     peak: int  # MiB, as the stage's own run record says
 
 
-def project(folder: Path, tokenizer: Path) -> Path:
-    """Make a project with one source `text` (jsonl, data/raw/text) and a base whose tokenizer is reused."""
+def project(folder: Path, tokenizer: Path, record: str = "text", near: bool = False) -> Path:
+    """Make a project with one source `text` (jsonl, data/raw/text) and a base whose tokenizer is reused.
+
+    record: what a row is, as in params.yaml. near: whether dedup looks for near duplicates, too.
+    """
     shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("data/rules", "data/benchmarks"):
         if (ROOT / name).exists():
@@ -84,20 +94,21 @@ def project(folder: Path, tokenizer: Path) -> Path:
     shutil.copytree(ROOT / "models/configs/llama_small", folder / "models/base")
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / "models/base" / path.name)
-    source = {"phase": "p", "path": "data/raw/text", "clean": {"format": "jsonl", "license": "unknown"}}
-    content = {"imports": {}, "bases": {}, "exports": {}, "sources": {"text": source}, "phases": {"p": PHASE}}
+    how = {"format": "jsonl", "record": record, "license": "unknown"}
+    source = {"phase": "p", "path": "data/raw/text", "clean": how}
+    phase = PHASE | {"dedup": {"near_duplicates": {}} if near else {}}
+    if record != "text":
+        phase |= {"train_tokenizer": {"mode": "reuse", "chat_template": "default"}}
+    content = {"imports": {}, "bases": {}, "exports": {}, "sources": {"text": source}, "phases": {"p": phase}}
     (folder / "params.yaml").write_text(json.dumps(content))
     return folder
 
 
-def write_jsonl(path: Path, documents: Iterator[str]) -> int:
-    """Write one document a line as {"text": ...}; return the bytes of the texts."""
-    size = 0
+def write_jsonl(path: Path, rows: Iterator[str] | Iterator[dict[str, str]]) -> None:
+    """Write one row a line, a document as {"text": ...}."""
     with path.open("w", encoding="utf-8") as file:
-        for text in documents:
-            size += len(text.encode())
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return size
+        for row in rows:
+            file.write(json.dumps({"text": row} if isinstance(row, str) else row, ensure_ascii=False) + "\n")
 
 
 def run_stage(folder: Path, stage: str, **environment: str) -> Cost:

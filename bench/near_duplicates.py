@@ -122,8 +122,9 @@ def ours(texts: pa.ChunkedArray) -> list[int]:
         signatures = Rows(Path(folder), PARAMS.num_perm, np.uint16)
         for _, units, counts in near_duplicates.pieces(texts):
             signatures.append(near_duplicates.sign(units, counts, PARAMS))
-        cluster = near_duplicates.clusters(signatures, PARAMS)
-        twin, _ = near_duplicates.near_twins(signatures, cluster, PARAMS, texts)
+        company = near_duplicates.clusters(signatures, PARAMS, Path(folder))
+        twin = np.full(len(texts), -1)
+        twin[company.rows] = near_duplicates.near_twins(signatures, company, PARAMS, texts)[0]
     return twin.tolist()
 
 

@@ -24,7 +24,7 @@ come first, in that order, then the others by name; the order in which params.ya
 
 The split is drawn for a cluster as a whole, from content and seed alone: the same text is never on both sides, and new
 documents move no old one (save the one that stands in for an empty split of a tiny phase, and what they unite into one
-cluster). Signatures and texts wait on disk; what stays in memory is some 50 bytes a document.
+cluster). Ids, signatures and texts wait on disk; what stays in memory is 2 bytes a document, and 40 of one with a twin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -46,13 +46,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 import decontaminate
 import near_duplicates
 from decontaminate import Params as BenchmarkParams
-from disk_rows import Rows, Texts
+from disk_rows import Buckets, Rows, Texts
 from kit import arrow, stage
 from kit.arrow import compute as pc
 from kit.params import phase_sources, read_params
+from near_duplicates import Company
 from near_duplicates import Params as NearParams
 
 Array = npt.NDArray[Any]
+Ids = Array | Rows  # uint8 (n, 16), in memory or on disk
 DECISIONS = pa.schema(
     [
         pa.field("doc_id", pa.binary(16)),
@@ -63,6 +65,7 @@ DECISIONS = pa.schema(
         pa.field("evidence", pa.string()),  # of decontaminate: file and line of the item, and what is in common
     ]
 )
+PART = 2**14  # ids read at a time
 EXCLUSIONS = "data/exclusions.txt"
 TRAIN, EVAL, EXCLUDED, CONTAMINATED, EXACT, NEAR = range(6)
 RULES = {EXCLUDED: "excluded", EXACT: "exact_duplicate", NEAR: "near_duplicate"}
@@ -93,28 +96,28 @@ class Params(BaseModel):
         return names
 
 
-class Documents(NamedTuple):
-    """The documents of a phase, in order of priority."""
+class Copies(NamedTuple):
+    """The documents whose content an earlier one has."""
 
-    ids: Array  # uint8 (n, 16)
-    first: Array  # the first row of equal content, int32 (n,)
-    rank: Array  # place of the id among all, int32 (n,)
+    rows: Array  # ascending, int32 (c,)
+    first: Array  # the first row of that content, int32 (c,)
 
 
 class Near(NamedTuple):
-    """What the near-duplicate search says of the different documents, in order: see stages/near_duplicates.py."""
+    """What the near-duplicate search says of the documents in company: see stages/near_duplicates.py."""
 
-    cluster: Array  # the first document of its cluster
+    company: Company
     twin: Array  # the kept document that it duplicates, or -1
     similarity: Array
 
 
 class Decisions(NamedTuple):
-    """What becomes of each document, in order."""
+    """What becomes of each document."""
 
     verdict: Array  # TRAIN, EVAL, or why it is dropped, int8 (n,)
-    twin: Array  # row of the kept document, int32 (n,), or -1
-    similarity: Array  # float32 (n,)
+    rows: Array  # of the duplicates, ascending, int32 (d,)
+    twin: Array  # row of the kept document, int32 (d,)
+    similarity: Array  # float32 (d,)
 
 
 def in_order(sources: list[str], priority: list[str]) -> list[str]:
@@ -141,80 +144,102 @@ def split_point(doc_id: bytes, seed: int) -> float:
     return (int.from_bytes(key, "little") >> 3) / 2**53  # 53 bits: exact as a float
 
 
-def identify(ids: Array) -> Documents:
-    """Return which documents are equal. ids: uint8 (n, 16)."""
-    high, low = ids.view(">u8").T
-    order = np.lexsort((low, high)).astype(np.int32)  # stable: of equal ids the first row comes first
-    new = np.zeros(len(ids), bool)
-    new[:1] = True
-    for half in (high, low):
-        ordered = half[order]
-        new[1:] |= ordered[1:] != ordered[:-1]
-    first, rank = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
-    rank[order] = np.cumsum(new, dtype=np.int32)
-    first[order] = order[new][rank[order] - 1]
-    return Documents(ids, first, rank)
+def identify(ids: Ids, folder: Path | None = None) -> Copies:
+    """Return which documents are equal to an earlier one. folder: of temporary files."""
+    buckets = Buckets(folder, 5, len(ids))
+    for begin, part in _parts(ids):
+        row = np.arange(begin, begin + len(part), dtype=np.uint32)
+        buckets.append(np.column_stack([np.ascontiguousarray(part).view(np.uint32), row]))
+    found = [np.zeros((0, 2), np.uint32)]
+    for bucket in buckets:
+        high, low = np.ascontiguousarray(bucket[:, :4]).view(np.uint64).T
+        order = np.lexsort((low, high))  # stable: of equal ids the first row comes first
+        same = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+        place = np.arange(len(order))
+        first = np.maximum.accumulate(np.where(np.append(False, same), 0, place))
+        copies = np.flatnonzero(first < place)
+        found.append(np.stack([bucket[order[copies], 4], bucket[order[first[copies]], 4]], axis=1))
+    pairs = np.concatenate(found).astype(np.int32)
+    rows, first = pairs[np.argsort(pairs[:, 0])].T
+    return Copies(rows, first)
+
+
+def _parts(ids: Ids) -> Iterator[tuple[int, Array]]:
+    """Yield the first row and the ids of some documents at a time."""
+    for begin in range(0, len(ids), PART):
+        yield begin, ids[begin : begin + PART]
 
 
 def decide(
-    documents: Documents,
+    ids: Ids,
+    copies: Copies,
     params: Params,
     near: Near | None = None,
     excluded: frozenset[bytes] = frozenset(),
-    contaminated: Array | None = None,
+    contaminated: Iterable[int] = (),
 ) -> Decisions:
-    """Return what becomes of each document. near, contaminated (rows): of the different documents, in order.
+    """Return what becomes of each document. contaminated: rows, without copies.
 
     No split stays empty: when no cluster falls into the eval share, the one nearest to it is held out; when all do, the
     last one is trained on. Raises ValueError when there are fewer than two clusters to choose from.
     """
-    ids, first, rank = documents
-    is_first = first == np.arange(len(ids), dtype=np.int32)
-    different = np.flatnonzero(is_first).astype(np.int32)
-    cluster = near.cluster if near else np.arange(len(different), dtype=np.int32)
-    verdict = np.full(len(different), TRAIN, np.int8)
-    twin, similarity = np.full(len(different), -1, np.int32), np.zeros(len(different), np.float32)
-    if near:
-        found = np.flatnonzero(near.twin >= 0)
-        verdict[found], twin[found], similarity[found] = NEAR, different[near.twin[found]], near.similarity[found]
-    if contaminated is not None:
-        verdict[contaminated] = CONTAMINATED
+    verdict = np.full(len(ids), TRAIN, np.int8)
+    verdict[copies.rows] = EXACT
+    none = np.zeros(0, np.int32)
+    (rows, cluster), twin, similarity = near or (Company(none, none), none, np.zeros(0, np.float32))
+    verdict[rows[twin >= 0]] = NEAR
+    verdict[np.fromiter(contaminated, np.int64)] = CONTAMINATED
     if excluded:
-        named = [place for place, row in enumerate(different) if ids[row].tobytes() in excluded]
-        verdict[np.isin(cluster, cluster[named])] = EXCLUDED
+        for begin, part in _parts(ids):
+            named = [begin + place for place, one in enumerate(part) if one.tobytes() in excluded]
+            verdict[named] = EXCLUDED
+            verdict[rows[np.isin(cluster, cluster[np.isin(rows, named)])]] = EXCLUDED
 
-    # A cluster goes by its least id, whichever of its documents came first.
-    least = np.full(len(different), len(ids) + 1, np.int32)
-    np.minimum.at(least, cluster, rank[different])
-    kept = np.zeros(len(different), bool)
-    kept[cluster[verdict == TRAIN]] = True
-    held_out = _draw(ids, different[(rank[different] == least[cluster]) & kept[cluster]], params)
-    del least
-    kept[cluster[np.searchsorted(different, held_out)]] = False
-    verdict[(verdict == TRAIN) & ~kept[cluster]] = EVAL
+    drawn = verdict == TRAIN
+    kept = np.isin(cluster, cluster[drawn[rows]])  # of whose cluster somebody stays
+    drawn[rows] = False
+    drawn[(least := _least(ids, rows, cluster))[kept]] = True
+    _draw(ids, drawn, params)
+    drawn[rows] = drawn[least]
+    verdict[drawn & (verdict == TRAIN)] = EVAL
+    del drawn
 
-    place = (np.cumsum(is_first, dtype=np.int32) - 1)[first]
-    result = Decisions(verdict[place], twin[place], similarity[place])
-    copies = np.flatnonzero(~is_first & (result.verdict <= EVAL))  # other copies share the fate of the first
-    result.verdict[copies], result.twin[copies], result.similarity[copies] = EXACT, first[copies], 1
-    return result
+    fate = verdict[copies.first]
+    verdict[copies.rows] = np.where(fate <= EVAL, EXACT, fate)  # other copies share the fate of the first
+    of_first = np.searchsorted(rows, copies.first[fate == NEAR])
+    exact, again = copies.rows[fate <= EVAL], copies.rows[fate == NEAR]
+    own = np.flatnonzero(verdict[rows] == NEAR)
+    duplicates = np.concatenate([exact, again, rows[own]])
+    order = np.argsort(duplicates)
+    twins = np.concatenate([copies.first[fate <= EVAL], twin[of_first], twin[own]])
+    similarities = np.concatenate([np.ones(len(exact), np.float32), similarity[of_first], similarity[own]])
+    return Decisions(verdict, duplicates[order], twins[order], similarities[order])
 
 
-def _draw(ids: Array, rows: Array, params: Params) -> Array:
-    """Return those of these documents whose cluster is held out; at least one, and not all."""
-    if len(rows) < 2:
-        raise ValueError("the phase has fewer than two different documents, so none can be held out; add text.")
-    held_out = np.zeros(len(rows), bool)
+def _least(ids: Ids, rows: Array, cluster: Array) -> Array:
+    """Return for each of these rows the one of its cluster with the least id: that one stands for it in the draw."""
+    high, low = ids[rows].view(">u8").T
+    order = np.lexsort((low, high, cluster))
+    name = cluster[order]
+    first = np.flatnonzero(np.append(True, name[1:] != name[:-1])[: len(name)])
+    return rows[order[first]][np.searchsorted(name[first], cluster)]
+
+
+def _draw(ids: Ids, drawn: Array, params: Params) -> None:
+    """Leave of the documents that `drawn`, bool (n,), marks those that are held out; at least one, and not all."""
     nearest, last = (2.0, 0), (-1.0, 0)
-    for place, row in enumerate(rows):
-        point = split_point(ids[row].tobytes(), params.seed)
-        held_out[place] = point < params.eval_fraction
-        nearest, last = min(nearest, (point, place)), max(last, (point, place))
-    if not held_out.any():
-        held_out[nearest[1]] = True
-    elif held_out.all():
-        held_out[last[1]] = False
-    return rows[held_out]
+    before = int(drawn.sum())
+    if before < 2:
+        raise ValueError("the phase has fewer than two different documents, so none can be held out; add text.")
+    for begin, part in _parts(ids):
+        for place in np.flatnonzero(drawn[begin : begin + len(part)]).tolist():
+            row, point = begin + place, split_point(part[place].tobytes(), params.seed)
+            drawn[row] = point < params.eval_fraction
+            nearest, last = min(nearest, (point, row)), max(last, (point, row))
+    if not drawn.any():
+        drawn[nearest[1]] = True
+    elif drawn.sum() == before:
+        drawn[last[1]] = False
 
 
 def read_exclusions(path: Path) -> frozenset[bytes]:
@@ -232,38 +257,43 @@ def read_exclusions(path: Path) -> frozenset[bytes]:
     return frozenset(ids)
 
 
-def read_ids(folders: dict[str, Path]) -> Array:
-    """Return the ids of the documents of the sources, in order, uint8 (n, 16)."""
-    batches = (batch["doc_id"] for folder in folders.values() for batch in arrow.batches(folder, ["doc_id"]))
-    ids = np.empty((sum(arrow.manifest(folder)["counts"]["rows"] for folder in folders.values()), 16), np.uint8)
-    row = 0
-    for batch in batches:
-        flat = np.frombuffer(batch.buffers()[1], np.uint8).reshape(-1, 16)
-        ids[row : row + len(batch)] = flat[batch.offset : batch.offset + len(batch)]
-        row += len(batch)
+def read_ids(folders: dict[str, Path], work: Path) -> Rows:
+    """Return the ids of the documents of the sources, in order, uint8 (n, 16), in a nameless file in `work`."""
+    ids = Rows(work, 16, np.uint8)
+    for folder in folders.values():
+        for batch in arrow.batches(folder, ["doc_id"]):
+            flat = np.frombuffer(batch["doc_id"].buffers()[1], np.uint8).reshape(-1, 16)
+            ids.append(flat[batch["doc_id"].offset :][: batch.num_rows])
     return ids
 
 
-def different_texts(folders: dict[str, Path], first: Array) -> Iterator[pa.Array]:
-    """Yield the texts of the different documents, in order, some at a time; of a conversation, its messages joined."""
+def all_texts(folders: dict[str, Path], copies: Array) -> Iterator[pa.Array]:
+    """Yield the texts of all documents, in order, some at a time; of a conversation, its messages joined.
+
+    Those in the rows `copies`, ascending, are null: whoever looks for duplicates has nothing to look for in them.
+    """
     row = 0
     for folder in folders.values():
         for batch in arrow.batches(folder):
-            new = np.flatnonzero(first[row : row + len(batch)] == np.arange(row, row + len(batch)))
-            chosen = batch if len(new) == len(batch) else batch.take(pa.array(new))
-            row += len(batch)
-            if "text" in chosen.schema.names:
-                yield chosen["text"]
+            if "text" in batch.schema.names:
+                texts = batch["text"]
             else:
-                messages = chosen["messages"]
+                messages = batch["messages"]
                 said = pc.struct_field(messages.values, "content").fill_null("")
-                yield pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+                texts = pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+            begin, end = np.searchsorted(copies, [row, row + len(texts)])
+            if begin < end:
+                is_copy = np.zeros(len(texts), bool)
+                is_copy[copies[begin:end] - row] = True
+                texts = pc.if_else(pa.array(is_copy), None, texts)
+            yield texts
+            row += len(texts)
 
 
 def search(
-    folders: dict[str, Path], first: Array, params: Params, items: list[decontaminate.Item], work: Path
+    folders: dict[str, Path], copies: Copies, params: Params, items: list[decontaminate.Item], work: Path
 ) -> tuple[Near | None, dict[int, decontaminate.Hit]]:
-    """Return the near duplicates among the different documents, and which hold an item of a benchmark.
+    """Return the near duplicates among the documents that are no copies, and which hold an item of a benchmark.
 
     work: the folder of temporary files.
     """
@@ -274,7 +304,7 @@ def search(
     signatures = Rows(work, settings.num_perm if settings else 0, np.uint16)
     hits: dict[int, decontaminate.Hit] = {}
     begin = 0
-    for texts in different_texts(folders, first):
+    for texts in all_texts(folders, copies.rows):
         for row, units, counts in near_duplicates.pieces(texts):
             if settings:
                 signatures.append(near_duplicates.sign(units, counts, settings))
@@ -282,25 +312,15 @@ def search(
         begin += len(texts)
     if not settings:
         return None, hits
-    cluster = near_duplicates.clusters(signatures, settings)
-    gone = np.zeros(len(cluster), bool)
-    gone[list(hits)] = True
-    company = near_duplicates.in_company(cluster)
+    company = near_duplicates.clusters(signatures, settings, work)
     waiting = Texts(work)
     begin = 0
-    for texts in different_texts(folders, first) if settings.exact else []:
-        waiting.append(texts, np.flatnonzero(company[begin : begin + len(texts)]), begin)
+    for texts in all_texts(folders, copies.rows) if settings.exact else []:
+        first, last = np.searchsorted(company.rows, [begin, begin + len(texts)])
+        waiting.append(texts, company.rows[first:last] - begin, begin)
         begin += len(texts)
-    return Near(cluster, *near_duplicates.near_twins(signatures, cluster, settings, waiting, gone)), hits
-
-
-def by_row(hits: dict[int, decontaminate.Hit], first: Array) -> dict[int, decontaminate.Hit]:
-    """Return hits by row of all documents, given those by number of the different ones; copies share them."""
-    if not hits:
-        return {}
-    different = np.flatnonzero(first == np.arange(len(first)))
-    found = {int(different[number]): hit for number, hit in hits.items()}
-    return {int(row): found[int(first[row])] for row in np.flatnonzero(np.isin(first, [*found]))}
+    gone = np.isin(company.rows, np.fromiter(hits, np.int64))
+    return Near(company, *near_duplicates.near_twins(signatures, company, settings, waiting, gone)), hits
 
 
 def table(
@@ -311,18 +331,34 @@ def table(
     starts: the first row of each source, ascending. hits: by row of all.
     """
     names, firsts = list(starts), list(starts.values())
-    rows = []
-    columns = (column[begin : begin + len(ids)].tolist() for column in decisions)
-    for row, (identity, verdict, twin, similarity) in enumerate(zip(ids.to_pylist(), *columns, strict=True), begin):
-        split = {TRAIN: "train", EVAL: "eval"}.get(verdict, "dropped")
-        decision = {"doc_id": identity, "split": split, "rule": RULES.get(verdict)}
-        if verdict == CONTAMINATED:
-            decision |= {"rule": f"decontaminate:{hits[row].benchmark}", "evidence": hits[row].evidence}
-        elif verdict in (EXACT, NEAR):
-            source = bisect_right(firsts, twin) - 1
-            decision |= {"twin": f"{names[source]}/{twin - firsts[source]}", "similarity": similarity}
-        rows.append(decision)
-    return pa.Table.from_pylist(rows, DECISIONS)
+    verdict = decisions.verdict[begin : begin + len(ids)]
+    first, last = np.searchsorted(decisions.rows, [begin, begin + len(ids)])
+    duplicate = slice(first, last)
+    twins = decisions.twin[duplicate].tolist()
+    sources = [bisect_right(firsts, twin) - 1 for twin in twins]
+    named = [f"{names[source]}/{twin - firsts[source]}" for source, twin in zip(sources, twins, strict=True)]
+    found = [hits[begin + row] for row in np.flatnonzero(verdict == CONTAMINATED).tolist()]
+    rules = pa.array([RULES.get(number) for number in range(6)], pa.string()).take(pa.array(verdict))
+    if found:
+        contaminated = pa.array([f"decontaminate:{hit.benchmark}" for hit in found], pa.string())
+        rules = pc.replace_with_mask(rules, pa.array(verdict == CONTAMINATED), contaminated)
+
+    def spread(values: pa.Array, rows: Array) -> pa.Array:
+        """Return the values in their rows, null in all others."""
+        place = np.full(len(ids), -1)
+        place[rows] = np.arange(len(rows))
+        return values.take(pa.array(place, mask=place < 0))
+
+    own = decisions.rows[duplicate] - begin
+    columns = [
+        ids,
+        pa.array(["train", "eval", "dropped"]).take(pa.array(np.minimum(verdict, 2))),
+        rules,
+        spread(pa.array(named, pa.string()), own),
+        spread(pa.array(decisions.similarity[duplicate]), own),
+        spread(pa.array([hit.evidence for hit in found], pa.string()), np.flatnonzero(verdict == CONTAMINATED)),
+    ]
+    return pa.Table.from_arrays(columns, schema=DECISIONS)
 
 
 def main(phase: str) -> None:
@@ -334,11 +370,14 @@ def main(phase: str) -> None:
         sources = in_order(phase_sources(phase, clean), params.priority)
         folders = {source: clean / source / "documents" for source in sources}
         items = [item for name, how in sorted(params.decontaminate.items()) for item in decontaminate.read(name, how)]
-        documents = identify(read_ids(folders))
-        near, hits = search(folders, documents.first, params, items, folder)
+        ids = read_ids(folders, folder)
+        copies = identify(ids, folder)
+        near, hits = search(folders, copies, params, items, folder)
         excluded = read_exclusions(Path(EXCLUSIONS))
-        decisions = decide(documents, params, near, excluded, np.fromiter(hits, np.int64))
-        of_all = by_row(hits, documents.first)
+        decisions = decide(ids, copies, params, near, excluded, hits)
+        if hits:  # copies share them
+            pairs = zip(copies.rows.tolist(), copies.first.tolist(), strict=True)
+            hits |= {row: hits[first] for row, first in pairs if first in hits}
         sizes = [arrow.manifest(path)["counts"]["rows"] for path in folders.values()]
         starts = dict(zip(sources, np.cumsum([0, *sizes]).tolist(), strict=False))
         total: Counter[str] = Counter()
@@ -346,7 +385,7 @@ def main(phase: str) -> None:
             counts: Counter[str] = Counter()
             with arrow.Writer(folder / source, DECISIONS) as out:
                 for batch in arrow.batches(folders[source], ["doc_id"]):
-                    decided = table(batch["doc_id"], start + out.rows, decisions, starts, of_all)
+                    decided = table(batch["doc_id"], start + out.rows, decisions, starts, hits)
                     counts.update(decided["split"].to_pylist())
                     total.update(decided["rule"].drop_null().to_pylist())
                     out.write(decided)
@@ -358,8 +397,10 @@ def main(phase: str) -> None:
         run.count(documents=sum(sizes), train=total["train"], eval=total["eval"])
         run.count(**{rule: total[rule] for rule in RULES.values()})
         # An id of another phase is in order; one that no phase has is a slip of the pen or the proof of an erasure.
-        here = len({row.tobytes() for row in documents.ids if row.tobytes() in excluded}) if excluded else 0
-        run.count(exclusions=len(excluded), exclusions_not_here=len(excluded) - here)
+        here = (
+            {key for _, part in _parts(ids) for one in part if (key := one.tobytes()) in excluded} if excluded else ()
+        )
+        run.count(exclusions=len(excluded), exclusions_not_here=len(excluded) - len(here))
         for name in sorted(params.decontaminate):
             mine = [item for item in items if item.benchmark == name]
             short = sum(item.run == 0 for item in mine)

@@ -1,4 +1,4 @@
-"""Rows that wait on disk, so that the memory of a stage does not grow with its corpus: signatures, texts.
+"""Rows that wait on disk, so that the memory of a stage does not grow with its corpus: ids, signatures, texts.
 
     signatures = Rows(folder, 128, np.uint16)
     signatures.append(some)                 # (n, 128); again and again
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ import pyarrow as pa
 Array = npt.NDArray[Any]
 NEAR = 16  # rows apart: nearer ones are read in one go, with what lies between
 TOGETHER = 256  # rows asked for that are read in one go at most
+ROWS = 2**16  # dealt into buckets at a time
 
 
 class Rows:
-    """Rows of `width` numbers of type `dtype`, in a nameless file in `folder`."""
+    """Rows of `width` numbers of type `dtype`, in a nameless file in `folder` (None: where temporary files go)."""
 
-    def __init__(self, folder: Path, width: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, folder: Path | None, width: int, dtype: npt.DTypeLike) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it lives as long as this)
         self._width, self._dtype, self._length = width, np.dtype(dtype), 0
 
@@ -59,6 +61,41 @@ class Rows:
         size = self._width * self._dtype.itemsize
         content = os.pread(self._file.fileno(), max(end - begin, 0) * size, begin * size)
         return np.frombuffer(content, self._dtype).reshape(-1, self._width)
+
+
+class Buckets:
+    """Rows of uint32 dealt into files by the high bits of their first number, so that equal ones lie together.
+
+    expected: rows that will come; a file is for 2**16 of them, at most 256 files are open.
+    """
+
+    def __init__(self, folder: Path | None, width: int, expected: int) -> None:
+        self._bits = min(8, max(0, (expected >> 16).bit_length()))
+        self._files = [Rows(folder, width, np.uint32) for _ in range(1 << self._bits)]
+        self._waiting: list[Array] = []
+
+    def append(self, rows: Array) -> None:
+        """Add rows, uint32 (n, width)."""
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= ROWS:
+            self._deal()
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yield the rows of one file after the other, those of each in the order in which they came."""
+        self._deal()
+        for file in self._files:
+            if len(file):
+                yield file[:]
+
+    def _deal(self) -> None:
+        if not self._waiting:
+            return
+        rows, self._waiting = np.concatenate(self._waiting), []
+        number = rows[:, 0].astype(np.uint64) >> np.uint64(32 - self._bits)
+        order = np.argsort(number, kind="stable")
+        edges = np.searchsorted(number[order], np.arange(len(self._files) + 1))
+        for file, (begin, end) in zip(self._files, itertools.pairwise(edges.tolist()), strict=True):
+            file.append(rows[order[begin:end]])
 
 
 class Texts:

@@ -20,11 +20,13 @@ the parameters, and on no batch, worker, platform or version of a library.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -383,48 +385,65 @@ def estimates(signatures: Signatures, left: Array, right: Array) -> npt.NDArray[
     return share
 
 
-def clusters(signatures: Signatures, params: Params) -> npt.NDArray[np.int32]:
-    """Return the cluster of each document, int32 (n,): the least row in it, which is its own when it is alone.
+class Company(NamedTuple):
+    """The documents that share their cluster with another; all others are alone."""
+
+    rows: Array  # ascending, int32 (c,)
+    cluster: Array  # the least row of its cluster, int32 (c,)
+
+
+def clusters(signatures: Signatures, params: Params, folder: Path | None = None) -> Company:
+    """Return the clusters of two documents and more.
 
     Pairs that share a band and whose estimate reaches the threshold connect; the order of the documents decides nothing
-    but the name. A document without units stays alone.
+    but the name. A document without units stays alone. Keys of bands wait in nameless files in `folder`.
     """
-    parent = np.arange(len(signatures), dtype=np.int32)
+    # First who shares a band with whom, for only these have to be kept in mind; few do.
+    shared, ends = disk_rows.Rows(folder, 2, np.uint32), [0]
+    meets = np.zeros(len(signatures), bool)
     number, slots = bands(params)
     for band in range(number):
-        keys, empty = _band_keys(signatures, slice(band * slots, (band + 1) * slots))
-        sorted_ = np.sort(keys)
-        again = _distinct(sorted_[1:][sorted_[1:] == sorted_[:-1]])
-        del sorted_
-        if len(again) == 0:
-            continue
-        shared = np.zeros(len(keys), bool)
-        for begin in range(0, len(keys), WINDOW):
-            part = keys[begin : begin + WINDOW]
-            shared[begin : begin + WINDOW] = again.take(np.searchsorted(again, part), mode="clip") == part
-        rows = np.flatnonzero(shared & ~empty)
-        order = np.argsort(keys[rows], kind="stable")
-        _connect(keys[rows][order], rows[order], parent, signatures, params)
-    return _find(parent, np.arange(len(parent)))
+        buckets = disk_rows.Buckets(folder, 2, len(signatures))
+        for keyed in _band_keys(signatures, slice(band * slots, (band + 1) * slots)):
+            buckets.append(keyed)
+        for keyed in buckets:
+            keyed = keyed[np.argsort(keyed[:, 0], kind="stable")]
+            equal = keyed[1:, 0] == keyed[:-1, 0]
+            again = keyed[np.append(False, equal) | np.append(equal, False)]
+            if len(again):
+                meets[again[:, 1]] = True
+                shared.append(again)
+                ends.append(len(shared))
+    members = np.flatnonzero(meets).astype(np.int32)
+    del meets
+    parent = np.arange(len(members), dtype=np.int32)
+    for begin, end in itertools.pairwise(ends):
+        keys, rows = shared[begin:end].T
+        _connect(keys, np.searchsorted(members, rows), parent, members, signatures, params)
+    root = _find(parent, np.arange(len(parent)))
+    company = np.bincount(root, minlength=len(root))[root] > 1
+    return Company(members[company], members[root[company]])
 
 
-def _band_keys(signatures: Signatures, band: slice) -> tuple[Array, Array]:
-    """Return a hash of these slots of each row, uint32 (n,), and whether the row is that of a text without units.
+def _band_keys(signatures: Signatures, band: slice) -> Iterator[Array]:
+    """Yield a hash of these slots of each row, and the row, uint32 (n, 2); rows of texts without units are left out.
 
     Unlike rows that share a hash cost a comparison, no more.
     """
     factors = np.multiply.accumulate(np.full(band.stop - band.start, 2891336453, np.uint32), dtype=np.uint32)
-    keys, empty = np.empty(len(signatures), np.uint32), np.zeros(len(signatures), bool)
     for begin in range(0, len(signatures), BLOCK):
         block = signatures[begin : begin + BLOCK]
-        keys[begin : begin + BLOCK] = _mix(block[:, band].astype(np.uint32) @ factors)
+        row = np.arange(begin, begin + len(block), dtype=np.uint32)
         suspect = np.flatnonzero(block[:, 0] == NO_SIGNATURE)
-        empty[begin + suspect] = (block[suspect] == NO_SIGNATURE).all(axis=1)
-    return keys, empty
+        empty = suspect[(block[suspect] == NO_SIGNATURE).all(axis=1)]
+        keyed = np.stack([_mix(block[:, band].astype(np.uint32) @ factors), row], axis=1)
+        yield np.delete(keyed, empty, axis=0) if len(empty) else keyed
 
 
-def _connect(keys: Array, rows: Array, parent: Array, signatures: Signatures, params: Params) -> None:
+def _connect(keys: Array, rows: Array, parent: Array, members: Array, signatures: Signatures, params: Params) -> None:
     """Unite the near rows of each bucket; keys: of the buckets, ascending; rows: in them, ascending.
+
+    rows, parent: places in `members`, whose signatures stand in the rows that it names.
 
     One member after the other is compared with all later ones that are not yet in its cluster, so that the clusters are
     those of all pairs whatever their order. Ends after LEADERS members, or when a bucket is one cluster.
@@ -441,7 +460,7 @@ def _connect(keys: Array, rows: Array, parent: Array, signatures: Signatures, pa
         leader = np.repeat(np.cumsum(sizes) - sizes + place, sizes)
         later = np.flatnonzero((np.arange(len(rows)) > leader) & (roots != roots[leader]))
         left, right = rows[leader[later]], rows[later]
-        near = estimates(signatures, left, right) >= params.threshold
+        near = estimates(signatures, members[left], members[right]) >= params.threshold
         _unite(parent, left[near], right[near])
 
 
@@ -479,48 +498,41 @@ def _unite(parent: Array, left: Array, right: Array) -> None:
 
 def near_twins(
     signatures: Signatures,
-    cluster: Array,
+    company: Company,
     params: Params,
     texts: Column | disk_rows.Texts | None = None,
     gone: Array | None = None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Return the kept document that each document duplicates, int32 (n,), and the similarity, float32 (n,); else -1, 0.
+    """Return the kept document that each one of `company` duplicates, int32 (c,), its similarity, float32; else -1, 0.
 
     Rows stand in order of priority. The first of a cluster is kept, and so is each that is as near as the threshold to
     none that is kept before it: every document that goes has a near twin that stays, not one at the far end of a chain.
-    Those that are `gone`, bool (n,), are kept by nobody and no one's twin.
+    Those that are `gone`, bool (c,), are kept by nobody and no one's twin.
 
-    `texts`: those of the signatures, of `in_company` alone at least; needed when params.exact. Similarities are
-    estimates, but exact where the estimate lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the
-    threshold t.
+    `texts`: those of the signatures, of `company` alone at least; needed when params.exact. Similarities are estimates,
+    but exact where the estimate lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
     """
     if params.exact and texts is None:
         raise ValueError(
             "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
         )
     doubt = 2 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
-    twin, similarity = np.full(len(cluster), -1, np.int32), np.zeros(len(cluster), np.float32)
+    rows = company.rows
+    twin, similarity = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
 
     def alike(left: Array, right: Array) -> Array:
-        found = estimates(signatures, left, right)
+        found = estimates(signatures, rows[left], rows[right])
         if params.exact:
             open_ = np.flatnonzero(np.abs(found - params.threshold) <= doubt)
-            found[open_] = jaccard(texts, left[open_], right[open_], params)
+            found[open_] = jaccard(texts, rows[left[open_]], rows[right[open_]], params)
         near = found >= params.threshold
-        twin[right[near]], similarity[right[near]] = left[near], found[near]
+        twin[right[near]], similarity[right[near]] = rows[left[near]], found[near]
         return near
 
-    rows = np.flatnonzero(in_company(cluster) & (True if gone is None else ~gone))
-    rows = rows[np.argsort(cluster[rows], kind="stable")]
-    _compare(cluster[rows], rows, alike)
+    places = np.flatnonzero(np.ones(len(rows), bool) if gone is None else ~gone)
+    places = places[np.argsort(company.cluster[places], kind="stable")]
+    _compare(company.cluster[places], places, alike)
     return twin, similarity
-
-
-def in_company(cluster: Array) -> npt.NDArray[np.bool_]:
-    """Return whether each document shares its cluster with another."""
-    company = cluster != np.arange(len(cluster), dtype=cluster.dtype)
-    company[cluster[company]] = True
-    return company
 
 
 def jaccard(

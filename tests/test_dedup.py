@@ -23,8 +23,8 @@ from decontaminate import Hit
 from dedup import (
     Near,
     Params,
+    all_texts,
     decide,
-    different_texts,
     identify,
     in_order,
     read_exclusions,
@@ -48,10 +48,9 @@ def decisions(
     excluded: frozenset[bytes] = frozenset(),
     contaminated: Iterable[int] = (),
 ) -> dict[str, pa.Table]:
-    """Return one table of decisions per source; `contaminated` are numbers of different documents."""
+    """Return one table of decisions per source; `contaminated` are rows of documents that are no copies."""
     ids = np.frombuffer(b"".join(itertools.chain(*doc_ids.values())), np.uint8).reshape(-1, 16)
-    documents = identify(ids)
-    found = decide(documents, params, near, excluded, np.array([*contaminated], np.int64))
+    found = decide(ids, identify(ids), params, near, excluded, contaminated)
     starts = dict(zip(doc_ids, np.cumsum([0, *map(len, doc_ids.values())]).tolist(), strict=False))
     hits = dict.fromkeys(range(len(ids)), Hit("quiz", "quiz.txt line 1: what is"))
     return {
@@ -207,16 +206,19 @@ def decided(project: Path, run_stage: Runner, source: str) -> list[dict[str, Any
     return rows
 
 
+def searched(texts: Any, params: NearParams) -> Near:
+    """Return what the search says of a column of texts."""
+    signed = signatures(texts, params)
+    company = clusters(signed, params)
+    return Near(company, *near_twins(signed, company, params, texts))
+
+
 def with_near(texts: dict[str, list[str]], near: NearParams | None, excluded: frozenset[bytes] = frozenset()) -> Any:
     """Return the decisions about texts, by the real search."""
     ids = {source: [clean.doc_id(text) for text in said] for source, said in texts.items()}
-    different = list(dict.fromkeys(text for said in texts.values() for text in said))
-    found = None
-    if near:
-        signed = signatures(pa.chunked_array([pa.array(different)]), near)
-        cluster = clusters(signed, near)
-        twins, similarities = near_twins(signed, cluster, near, pa.chunked_array([pa.array(different)]))
-        found = Near(cluster, twins, similarities)
+    seen: set[str] = set()
+    once = [None if text in seen else seen.add(text) or text for said in texts.values() for text in said]
+    found = searched(pa.chunked_array([pa.array(once)]), near) if near else None
     tables = decisions(ids, Params(eval_fraction=0.5, near_duplicates=near), found, excluded)
     return {source: table.to_pylist() for source, table in tables.items()}
 
@@ -242,13 +244,10 @@ def test_a_cluster_is_on_one_side() -> None:
     chain = [" ".join(words[start : start + 40]) for start in (0, 3, 6, 9, 12)]
     ids = {"a": [clean.doc_id(text) for text in [*OTHERS, *chain]]}
     texts = pa.chunked_array([pa.array([*OTHERS, *chain])])
-    near = NearParams(threshold=0.7)
-    signed = signatures(texts, near)
-    cluster = clusters(signed, near)
-    twins, similarities = near_twins(signed, cluster, near, texts)
-    assert len(set(cluster[len(OTHERS) :].tolist())) == 1
+    found = searched(texts, NearParams(threshold=0.7))
+    assert found.company.rows.tolist() == list(range(len(OTHERS), len(OTHERS) + len(chain)))
+    assert set(found.company.cluster.tolist()) == {len(OTHERS)}
     for seed in range(20):
-        found = Near(cluster, twins, similarities)
         rows = decisions(ids, Params(eval_fraction=0.5, seed=seed), found)["a"].to_pylist()
         sides = {row["split"] for row in rows[len(OTHERS) :]} - {"dropped"}
         assert len(sides) == 1
@@ -295,8 +294,12 @@ def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
         with arrow.Writer(tmp_path / name, clean.CHAT_DOCUMENTS) as out:
             out.write(pa.Table.from_pylist(rows, clean.CHAT_DOCUMENTS))
     folders = {"x": tmp_path / "x", "y": tmp_path / "y"}
-    texts = different_texts(folders, identify(read_ids(folders)).first)
-    assert [text for some in texts for text in some.to_pylist()] == ["Q\nA", "Q\nA"]
+    ids = read_ids(folders, tmp_path)
+    assert ids[:].tolist() == [[0] * 16, [1] * 16] * 2
+    copies = identify(ids, tmp_path)
+    assert (copies.rows.tolist(), copies.first.tolist()) == ([2, 3], [0, 1])
+    texts = all_texts(folders, copies.rows)
+    assert [text for some in texts for text in some.to_pylist()] == ["Q\nA", "Q\nA", None, None]
 
 
 def test_the_source_of_higher_priority_keeps_its_documents(project: Path, run_stage: Runner) -> None:
@@ -413,11 +416,11 @@ def test_no_order_decides_the_side_and_no_near_twin_is_on_the_other(
     found: list[dict[str, str]] = []
     for arranged in (texts, [texts[place] for place in order if place < len(texts)]):
         column = pa.array(arranged)
-        signed = signatures(column, near)
-        cluster = clusters(signed, near)
-        twin, similarity = near_twins(signed, cluster, near, column)
+        search = searched(column, near)
+        cluster = np.arange(len(arranged))
+        cluster[search.company.rows] = search.company.cluster
         ids = {"a": [clean.doc_id(text) for text in arranged]}
-        rows = decisions(ids, Params(eval_fraction=0.5, seed=seed), Near(cluster, twin, similarity))["a"].to_pylist()
+        rows = decisions(ids, Params(eval_fraction=0.5, seed=seed), search)["a"].to_pylist()
         kept = [number for number, row in enumerate(rows) if row["rule"] is None]
         for number, row in enumerate(rows):
             if row["rule"]:

@@ -30,9 +30,12 @@ def find(texts: list[str | None], params: nd.Params = PARAMS) -> tuple[list[int]
     """Return cluster, twin and similarity of each text."""
     column = pa.array(texts, pa.string())
     signatures = nd.signatures(column, params)
-    cluster = nd.clusters(signatures, params)
-    twin, similarity = nd.near_twins(signatures, cluster, params, column)
-    return cluster.tolist(), twin.tolist(), similarity.tolist()
+    company = nd.clusters(signatures, params)
+    twin, similarity = nd.near_twins(signatures, company, params, column)
+    found = [np.arange(len(texts)), np.full(len(texts), -1), np.zeros(len(texts))]
+    for every, mine in zip(found, (company.cluster, twin, similarity), strict=True):
+        every[company.rows] = mine
+    return tuple(every.tolist() for every in found)  # type: ignore[return-value]
 
 
 def units(text: str) -> list[str]:
@@ -266,8 +269,8 @@ def test_no_documents() -> None:
     for column in (pa.array([], pa.string()), pa.chunked_array([], pa.string())):
         signatures = nd.signatures(column, PARAMS)
         assert signatures.shape == (0, 128)
-        cluster = nd.clusters(signatures, PARAMS)
-        assert [len(result) for result in nd.near_twins(signatures, cluster, PARAMS, column)] == [0, 0]
+        company = nd.clusters(signatures, PARAMS)
+        assert [len(result) for result in (*company, *nd.near_twins(signatures, company, PARAMS, column))] == [0] * 4
 
 
 def test_many_identical_documents() -> None:
@@ -297,7 +300,9 @@ def test_clusters_are_connected(picks: list[int], seed: int) -> None:
     words = english(60, rng)
     versions = [join(words[n:] + english(n, rng)) for n in range(0, 39, 3)]
     signatures = nd.signatures(pa.array([versions[n] for n in picks]), PARAMS)
-    cluster = nd.clusters(signatures, PARAMS)
+    company = nd.clusters(signatures, PARAMS)
+    cluster = np.arange(len(picks))
+    cluster[company.rows] = company.cluster
     for name in np.unique(cluster):
         members = np.flatnonzero(cluster == name)
         assert members[0] == name
@@ -323,10 +328,11 @@ def test_bands_find_what_the_threshold_asks() -> None:
 def test_estimates_alone_need_no_texts() -> None:
     params = nd.Params(exact=False)
     signatures = nd.signatures(pa.array(["a b c d e f", "g", "A B C D E F"]), params)
-    cluster = nd.clusters(signatures, params)
-    assert nd.near_twins(signatures, cluster, params)[0].tolist() == [-1, -1, 0]
+    company = nd.clusters(signatures, params)
+    assert company.rows.tolist() == [0, 2]
+    assert nd.near_twins(signatures, company, params)[0].tolist() == [-1, 0]
     with pytest.raises(ValueError, match="needs the texts"):
-        nd.near_twins(signatures, cluster, PARAMS)
+        nd.near_twins(signatures, company, PARAMS)
 
 
 @pytest.mark.parametrize("wrong", [{"treshold": 0.8}, {"threshold": 0}, {"ngram": 0}, {"num_perm": 100}])
@@ -364,6 +370,29 @@ def test_rows_on_disk_are_rows_in_memory(cuts: list[int], wanted: list[int], beg
         assert np.array_equal(on_disk[begin:end], rows[begin:end])
 
 
+@given(
+    st.lists(st.lists(st.sampled_from([0, 1, 2**24 - 1, 2**24, 2**31, 2**32 - 1]), max_size=40), max_size=5),
+    st.sampled_from([0, 2**16, 2**30]),
+    st.sampled_from([1, 30, 2**16]),
+)
+def test_buckets_bring_equal_ones_together(batches: list[list[int]], expected: int, together: int) -> None:
+    """Each number lies in one bucket, with all its rows in the order in which they came; nothing is lost."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk_rows, "ROWS", together)
+        buckets = disk_rows.Buckets(Path(folder), 2, expected)
+        count = 0
+        for numbers in batches:
+            buckets.append(np.array([[n, count + i] for i, n in enumerate(numbers)], np.uint32).reshape(-1, 2))
+            count += len(numbers)
+        dealt = [bucket.tolist() for bucket in buckets]
+    assert sorted(row for bucket in dealt for _, row in bucket) == list(range(count))
+    assert all(bucket == sorted(bucket, key=lambda pair: pair[1]) for bucket in dealt)
+    for one, other in itertools.combinations(dealt, 2):
+        assert not {number for number, _ in one} & {number for number, _ in other}
+    if expected == 2**30:
+        assert len(dealt) == len({n >> 24 for numbers in batches for n in numbers})
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_texts_on_disk_are_texts_in_memory(mixed: list[str | None], kind: pa.DataType, tmp_path: Path) -> None:
     """Some texts of each slice of a column, null as an empty one."""
@@ -387,15 +416,16 @@ def test_on_disk_and_in_memory_are_one(make: Maker, tmp_path: Path, monkeypatch:
     texts = [join(words) for words in [*documents, *twins]]
     column = pa.array([*texts, "", None, *texts[:5]])
     memory = nd.signatures(column, PARAMS)
-    cluster = nd.clusters(memory, PARAMS)
-    twin, similarity = nd.near_twins(memory, cluster, PARAMS, column)
+    company = nd.clusters(memory, PARAMS)
+    twin, similarity = nd.near_twins(memory, company, PARAMS, column)
     assert (twin >= 0).sum() > 20
     monkeypatch.setattr(nd, "BLOCK", 7)
+    monkeypatch.setattr(disk_rows, "ROWS", 40)
     disk, spooled = disk_rows.Rows(tmp_path, 128, np.uint16), disk_rows.Texts(tmp_path)
     disk.append(memory)
-    spooled.append(column, np.flatnonzero(nd.in_company(cluster)), 0)
-    assert np.array_equal(nd.clusters(disk, PARAMS), cluster)
-    found = nd.near_twins(disk, cluster, PARAMS, spooled)
+    spooled.append(column, company.rows, 0)
+    assert all(map(np.array_equal, nd.clusters(disk, PARAMS, tmp_path), company))
+    found = nd.near_twins(disk, company, PARAMS, spooled)
     assert np.array_equal(found[0], twin)
     assert np.array_equal(found[1], similarity)
 
@@ -408,7 +438,7 @@ def test_clusters_follow_from_content(picks: list[int], seed: int, shuffle: rand
     chain = [join(words[n : n + 40]) for n in range(13)]
     found = []
     for order in (picks, shuffle.sample(picks, len(picks))):
-        cluster = nd.clusters(nd.signatures(pa.array([chain[n] for n in order]), PARAMS), PARAMS).tolist()
+        cluster = find([chain[n] for n in order])[0]
         found.append({frozenset(n for n, c in zip(order, cluster, strict=True) if c == name) for name in cluster})
     assert found[0] == found[1]
 
