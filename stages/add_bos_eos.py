@@ -118,7 +118,7 @@ def ends_of_shards(documents: Path) -> list[int]:
     )
 
 
-def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tuple[str, bytes]]:
+def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tuple[str, pa.Buffer]]:
     """Yield (digest, rows as an Arrow stream) of each shard; a digest covers content (as doc_id) and split of a row."""
     waiting = rows(documents, splits)
     rest, first = next(waiting), 0
@@ -131,7 +131,7 @@ def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tup
                 stream.write_batch(part)
                 digest.update(row_bytes(part["doc_id"]))
                 rest, first = rest.slice(part.num_rows), first + part.num_rows
-        yield digest.hexdigest(), sink.getvalue().to_pybytes()
+        yield digest.hexdigest(), sink.getvalue()
 
 
 def message_bytes(messages: pa.ListArray) -> np.ndarray:
@@ -146,7 +146,7 @@ def _marker(tokenizer: Path, digest: str) -> Marker:
     return Marker(tokenizer)
 
 
-def _work(tokenizer: Path, digest: str, shard: bytes) -> bytes:
+def _work(tokenizer: Path, digest: str, shard: pa.Buffer) -> bytes:
     # Whole first: where the batches of the source ended must not show in what is remembered.
     table = pa.ipc.open_stream(shard).read_all().combine_chunks()
     sink = pa.BufferOutputStream()

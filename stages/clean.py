@@ -100,7 +100,7 @@ ABOUT = ("license", "owner", "origin", "language", "collected_on", "purpose", "f
 
 
 # Pieces, how to read them, and the state of their files when the stage began (None: a new one).
-Work = tuple[list[Piece], Params, list[tuple[str, int, int, int, int] | None]]
+Work = tuple[list[Piece], Params, list[stage.State | None]]
 
 
 def libraries(params: Params) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import random
 import shutil
@@ -722,6 +723,110 @@ def test_digest_knows_odd_names(here: Path) -> None:
 
 
 # --- keys of checkpoints -----------------------------------------------------------------------------------------
+
+
+# --- digests that are remembered ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files other than code that were read for their SHA-256; those of a byte and more are remembered."""
+    paths: list[str] = []
+    digest = stage._file_digest
+    monkeypatch.setattr(stage, "REMEMBERED", 1)
+    monkeypatch.setattr(
+        stage, "_file_digest", lambda path: (paths.append(str(path)) if path.suffix != ".py" else None, digest(path))[1]
+    )
+    return paths
+
+
+def inputs_of_a_run(inputs: tuple[str, ...] = ("input",), out: str = "out/x", said: str = "HI") -> dict[str, str]:
+    """Run a stage and return the digests of its inputs as it has them; a wrong one fails."""
+    with stage.run("shout", "x", list(inputs), [out]) as run:
+        write(run.outputs[0] / "text", said)
+        found = dict(run.digests)
+    assert found == {path: stage.digest(Path(path)) for path in inputs}
+    return found
+
+
+def test_what_was_read_or_written_before_is_not_read_again(here: Path, read: list[str]) -> None:
+    """Neither an input that another run read, nor the output of a stage as the input of the next."""
+    for path in ("input/a.txt", "input/deep/b.txt"):
+        os.utime(path)
+    inputs_of_a_run()
+    assert "input/a.txt" in read
+    read.clear()
+    with stage.run("shout", "y", ["input", "out/x"], ["out/y"]) as run:
+        write(run.outputs[0] / "text", "HI")
+        found = dict(run.digests)
+        assert read == []
+    assert found == {path: stage.digest(Path(path)) for path in ("input", "out/x")}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda path: path.write_text("ho"),
+        lambda path: path.write_text("longer"),
+        lambda path: (path.unlink(), path.write_text("ho")),
+        lambda path: (write(path.with_name("new"), "ho"), path.with_name("new").rename(path)),
+        lambda path: path.write_text("hi"),
+    ],
+    ids=["in place", "longer", "anew", "renamed", "same again"],
+)
+@pytest.mark.parametrize("name", ["input/a.txt", "out/x/text"])
+def test_what_has_changed_is_read_again(here: Path, read: list[str], name: str, edit: Callable[[Path], object]) -> None:
+    """At once after the run, with size and time stamps as before."""
+    inputs_of_a_run()
+    inputs_of_a_run(("input", "out/x"), "out/y")
+    before = Path(name).stat()
+    edit(Path(name))
+    os.utime(name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    read.clear()
+    inputs_of_a_run(("input", "out/x"), "out/y")
+    assert read.count(name) == 2  # by the stage and by the test
+
+
+def test_no_store_into_a_mapped_file_is_missed(here: Path, read: list[str]) -> None:
+    """The kernel notes the first store into a page alone, until the page is written out: the stage sees to that."""
+    with Path("input/a.txt").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        for content in (b"ho", b"ha", b"he"):
+            mapped[:] = content
+            inputs_of_a_run()
+            mapped[:] = b"no"
+            inputs_of_a_run()
+
+
+def test_an_edit_in_the_same_moment_is_seen(here: Path, read: list[str]) -> None:
+    """A file system's clock stands still for some milliseconds; what changed in the last of them is not trusted."""
+    for number in range(100):
+        Path("input/a.txt").write_text(f"{number:3}")
+        states = stage.state(Path("input"))
+        settled = stage._settled(states)
+        Path("input/a.txt").write_text(f"{number:3}"[::-1])
+        assert not set(settled) & set(stage.state(Path("input/a.txt")))
+
+
+def test_a_damaged_note_is_not_believed(here: Path, read: list[str]) -> None:
+    inputs_of_a_run()
+    content = stage.DIGESTS.read_bytes()
+    wrong = content.replace(stage.digest(Path("input/a.txt")).encode(), b"0" * 64)
+    assert wrong != content
+    for bad in (wrong, b"", b"no", content[:-9]):
+        stage.DIGESTS.write_bytes(bad)
+        inputs_of_a_run()
+
+
+def test_small_files_are_not_noted_and_gone_ones_forgotten(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand small files would make the note longer to read than they are."""
+    write(here / "input/large", "x" * stage.REMEMBERED)
+    inputs_of_a_run()
+    assert set(stage._remembered()) == {"input/large"}
+    (here / "input/large").unlink()
+    inputs_of_a_run(said="x" * stage.REMEMBERED)
+    assert set(stage._remembered()) == {"out/x/text"}
+    assert leftovers(here) == []
+    assert sorted(path.name for path in stage.WORK.iterdir()) == ["digests", "locks"]
 
 
 def test_work_folder_follows_inputs_code_and_params(here: Path) -> None:

@@ -121,16 +121,18 @@ class Memo:
 
     def _read(self, name: str) -> bytes | None:
         try:
-            content = (self.folder / name).read_bytes()
+            with (self.folder / name).open("rb", buffering=0) as file:
+                digest, result = file.read(32), file.read()
         except FileNotFoundError:
             return None
-        digest, result = content[:32], content[32:]
         return result if _checksum(name, result) == digest else None
 
     def _write(self, name: str, result: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".tmp-{name}"
-        temporary.write_bytes(_checksum(name, result) + result)
+        with temporary.open("wb") as file:
+            file.write(_checksum(name, result))
+            file.write(result)
         temporary.replace(self.folder / name)
 
 

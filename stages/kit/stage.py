@@ -6,10 +6,10 @@
         run.balance("records", read=10, kept=8, dropped=2)
         run.count(records=10, kept=8)
 
-In this order: one writer per output (flock), inputs digested with SHA-256, work in temporary folders, fsync, run
-record, inputs, code and parameters compared with the start (DVC hashes them only after the command, so an edit
-meanwhile would tie the new ones to the old output), rename. A stage that is killed, fails or fills the disk leaves the
-previous output as it was.
+In this order: one writer per output (flock), inputs digested with SHA-256 (of large files remembered in .work/digests),
+work in temporary folders, fsync, run record, inputs, code and parameters compared with the start (DVC hashes them only
+after the command, so an edit meanwhile would tie the new ones to the old output), rename. A stage that is killed, fails
+or fills the disk leaves the previous output as it was.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ from typing import Any, TypeVar
 
 STAGES = Path(__file__).resolve().parents[1]
 WORK = Path(".work")
+DIGESTS = WORK / "digests"
+REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
 RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 # Libraries whose version can change a result; transformers calls the first four by itself.
 BESIDE_TORCH = ("accelerate", "bitsandbytes", "peft", "safetensors")
 SHAPING = sorted((*BESIDE_TORCH, "gigatoken", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "transformers"))
 T = TypeVar("T")
+# Name, device, inode, size, mtime and ctime of a file.
+State = tuple[str, int, int, int, int, int]
 
 
 def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any] | None) -> None:
@@ -151,7 +155,7 @@ class Run:
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
         self.record = RECORDS / f".tmp-{self.name}.json"
         self.states = {str(path): state(path) for path in inputs}
-        self.files = {str(path): file_digests(path) for path in inputs}
+        self.files = {path: _input_digests(Path(path), states) for path, states in self.states.items()}
         self.digests = {path: _combined(files) for path, files in self.files.items()}
         self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
         self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
@@ -261,7 +265,7 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             yield current
             for temporary in current.outputs:
                 _sync(temporary)
-            _record(current, time.monotonic() - started)
+            written = _record(current, time.monotonic() - started)
             # Last, for DVC hashes the inputs soon after: an edit between the two is not seen.
             if changed := current.changed():
                 raise SystemExit(
@@ -271,6 +275,7 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
+            _remember(written)
         finally:
             for temporary in [*current.outputs, current.record]:
                 _remove(temporary)
@@ -300,6 +305,8 @@ def file_digests(path: Path, known: dict[Path, str] | None = None) -> dict[str, 
         state = "is empty" if path.is_dir() else "does not exist"
         raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
     names = ["" if file == path else file.relative_to(path).as_posix() for file in files]
+    if len(files) == 1:  # as of each module: threads take longer to start
+        return {names[0]: (known or {}).get(files[0]) or _file_digest(files[0])}
     with ThreadPoolExecutor(max_workers=min(8, workers())) as pool:
         digests = pool.map(lambda file: (known or {}).get(file) or _file_digest(file), files)
         return dict(zip(names, digests, strict=True))
@@ -312,6 +319,74 @@ def _just_written(folder: Path) -> dict[Path, str]:
         manifest = json.loads((first.parent / "manifest.json").read_text(encoding="utf-8"))
         found |= {first.parent / shard["name"]: shard["sha256"] for shard in manifest["shards"]}
     return found
+
+
+def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
+    """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
+
+    That is as good as reading it: nothing but the kernel sets a file's change time, at each write.
+    """
+    known = _remembered()
+    same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
+    new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
+    settled = _settled(new)
+    found = file_digests(path, same)
+    after = {now[0]: now for now in state(path)} if settled else {}
+    _remember(
+        {
+            now[0]: (now, found["" if now[0] == str(path) else Path(now[0]).relative_to(path).as_posix()])
+            for now in settled
+            if after.get(now[0]) == now
+        }
+    )
+    return found
+
+
+def _settled(states: list[State]) -> list[State]:
+    """Return those files whose next change cannot but give them another change time: the disk's clock has gone on.
+
+    What another process has mapped is written out, so that its next store is a change that counts.
+    """
+    if not states:
+        return []
+    clock = WORK / f"clock-{os.getpid()}"
+    settled: list[State] = []
+    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
+        WORK.mkdir(exist_ok=True)
+        for _ in range(20):  # a tick takes 4 to 10 ms
+            clock.touch()
+            now = clock.stat()
+            if now.st_ctime_ns > max(one[5] for one in states):
+                break
+            time.sleep(0.001)
+        clock.unlink()
+        settled = [one for one in states if one[1] == now.st_dev and one[5] < now.st_ctime_ns]
+        for name, *_ in settled:
+            with Path(name).open("rb") as file:
+                os.fsync(file.fileno())
+    return settled
+
+
+def _remembered() -> dict[str, Any]:
+    """Return (state, SHA-256) of files by name; nothing when what was noted is damaged."""
+    try:
+        digest, content = DIGESTS.read_bytes().split(b"\n", 1)
+    except (OSError, ValueError):
+        return {}
+    whole = hashlib.sha256(content).hexdigest().encode() == digest
+    return json.loads(content) if whole else {}
+
+
+def _remember(new: dict[str, tuple[State, str]]) -> None:
+    """Note states and SHA-256 of files beside those of others that are still there."""
+    if not new:
+        return
+    known = {name: entry for name, entry in (_remembered() | new).items() if Path(name).is_file()}
+    content = json.dumps(known, sort_keys=True).encode()
+    temporary = DIGESTS.with_name(f".tmp-{os.getpid()}")
+    with contextlib.suppress(OSError):  # the output stands already
+        temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        temporary.replace(DIGESTS)
 
 
 def _file_digest(path: Path) -> str:
@@ -327,12 +402,12 @@ def _combined(files: dict[str, str]) -> str:
     return files.get("") or hashlib.sha256(pairs.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def state(path: Path) -> list[tuple[str, int, int, int, int]]:
-    """Return name, size, inode and times of change of a file, or of each file that `digest` reads in a folder."""
+def state(path: Path) -> list[State]:
+    """Return the state of a file, or of each file that `digest` reads in a folder."""
     found = []
     for file in [path] if path.is_file() else _files(path):
         stat = file.stat()
-        found.append((str(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+        found.append((str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return found
 
 
@@ -411,29 +486,38 @@ def versions(script: Path) -> dict[str, str]:
     return found
 
 
-def _record(current: Run, seconds: float) -> None:
+def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
     """Write what becomes metrics/runs/<stage>@<item>.json: what went in, by which code, how long and how large.
 
     Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
-    metrics, the time and the memory.
+    metrics, the time and the memory. Returns state and SHA-256 of the large new files by the name they will have.
     """
     script = STAGES / f"{current.stage}.py"
+    large = _settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
+    written: dict[str, tuple[State, str]] = {}
+    outputs = []
+    for target, temporary in zip(current.targets, current.outputs, strict=True):
+        files = file_digests(temporary, _just_written(temporary))
+        outputs.append(f"{target} sha256:{_combined(files)}")
+        for one in large:
+            if temporary in Path(one[0]).parents:
+                relative = Path(one[0]).relative_to(temporary)
+                name = str(target / relative)
+                written[name] = ((name, *one[1:]), files[relative.as_posix()])
     record = {
         **current.metrics,
         "counts": [current.counts],
         "seconds": round(seconds, 2),
         "peak_memory_mib": _peak_memory_kib() // 1024,
         "inputs": [f"{path} sha256:{value}" for path, value in sorted(current.digests.items())],
-        "outputs": [
-            f"{target} sha256:{_combined(file_digests(temporary, _just_written(temporary)))}"
-            for target, temporary in zip(current.targets, current.outputs, strict=True)
-        ],
+        "outputs": outputs,
         "code": [f"sha256:{code_digest(script)}"],
         "git": _git_state(),
         "versions": [f"{name} {version}" for name, version in versions(script).items()],
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     current.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return written
 
 
 def _peak_memory_kib() -> int:
