@@ -38,6 +38,7 @@ import raw_formats
 import raw_params
 import raw_records
 from kit import arrow, stage
+from kit.arrow import compute as pc
 from kit.memo import Memo
 from kit.params import Source, read_params
 from raw_shards import Piece, paths, raw_files, shards
@@ -96,7 +97,8 @@ class Params(raw_params.Params):
 
 # What decides a text and is no library of every stage: by format, or by rule.
 LIBRARIES = {"pdf": "pypdf", "docx": "python-docx", "html": "selectolax", "language": "py3langid"}
-ABOUT = ("license", "owner", "origin", "language", "collected_on", "purpose", "format", "record", "encoding")
+NOTES = ("license", "owner", "origin", "language", "collected_on", "purpose")  # they change no document
+ABOUT = (*NOTES, "format", "record", "encoding")
 
 
 # Pieces, how to read them, and the state of their files when the stage began (None: a new one).
@@ -243,12 +245,10 @@ class Account:
         """Return rows of a shard that begins at byte `start` of its file with places in the file."""
         if is_first:
             self.before = self.rows if start else 0
-        from pyarrow import compute  # 20 ms that the start of other stages does not wait for
-
         names = rows["file"]
         is_new = np.ones(rows.num_rows, dtype=bool)
         is_new[0] = names[0].as_py() != self.file
-        is_new[1:] = compute.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+        is_new[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
         new = np.flatnonzero(is_new)
         self.files += len(new)
         if self.tiled:
@@ -315,7 +315,7 @@ def main(name: str) -> None:
             Path(".memo") / run.name,
             run.recipe(
                 [
-                    params.model_dump(),
+                    params.model_dump(exclude=set(NOTES)),
                     [[file, lists[file]] for file in clean_rules.files(params.rules)],
                     libraries(params),
                 ]

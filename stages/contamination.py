@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import near_duplicates
+from decontaminate import CHARACTERS, SHORTEST, WORDS, run_keys
 
 Array = npt.NDArray[Any]
-WORDS, CHARACTERS, SHORTEST = 13, 20, 8
 
 
 def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.float64]:
@@ -34,7 +34,7 @@ def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.flo
     for length in sorted(set(lengths.tolist()) - {0}):
         rows = np.flatnonzero(lengths == length)
         keys = np.unique(
-            np.concatenate([_keys(texts[row], np.arange(len(texts[row]) - length + 1), length) for row in rows])
+            np.concatenate([run_keys(texts[row], np.arange(len(texts[row]) - length + 1), length) for row in rows])
         )
         runs[length] = keys, np.zeros(len(keys), bool)
     if not runs:
@@ -64,19 +64,13 @@ def _length(text: str) -> int:
     return whole if len(units) >= whole else SHORTEST if len(units) >= SHORTEST else 0
 
 
-def _keys(units: Array, starts: Array, length: int) -> Array:
-    """Return a hash of the run that begins at each of these units, uint64: of its first 8 units, and of all."""
-    first, whole = (near_duplicates.run_hashes(units, starts, number) for number in (SHORTEST, length))
-    return first.astype(np.uint64) << np.uint64(32) | whole
-
-
 def _mark(units: Array, counts: Array, runs: dict[int, tuple[Array, Array]], first: Array) -> None:
     """Mark the runs that these training texts hold."""
     ends = np.cumsum(counts)
     starts = np.flatnonzero(first[near_duplicates.whole_runs(units, SHORTEST) >> np.uint32(10)])
     end = ends[np.searchsorted(ends, starts, "right")]
     for length, (known, seen) in runs.items():
-        keys = _keys(units, starts[starts + length <= end], length)
+        keys = run_keys(units, starts[starts + length <= end], length)
         place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
         seen[place[known[place] == keys]] = True
 
@@ -86,7 +80,7 @@ def _share(units: Array, length: int, runs: dict[int, tuple[Array, Array]]) -> f
         return 0.0
     known, seen = runs[length]
     starts = np.arange(len(units) - length + 1)
-    common = starts[seen[np.searchsorted(known, _keys(units, starts, length))]]
+    common = starts[seen[np.searchsorted(known, run_keys(units, starts, length))]]
     edges = np.zeros(len(units) + 1, int)
     np.add.at(edges, common, 1)
     np.add.at(edges, common + length, -1)

@@ -28,6 +28,7 @@ import near_duplicates
 
 Array = npt.NDArray[Any]
 FOLDER = Path("data/benchmarks")
+WORDS, CHARACTERS = 13, 20  # units in a run that is no accident
 SHORTEST = 8  # units; every longer run is looked up by its first 8
 EVIDENCE_CHARS = 80
 
@@ -40,9 +41,9 @@ class Params(BaseModel):
     fields: list[str] = Field(
         ["text"], min_length=1, description="jsonl only: the fields that are looked for, each by itself, e.g. question"
     )
-    ngram: int = Field(13, ge=SHORTEST, le=64, description="words in a run that is contamination")
+    ngram: int = Field(WORDS, ge=SHORTEST, le=64, description="words in a run that is contamination")
     character_ngram: int = Field(
-        20,
+        CHARACTERS,
         ge=SHORTEST,
         le=64,
         description="the same in characters, for items mostly in Chinese, Japanese, Thai ...",
@@ -131,7 +132,7 @@ class Index:
             number = counts - run + 1
             place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
             start = np.repeat(begin, number) + place
-            keys.append(_keys(units, start, run))
+            keys.append(run_keys(units, start, run))
             items.append(np.repeat(owners[row : row + len(counts)], number))
             places.append(place)
             row += len(counts)
@@ -170,7 +171,7 @@ class Index:
         for run, (known, item, place) in self._known.items():
             inside = start + run <= edges[document + 1]
             begin, of = start[inside], document[inside]
-            keys = _keys(units, begin, run)
+            keys = run_keys(units, begin, run)
             at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
             hit = known[at] == keys
             found.append((of[hit], item[at[hit]], place[at[hit]], (begin - edges[of])[hit]))
@@ -190,8 +191,7 @@ class Index:
         return None
 
 
-def _keys(units: Array, start: Array, run: int) -> Array:
-    """Return a hash of the run that begins at each of these units, uint64: of its first units, and of all."""
-    return near_duplicates.run_hashes(units, start, SHORTEST).astype(np.uint64) << np.uint64(32) | (
-        near_duplicates.run_hashes(units, start, run)
-    )
+def run_keys(units: Array, starts: Array, run: int) -> Array:
+    """Return a hash of the run that begins at each of these units, uint64: of its first SHORTEST units, and of all."""
+    first, whole = (near_duplicates.run_hashes(units, starts, number) for number in (SHORTEST, run))
+    return first.astype(np.uint64) << np.uint64(32) | whole

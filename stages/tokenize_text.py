@@ -195,6 +195,11 @@ def main(name: str) -> None:
                 counts["learned"] += pc.sum(rows["learn"].values).as_py() if masked else int(lengths.sum())
                 out.write(rows)
             run.balance("documents", arrow.manifest(marked)["counts"]["rows"], tokenised=out.rows)
+            if out.rows and not counts["learned"]:
+                raise SystemExit(
+                    f"{marked}: none of its {out.rows:,} documents has a token to learn, so no conversation holds an "
+                    f"answer of the role `assistant`; correct the roles in the raw files, or remove the source."
+                )
             out.counts = counts
         memo.sweep()
         run.count(documents=out.rows, tokens=counts["train"] + counts["eval"], learned=counts["learned"])

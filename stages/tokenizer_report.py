@@ -9,7 +9,6 @@ does not grow with the corpus.
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kit import arrow
+from rule_base import UNITS
 
 BATCH = 64  # documents read, and texts encoded, at once
 LONGEST = 20
-# Scripts that are written without spaces: a character is the unit there. Thai to Burmese, Khmer, kana and Han.
-NO_SPACES = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-UNIT = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 
 
 class Sample:
@@ -98,7 +92,7 @@ def units(text: str) -> int:
     >>> units("the cat 猫は!")
     4
     """
-    return sum(1 for _ in UNIT.finditer(text))
+    return sum(1 for _ in UNITS.finditer(text))
 
 
 class Report:
