@@ -542,6 +542,19 @@ def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
     assert build(small_shards)[1:] == (shards, shards)
 
 
+def test_another_licence_or_purpose_reads_nothing_again(small_shards: Path) -> None:
+    """They stand in source.json and decide about no document."""
+    write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    first, shards, _ = build(small_shards)
+    notes = {"license": "MIT", "owner": "o", "origin": "g", "language": "en", "collected_on": "2026", "purpose": "p"}
+    write_sources(small_shards, s={**FORMATS["jsonl"], **notes})
+    second, *rest = build(small_shards)
+    assert rest == [shards, 0]
+    assert {name for name in first if first[name] != second[name]} == {"source.json"}
+    assert arrow.read_json(small_shards / "data/clean/p/s/source.json").items() >= notes.items()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "group", "library"),
     [
