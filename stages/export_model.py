@@ -1,26 +1,29 @@
 """Write a merged model in fewer bits, with its tokenizer and card: a folder to serve or to give away.
 
 Reads:  models/PHASE/merged, models/PHASE/trained/training.json, data/blocks/PHASE/eval, reports/PHASE/model_card.md
-Writes: models/exports/NAME   a model folder that transformers opens, the card as README.md
+Writes: models/exports/NAME   a model folder that transformers opens, or model.gguf for llama.cpp; the card as README.md
 Params: exports.NAME
 
-Example, the two lines in params.yaml and what `dvc metrics show` then says of the default's chat model:
+Example, two entries in params.yaml and what `dvc metrics show` then says of the default's chat model:
 
     exports:
       chat_nf4: {phase: chat, format: nf4}      ->  eval_loss_bf16, eval_loss, mebibytes_merged, mebibytes
+      chat_gguf: {phase: chat, format: gguf_q8_0}
 
-The loss is that of the held-out blocks, of the model in bfloat16 and of the folder as it was written, opened anew. To
-put it on the Hub: `hf upload OWNER/NAME models/exports/chat_nf4`.
+The loss is that of the held-out blocks, of the model in bfloat16 and of the folder as it was written, opened anew: a
+GGUF by llama.cpp, where llama-cpp-python is installed. `hf upload OWNER/NAME models/exports/NAME` puts it on the Hub.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import gguf_file
 from kit import arrow, stage
 from kit.params import read_params
 from kit.tokenizer import Vocabulary
@@ -39,9 +42,9 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     phase: str = Field(description="the phase whose merged model is written, a key of `phases`")
-    format: Literal["bf16", "int8", "nf4", "torchao_int8"] = Field(
+    format: Literal["bf16", "int8", "nf4", "torchao_int8", "gguf_bf16", "gguf_f16", "gguf_q8_0"] = Field(
         description="bf16: 16 bits; int8, nf4: matrices in 8 or 4 bits by bitsandbytes; torchao_int8: in 8 by torchao, "
-        "an extra package"
+        "an extra package; gguf_...: one file for llama.cpp, matrices in 16 bits or in 8 (q8_0), extra package gguf"
     )
 
 
@@ -77,7 +80,21 @@ def load(folder: Path, **given: Any) -> Any:
 
 def megabytes(folder: Path) -> float:
     """Return the size of the weights of a model folder in MiB."""
-    return round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20, 2)
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")]
+    return round(sum(path.stat().st_size for path in files) / 2**20, 2)
+
+
+def write(merged: Path, bits: str, folder: Path) -> None:
+    """Write the model of a folder in fewer bits, with its tokenizer. Raises SystemExit when that is not possible."""
+    model = load(merged, **options(bits))
+    changed = "bitsandbytes" if bits in BITSANDBYTES else "torchao"
+    kinds = {type(part).__module__ for module in model.modules() for part in (module, *module.parameters(False))}
+    if bits != "bf16" and not any(changed in kind for kind in kinds):
+        raise SystemExit(f"{merged} has no layer that can be quantised; export it as bf16.")
+    model.save_pretrained(folder)
+    for path in sorted(merged.iterdir()):
+        if path.name not in NOT_CARRIED and ".safetensors" not in path.name:
+            shutil.copyfile(path, folder / path.name)
 
 
 def main(name: str) -> None:
@@ -90,20 +107,22 @@ def main(name: str) -> None:
 
         (folder,) = run.outputs
         start(0)
-        model = load(merged, **options(params.format))
-        changed = "bitsandbytes" if params.format in BITSANDBYTES else "torchao"
-        kinds = {type(part).__module__ for module in model.modules() for part in (module, *module.parameters(False))}
-        if params.format != "bf16" and not any(changed in kind for kind in kinds):
-            raise SystemExit(f"{merged} has no layer that can be quantised; export it as bf16.")
-        model.save_pretrained(folder)
-        for path in sorted(merged.iterdir()):
-            if path.name not in NOT_CARRIED and ".safetensors" not in path.name:
-                shutil.copyfile(path, folder / path.name)
+        in_one_file = params.format.startswith("gguf_")
+        if in_one_file:
+            gguf_file.write(merged, folder / "model.gguf", name, params.format.removeprefix("gguf_"))
+        else:
+            write(merged, params.format, folder)
         shutil.copyfile(card, folder / "README.md")
-        del model
         held = held_out(blocks, Vocabulary(merged), arrow.read_json(about))
-        for key, written in (("eval_loss_bf16", merged), ("eval_loss", folder)):
-            run.metric(**{key: round(mean_loss(load(written, device_map={"": device()}), held, 8), 6)})
+        loss = round(mean_loss(load(merged, device_map={"": device()}), held, 8), 6)
+        run.metric(eval_loss_bf16=loss)
+        if not in_one_file:
+            run.metric(eval_loss=round(mean_loss(load(folder, device_map={"": device()}), held, 8), 6))
+        elif importlib.util.find_spec("llama_cpp"):
+            run.metric(eval_loss=gguf_file.check(folder / "model.gguf", merged, held, loss))
+        else:
+            note: dict[str, Any] = {"eval_loss": "not checked: llama-cpp-python is not installed"}
+            run.metric(**note)
         run.metric(mebibytes_merged=megabytes(merged), mebibytes=megabytes(folder))
 
 
