@@ -11,12 +11,14 @@ Example, two entries in params.yaml and what `dvc metrics show` then says of the
       chat_gguf: {phase: chat, format: gguf_q8_0}
 
 The loss is that of the held-out blocks, of the model in bfloat16 and of the folder as it was written, opened anew: a
-GGUF by llama.cpp, where llama-cpp-python is installed. `hf upload OWNER/NAME models/exports/NAME` puts it on the Hub.
+GGUF by llama.cpp, where llama-cpp-python is installed. What has been exported goes to the Hub, as a private repository
+with the card as its page, by `python stages/export_model.py chat_nf4 --push OWNER/REPOSITORY`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +86,18 @@ def megabytes(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in files) / 2**20, 2)
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the notes in the header of a safetensors file: of several, as torchao makes, the order is random."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
+
+
 def write(merged: Path, bits: str, folder: Path) -> None:
     """Write the model of a folder in fewer bits, with its tokenizer. Raises SystemExit when that is not possible."""
     model = load(merged, **options(bits))
@@ -92,12 +106,35 @@ def write(merged: Path, bits: str, folder: Path) -> None:
     if bits != "bf16" and not any(changed in kind for kind in kinds):
         raise SystemExit(f"{merged} has no layer that can be quantised; export it as bf16.")
     model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        sort_metadata(path)
     for path in sorted(merged.iterdir()):
         if path.name not in NOT_CARRIED and ".safetensors" not in path.name:
             shutil.copyfile(path, folder / path.name)
 
 
-def main(name: str) -> None:
+def upload(folder: Path, repository: str) -> None:
+    """Put an exported folder on the Hub. Raises SystemExit when there is none, or the Hub does not take it."""
+    if not (folder / "README.md").is_file():
+        raise SystemExit(f"there is no {folder} to push; `dvc repro export_model@{folder.name}` writes it.")
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        told = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export {folder.name}")
+    except Exception as error:  # the client's own, its HTTP library's, the network's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SystemExit(
+            f"{folder} could not be put on the Hub as {repository} ({reason}); see to the connection, the name and the "
+            "token (`hf auth login`), and run again."
+        ) from None
+    print(f"{folder} is now at {told}")
+
+
+def main(name: str, push: str = "") -> None:
+    if push:
+        upload(Path("models/exports", name), push)
+        return
     params = read_params(f"exports.{name}", Params)
     merged, blocks = Path("models", params.phase, "merged"), Path("data/blocks", params.phase, "eval")
     about, card = Path("models", params.phase, "trained/training.json"), Path("reports", params.phase, "model_card.md")
@@ -127,4 +164,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    stage.cli(main, __doc__)
+    stage.cli(main, __doc__, push=str)

@@ -15,8 +15,8 @@ Weights of two dimensions get the format asked for, the others float32, as llama
 
 from __future__ import annotations
 
-import importlib
 import json
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ ARCHITECTURES = {
 }
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 # How a tokenizer cuts text, and whether a word that is an entry is taken whole -> llama.cpp's name for it. o200k is not
-# among them: llama.cpp's has another idea of marks and of capital letters beyond A to Z.
+# among them: llama.cpp's reads a capital beyond A to Z as any letter, "aÉb" as one word.
 CUTS = {
     (BYTE_LEVEL, False): "gpt-2",
     (LLAMA_3, False): "smaug-bpe",
@@ -54,12 +54,13 @@ TEXTS = (
 LOSS = 0.1  # nats. Rounding to 8 bits cost a thousandth of it in the tests; a tensor in a wrong place costs whole nats.
 
 
-def package(name: str) -> Any:
-    """Return an optional package. Raises SystemExit when it is not installed."""
+def package() -> Any:
+    """Return the module gguf. Raises SystemExit when it is not installed."""
     try:
-        return importlib.import_module(name)  # by name: it has no types
+        import gguf  # type: ignore[import-not-found, unused-ignore]
     except ModuleNotFoundError:
-        raise SystemExit(f"the formats gguf_... need {name}: pip install '.[gguf]', or take bf16.") from None
+        raise SystemExit("the formats gguf_... need the package gguf: pip install '.[gguf]', or take bf16.") from None
+    return gguf
 
 
 def cut(tokenizer: dict[str, Any]) -> str:
@@ -162,10 +163,11 @@ def rope_factors(config: Any) -> torch.Tensor | None:
     """Return by what llama.cpp divides the angles of a Llama 3.1: none of them where there is no scaling."""
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") == "default":
         return None
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    steps = 2 * importlib.import_module("torch").arange(len(scaled)) / (2 * len(scaled))
+    steps = 2 * torch.arange(len(scaled)) / (2 * len(scaled))
     return config.rope_parameters["rope_theta"] ** -steps / scaled
 
 
@@ -174,7 +176,7 @@ def write(merged: Path, path: Path, name: str, bits: str) -> None:
 
     Raises SystemExit for what llama.cpp cannot compute, or tokenise, alike.
     """
-    gguf = package("gguf")
+    gguf = package()
     from safetensors import safe_open
     from transformers import AutoConfig
 
@@ -239,11 +241,13 @@ class LlamaCpp:
     training = False
 
     def __init__(self, path: Path, block_size: int) -> None:
+        import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+
         from kit.model import CPU_THREADS
 
         threads = {"n_threads": CPU_THREADS, "n_threads_batch": CPU_THREADS}
         sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), block_size)
-        self.llama = package("llama_cpp").Llama(str(path), logits_all=True, verbose=False, **sizes, **threads)
+        self.llama = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **threads)
 
     def __call__(self, input_ids: torch.Tensor) -> Any:
         import torch
@@ -261,6 +265,10 @@ class LlamaCpp:
     def train(self, mode: bool) -> None:
         """Do nothing: it is never trained."""
 
+    def close(self) -> None:
+        """Give its memory back: when Python ends that is too late, and llama_cpp prints a traceback."""
+        self.llama.close()
+
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a plain text, without BOS."""
         found: list[int] = self.llama.tokenize(text.encode(), add_bos=False, special=False)
@@ -275,16 +283,17 @@ def check(path: Path, merged: Path, blocks: Any, expected: float) -> float:
     """
     from kit.model import mean_loss
 
-    model, tokenizer = LlamaCpp(path, blocks.block_size), Vocabulary(merged).tokenizer
+    tokenizer = Vocabulary(merged).tokenizer
     tokenizer.encode_special_tokens = True  # "</s>" in a text is text
     held_out = (tokenizer.decode(blocks[number]["input_ids"].tolist()) for number in range(len(blocks)))
-    for text in (*TEXTS, *held_out):
-        if model.ids(text) != tokenizer.encode(text, add_special_tokens=False).ids:
-            raise ValueError(
-                f"llama.cpp makes other tokens of {json.dumps(text[:60], ensure_ascii=False)} than the tokenizer; "
-                "nothing was published: take bf16."
-            )
-    loss = round(mean_loss(model, blocks, 1), 6)
+    with closing(LlamaCpp(path, blocks.block_size)) as model:
+        for text in (*TEXTS, *held_out):
+            if model.ids(text) != tokenizer.encode(text, add_special_tokens=False).ids:
+                raise ValueError(
+                    f"llama.cpp makes other tokens of {json.dumps(text[:60], ensure_ascii=False)} than the tokenizer; "
+                    "nothing was published: take bf16."
+                )
+        loss = round(mean_loss(model, blocks, 1), 6)
     if not abs(loss - expected) <= LOSS:
         raise ValueError(
             f"llama.cpp computes a loss of {loss:.4f}, the model in bfloat16 has {expected:.4f}; nothing was "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import export_model
+import gguf_file
 import tiny
-from conftest import Runner
+from conftest import Runner, ran, repro
 from kit import arrow
 
 
@@ -66,16 +68,121 @@ def test_the_folder_opens_and_its_loss_is_measured(merged: Path, run_stage: Runn
     assert quantized.get("load_in_4bit", False) == (bits == "nf4")
 
 
-def test_the_same_bytes_again(merged: Path, run_stage: Runner) -> None:
+@pytest.mark.parametrize("bits", ["gguf_bf16", "gguf_q8_0"])
+def test_a_file_for_llama_cpp(merged: Path, run_stage: Runner, bits: str) -> None:
+    """One file beside the card, and its loss by llama.cpp."""
+    for package in ("gguf", "llama_cpp"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    measured = export(merged, run_stage, bits)
+    folder = merged / "models/exports/small"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "model.gguf"}
+    assert measured["mebibytes"] < measured["mebibytes_merged"]
+    assert 0 < abs(measured["eval_loss"] - measured["eval_loss_bf16"]) < 0.02
+
+
+def test_without_llama_cpp_a_file_is_written_and_said_to_be_unchecked(merged: Path, run_stage: Runner) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
+    script = merged / "stages/export_model.py"
+    script.write_text(script.read_text().replace('find_spec("llama_cpp")', 'find_spec("llama_cpp_hidden")'))
+    assert export(merged, run_stage, "gguf_f16")["eval_loss"] == "not checked: llama-cpp-python is not installed"
+
+
+@pytest.mark.parametrize("bits", ["nf4", "torchao_int8", "gguf_q8_0"])
+def test_the_same_bytes_again(merged: Path, run_stage: Runner, bits: str) -> None:
+    if package := bits.partition("_")[0] if "_" in bits else None:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
     def digests() -> list[str]:
-        export(merged, run_stage, "nf4")
+        export(merged, run_stage, bits)
         return list(arrow.read_json(merged / "metrics/runs/export_model@small.json")["outputs"])
 
     assert digests() == digests()
 
 
+def test_8_bits_by_torchao(merged: Path, run_stage: Runner) -> None:
+    """A folder that transformers opens again; embeddings stay as they are."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[export]'")
+    from transformers import AutoModelForCausalLM
+
+    measured = export(merged, run_stage, "torchao_int8")
+    folder = merged / "models/exports/small"
+    assert 0 < abs(measured["eval_loss"] - measured["eval_loss_bf16"]) < 0.02
+    assert measured["mebibytes"] < measured["mebibytes_merged"]
+    assert arrow.read_json(folder / "config.json")["quantization_config"]["quant_method"] == "torchao"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model.model.layers[0].mlp.up_proj.weight).__module__.startswith("torchao")
+
+
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SystemExit, match=r"need the package gguf: pip install '\.\[gguf\]', or take bf16"):
+        gguf_file.write(Path("merged"), Path("model.gguf"), "small", "bf16")
     for name in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"torchao_int8 needs torchao: pip install '\.\[export\]', or take int8"):
         export_model.options("torchao_int8")
+
+
+def test_a_folder_is_pushed_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a private repository; what the Hub refuses is one sentence."""
+    import huggingface_hub
+
+    asked: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, repository: str, **options: Any) -> None:
+            asked.append((repository, options))
+
+        def upload_folder(self, **options: Any) -> str:
+            if options["repo_id"] == "me/other":
+                raise huggingface_hub.errors.OfflineModeIsEnabled("the network is switched off\nsee HF_HUB_OFFLINE")
+            asked.append((options["repo_id"], sorted(path.name for path in options["folder_path"].iterdir())))
+            return "https://hub/me/small"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models/exports/small"
+    with pytest.raises(SystemExit, match="there is no models/exports/small to push; `dvc repro export_model@small`"):
+        export_model.main("small", push="me/small")
+    folder.mkdir(parents=True)
+    for name in ("README.md", "model.gguf"):
+        (folder / name).write_text("x")
+    export_model.main("small", push="me/small")
+    assert asked == [
+        ("me/small", {"private": True, "exist_ok": True}),
+        ("me/small", ["README.md", "model.gguf"]),
+    ]
+    with pytest.raises(
+        SystemExit, match=r"on the Hub as me/other \(the network is switched off\); see to the connection"
+    ):
+        export_model.main("small", push="me/other")
+
+
+def test_a_push_without_a_network_is_one_sentence(merged: Path, run_stage: Runner) -> None:
+    export(merged, run_stage, "bf16")
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    done = run_stage(merged, "export_model", "small", "--push", "me/small", **nowhere)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "models/exports/small could not be put on the Hub as me/small (" in done.stderr
+    done = run_stage(merged, "export_model", "small", "--push", "me/small", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_dvc_makes_an_export_after_all_that_it_reads(workspace: Path) -> None:
+    """Its inputs lie inside the folders of three other stages; a change above them goes through each of these."""
+    from ruamel.yaml import YAML
+
+    path = workspace / "params.yaml"
+    content = YAML().load(path)
+    content["exports"] = {"small": {"phase": "chat", "format": "nf4"}}
+    content["phases"]["chat"]["train_model"]["learning_rate"] = 1.5e-3
+    YAML().dump(content, path)
+    order = re.findall(r"Running stage '(\w+)@", repro(workspace, "export_model@small"))
+    assert order == ["train_model", "merge_lora", "evaluate_model", "describe_model", "export_model"]
+    card = (workspace / "reports/chat/model_card.md").read_bytes()
+    assert (workspace / "models/exports/small/README.md").read_bytes() == card
+    assert not ran(repro(workspace, "export_model@small"))
+    content["exports"]["small"]["format"] = "int8"
+    YAML().dump(content, path)
+    assert ran(repro(workspace, "export_model@small")) == {"export_model@small"}
