@@ -96,7 +96,7 @@ def main(phase: str) -> None:
         (folder,) = run.outputs
         sources = phase_sources(phase, clean)
         vocabulary, tokenizer = Vocabulary(models / "merged"), generation.tokenizer_of(models / "merged")
-        own = held_out.held_out(clean, dedup, tokens, sources)
+        own = held_out.held_out(clean, dedup, tokens, sources, vocabulary.special_ids)
         documents = own + [one for name in params.general for one in held_out.general(name, vocabulary)]
         shares = contamination.shares([one.text for one in documents], held_out.train_texts(clean, dedup, sources))
         about = arrow.read_json(models / "trained/training.json")

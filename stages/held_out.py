@@ -1,7 +1,7 @@
 """What a phase is judged on: held-out documents as text and as tokens, general texts, its training text. Part of
 evaluate_model.
 
-    documents = held_out(clean, dedup, tokens, ["laws", "cases"])    # data/clean/P, data/dedup/P, data/tokens/P
+    documents = held_out(clean, dedup, tokens, ["laws", "cases"], ids)    # data/clean/P, dedup/P, tokens/P
     documents[0]   ->   Document("laws", ids=[0, 512, ..., 1], learned=[True, True, ..., True], text="...", said="...")
 
 Of a conversation only what the assistant says is learned: it alone counts as tokens and as bytes.
@@ -33,12 +33,20 @@ class Document(NamedTuple):
     conversation: bool = False
 
 
-def held_out(clean: Path, dedup: Path, tokens: Path, sources: list[str]) -> list[Document]:
-    """Return the held-out documents of a phase, by source, in the order of their files."""
+def held_out(clean: Path, dedup: Path, tokens: Path, sources: list[str], special_ids: dict[str, int]) -> list[Document]:
+    """Return the held-out documents of a phase, by source, in the order of their files.
+
+    special_ids: of the tokenizer. Where it has no BOS, EOS is given before a text, as it was in training: else the
+    first token would be given and its bytes counted all the same, which flatters such a tokenizer.
+    """
+    begin = None if "bos_token_id" in special_ids else special_ids["eos_token_id"]
     documents = []
     for source in sources:
         rows = zip(_tokens(tokens / source), _texts(clean, dedup, source, "eval"), strict=True)
-        documents += [Document(source, ids, learned, *texts) for (ids, learned), texts in rows]
+        for (ids, learned), texts in rows:
+            if begin is not None and learned[0]:
+                ids, learned = np.insert(ids, 0, begin), np.insert(learned, 0, False)
+            documents.append(Document(source, ids, learned, *texts))
     return documents
 
 

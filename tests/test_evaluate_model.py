@@ -26,6 +26,7 @@ from kit import arrow
 from kit.tokenizer import Vocabulary
 from score_report import contaminated, evaluation, missed
 
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}
 PLACE = {"file": "a", "start": 0, "end": 1, "line": 1}
 
 
@@ -146,12 +147,31 @@ def test_held_out_text_and_tokens_are_of_the_same_documents(tmp_path: Path) -> N
     with arrow.Writer(tmp_path / "tokens/chat", schema) as out:
         out.write(pa.Table.from_pylist(tokens, schema))
     folders = [tmp_path / name for name in ("clean", "dedup", "tokens")]
-    (found,) = held_out.held_out(*folders, ["chat"])
+    (found,) = held_out.held_out(*folders, ["chat"], SPECIAL)
     assert (found.text, found.said, found.conversation) == ("Q\nA", "A", True)
     assert (found.ids.tolist(), found.learned.tolist()) == ([0, 5], [False, True])
+    assert held_out.held_out(*folders, ["chat"], {"eos_token_id": 9})[0].ids.tolist() == [0, 5], (
+        "its first token is given anyway"
+    )
     assert [batch.to_pylist() for batch in held_out.train_texts(*folders[:2], ["chat"])] == [["Q\nA"]]
     assert held_out.train_bytes(*folders[:2], ["chat"], 100) == b"A\n"
     assert held_out.train_bytes(*folders[:2], ["chat"], 1) == b"A"
+
+
+def test_without_a_bos_the_first_token_of_a_text_is_predicted_as_well(tmp_path: Path) -> None:
+    """Else its bytes would count and its nats would not."""
+    rows = [{"doc_id": bytes(16), **PLACE, "text": "ab"}]
+    with arrow.Writer(tmp_path / "clean/laws/documents", clean.TEXT_DOCUMENTS) as out:
+        out.write(pa.Table.from_pylist(rows, clean.TEXT_DOCUMENTS))
+    with arrow.Writer(tmp_path / "dedup/laws", dedup.DECISIONS) as out:
+        out.write(pa.Table.from_pylist([{"doc_id": bytes(16), "split": "eval"}], dedup.DECISIONS))
+    schema = pa.schema([("split", pa.string()), ("input_ids", pa.list_(pa.uint16()))])
+    with arrow.Writer(tmp_path / "tokens/laws", schema) as out:
+        out.write(pa.Table.from_pylist([{"split": "eval", "input_ids": [5, 6, 1]}], schema))
+    folders = [tmp_path / name for name in ("clean", "dedup", "tokens")]
+    (found,) = held_out.held_out(*folders, ["laws"], {"eos_token_id": 1})
+    assert (found.ids.tolist(), found.learned.tolist()) == ([1, 5, 6, 1], [False, True, True, True])
+    assert held_out.held_out(*folders, ["laws"], SPECIAL)[0].ids.tolist() == [5, 6, 1]
 
 
 def test_general_texts_hold_no_special_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
