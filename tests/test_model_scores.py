@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import compared_models
+import score_report
 import tiny
 import train_loop
+from evaluate_model import Params
 from held_out import Document
 from kit.tokenizer import Vocabulary
 from masking import Masking
@@ -89,6 +92,19 @@ def test_a_uniform_model_has_the_bits_of_its_vocabulary(tmp_path: Path) -> None:
         model.get_input_embeddings().weight.zero_()
     total = likelihoods(model, [document(np.arange(11, dtype=np.uint16))], 8, 16)
     assert total[0, 0] == pytest.approx(10 * math.log(300), rel=1e-6)
+
+
+def test_bits_per_byte_are_of_bytes_and_of_the_whole_text(tmp_path: Path) -> None:
+    """By hand, over several windows: 18 tokens of a model that knows nothing, 7 bytes of UTF-8."""
+    model = causal(tmp_path)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    text = Document("laws", np.arange(19), np.ones(19, bool), "法律a", "法律a")
+    sums = compared_models.score(model, [text], Params(max_length=8), None)
+    assert sums[0, 1:].tolist()[0] == 18 and sums[0, 3] == 7
+    found = score_report.scores(sums, score_report.MEASURES["clm"])
+    assert found["bits_per_byte"] == pytest.approx(18 * math.log2(300) / 7, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(300, rel=1e-5)
 
 
 def test_a_masked_model_guesses_each_chosen_token_once(tmp_path: Path) -> None:
