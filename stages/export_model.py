@@ -25,12 +25,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import gguf_check
 import gguf_file
 from kit import arrow, stage
 from kit.params import read_params
 from kit.tokenizer import Vocabulary
 from merge_lora import held_out
 
+# What is given away computes in bfloat16, as it will be served; evaluate_model's `quantized` computes in float32, so that
+# its scores differ by the weights alone.
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
@@ -77,7 +80,13 @@ def load(folder: Path, **given: Any) -> Any:
     from kit.model import objective
 
     auto = AutoModelForMaskedLM if objective(folder) == "mlm" else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.bfloat16, **given).eval()
+    model = auto.from_pretrained(folder, dtype=torch.bfloat16, **given).eval()
+    for module in model.modules():
+        # bitsandbytes 0.50 has another way for CPUs with AVX512-BF16: other sums there than on other machines, and an
+        # error where rows are no multiple of a block of 64.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def megabytes(folder: Path) -> float:
@@ -156,7 +165,7 @@ def main(name: str, push: str = "") -> None:
         if not in_one_file:
             run.metric(eval_loss=round(mean_loss(load(folder, device_map={"": device()}), held, 8), 6))
         elif importlib.util.find_spec("llama_cpp"):
-            run.metric(eval_loss=gguf_file.check(folder / "model.gguf", merged, held, loss))
+            run.metric(eval_loss=gguf_check.check(folder / "model.gguf", merged, held, loss))
         else:
             note: dict[str, Any] = {"eval_loss": "not checked: llama-cpp-python is not installed"}
             run.metric(**note)

@@ -1,7 +1,6 @@
 """A model folder as one GGUF file, which llama.cpp, Ollama and LM Studio open. Part of export_model.
 
     write(Path("models/chat/merged"), Path("model.gguf"), "chat", "q8_0")
-    check(Path("model.gguf"), Path("models/chat/merged"), held_out, 2.31)    ->  2.32, by llama.cpp
 
 The package `gguf` of llama.cpp's makers knows the format, the names of tensors and the numbers of fewer bits; their
 converter, a script in no package, knows published tokenizers by a hash, so it refuses one that was trained here. Here
@@ -16,9 +15,7 @@ Weights of two dimensions get the format asked for, the others float32, as llama
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fast_encoder import BYTE_LEVEL, LLAMA_3, QWEN_2
@@ -44,14 +41,6 @@ CUTS = {
     (QWEN_2, False): "qwen2",
     (BLOOM, False): "bloom",
 }
-TEXTS = (
-    "It isn't far: they'll walk 12, 345 or 67890 steps.",
-    "第一百二十三条　法律另有规定的，依照其规定。（2024年）",
-    "  two spaces,\ttab,\r\n\r\n  line breaks   and the end  ",
-    "naïve café, ÀÉÎ, Ünïcode; 🙂👍🏽 x² ½ ١٢٣ हिन्दी",
-    "f(x) = {'a': [1.5e-3, None]}  # __init__ <s></s>",
-)
-LOSS = 0.1  # nats. Rounding to 8 bits cost a thousandth of it in the tests; a tensor in a wrong place costs whole nats.
 
 
 def package() -> Any:
@@ -70,14 +59,15 @@ def cut(tokenizer: dict[str, Any]) -> str:
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     pattern = steps[0].get("pattern", {}).get("Regex") if split.items() <= steps[0].items() else BYTE_LEVEL
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": pattern == BYTE_LEVEL}
-    plain = not any(model.get(key) for key in ("dropout", "byte_fallback", "end_of_word_suffix"))
-    marked = [t for t in tokenizer["added_tokens"] if not t["special"] and (t["lstrip"] or t["rstrip"])]
     found = CUTS.get((pattern, bool(model.get("ignore_merges"))))
-    known = model["type"] == "BPE" and plain and not marked and last.items() <= steps[-1].items()
-    if not (found and known and len(steps) == 1 + (pattern != BYTE_LEVEL)) or tokenizer["normalizer"] not in (
-        None,
-        {"type": "NFC"},
-    ):
+    alike = [
+        model["type"] == "BPE"
+        and not any(model.get(key) for key in ("dropout", "byte_fallback", "end_of_word_suffix")),
+        last.items() <= steps[-1].items() and len(steps) == (1 if pattern == BYTE_LEVEL else 2),
+        tokenizer["normalizer"] in (None, {"type": "NFC"}),
+        not any(t["lstrip"] or t["rstrip"] for t in tokenizer["added_tokens"] if not t["special"]),
+    ]
+    if not found or not all(alike):
         raise SystemExit(
             "llama.cpp would make other tokens of a text than this tokenizer does: it knows byte-level BPE that cuts "
             "words as GPT-2 (pre_tokenizer: byte_level), Llama 3, Qwen 2 or BLOOM does; take one of these, or bf16."
@@ -118,8 +108,8 @@ def describe(writer: Any, config: Any) -> None:
 
 def tokens(writer: Any, gguf: Any, merged: Path, rows: int) -> None:
     """Note the tokenizer: as many entries as the embedding has rows, special tokens, merges and chat template."""
-    content = arrow.read_json(merged / "tokenizer.json")
     vocabulary = Vocabulary(merged)
+    content = json.loads(vocabulary.tokenizer.to_str())  # older files leave out what is usual
     texts = {number: text for text, number in vocabulary.tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in content["added_tokens"]}
     kinds = gguf.TokenType
@@ -233,70 +223,3 @@ def add(writer: Any, gguf: Any, name: str, shape: list[int], of: Any) -> None:
 
     values, size = gguf.GGML_QUANT_SIZES[of]
     writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // values * size, of)
-
-
-class LlamaCpp:
-    """A GGUF file as kit.model.mean_loss calls a model: ids to logits, computed by llama.cpp on the CPU."""
-
-    training = False
-
-    def __init__(self, path: Path, block_size: int) -> None:
-        import llama_cpp  # type: ignore[import-not-found, unused-ignore]
-
-        from kit.model import CPU_THREADS
-
-        threads = {"n_threads": CPU_THREADS, "n_threads_batch": CPU_THREADS}
-        sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), block_size)
-        self.llama = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **threads)
-
-    def __call__(self, input_ids: torch.Tensor) -> Any:
-        import torch
-
-        rows = []
-        for ids in input_ids.tolist():
-            self.llama.reset()
-            self.llama.eval(ids)
-            rows.append(torch.from_numpy(self.llama.scores[: len(ids)].copy()))
-        return SimpleNamespace(logits=torch.stack(rows).to(input_ids.device))
-
-    def eval(self) -> None:
-        """Do nothing: it is never trained."""
-
-    def train(self, mode: bool) -> None:
-        """Do nothing: it is never trained."""
-
-    def close(self) -> None:
-        """Give its memory back: when Python ends that is too late, and llama_cpp prints a traceback."""
-        self.llama.close()
-
-    def ids(self, text: str) -> list[int]:
-        """Return the tokens of a plain text, without BOS."""
-        found: list[int] = self.llama.tokenize(text.encode(), add_bos=False, special=False)
-        return found
-
-
-def check(path: Path, merged: Path, blocks: Any, expected: float) -> float:
-    """Return the loss of held-out blocks as llama.cpp computes it.
-
-    Raises ValueError when it is not `expected`, the loss of the model in bfloat16, within LOSS, or when llama.cpp makes
-    other tokens of TEXTS or of the text of the blocks than the tokenizer does.
-    """
-    from kit.model import mean_loss
-
-    tokenizer = Vocabulary(merged).tokenizer
-    tokenizer.encode_special_tokens = True  # "</s>" in a text is text
-    held_out = (tokenizer.decode(blocks[number]["input_ids"].tolist()) for number in range(len(blocks)))
-    with closing(LlamaCpp(path, blocks.block_size)) as model:
-        for text in (*TEXTS, *held_out):
-            if model.ids(text) != tokenizer.encode(text, add_special_tokens=False).ids:
-                raise ValueError(
-                    f"llama.cpp makes other tokens of {json.dumps(text[:60], ensure_ascii=False)} than the tokenizer; "
-                    "nothing was published: take bf16."
-                )
-        loss = round(mean_loss(model, blocks, 1), 6)
-    if not abs(loss - expected) <= LOSS:
-        raise ValueError(
-            f"llama.cpp computes a loss of {loss:.4f}, the model in bfloat16 has {expected:.4f}; nothing was "
-            "published: take bf16 (this is a bug)."
-        )
-    return loss

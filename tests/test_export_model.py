@@ -27,7 +27,9 @@ def merged(project: Path) -> Path:
     tiny.phase(project, "chat", masked=True)
     folder = Path(shutil.copytree(project / "models/tokenizers/chat", project / "models/chat/merged"))
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tiny.base(project / "models/configs/other", tie_word_embeddings=False))
+    config = AutoConfig.from_pretrained(
+        tiny.base(project / "models/configs/other", tie_word_embeddings=False, hidden_size=32)
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     (project / "models/chat/trained").mkdir()
     arrow.write_json(project / "models/chat/trained/training.json", {"base": "x", "quantization": None})

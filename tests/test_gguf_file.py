@@ -1,4 +1,4 @@
-"""gguf_file: each weight at its place in llama.cpp's order, the same tokens and logits there, or a refusal in words."""
+"""gguf_file, gguf_check: each weight in llama.cpp's order, the same tokens and logits there, or a refusal in words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+import gguf_check
 import gguf_file
 import tiny
 import train_tokenizer
@@ -296,7 +297,7 @@ def test_llama_cpp_computes_the_same_logits(tmp_path: Path, name: str, tied: boo
     ids = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-    found = gguf_file.LlamaCpp(folder / "model.gguf", 48)(ids).logits
+    found = gguf_check.LlamaCpp(folder / "model.gguf", 48)(ids).logits
     assert expected.abs().max() > 1
     assert (expected - found).abs().max() < 0.01 * expected.abs().max()
 
@@ -318,7 +319,7 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, pattern: str, ignore_me
     arrow.write_json(folder / "tokenizer.json", content)
     assert fields(written(folder))["tokenizer.ggml.pre"] == gguf_file.CUTS[pattern, ignore_merges]
     model, tokenizer = (
-        gguf_file.LlamaCpp(folder / "model.gguf", 16),
+        gguf_check.LlamaCpp(folder / "model.gguf", 16),
         Tokenizer.from_file(str(folder / "tokenizer.json")),
     )
     tokenizer.encode_special_tokens = True
@@ -329,7 +330,7 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, pattern: str, ignore_me
         assert model.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
     same()
-    for text in gguf_file.TEXTS:
+    for text in gguf_check.TEXTS:
         assert model.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -342,9 +343,9 @@ def test_the_loss_is_the_models(tmp_path: Path, bits: str, lost: float) -> None:
     written(folder, bits)
     vocabulary, held = Vocabulary(folder), blocks(tmp_path / "b")
     expected = mean_loss(load_model(folder, vocabulary.size, vocabulary.special_ids), held, 2)
-    assert 0 < abs(gguf_file.check(folder / "model.gguf", folder, held, expected) - expected) < lost
+    assert 0 < abs(gguf_check.check(folder / "model.gguf", folder, held, expected) - expected) < lost
     with pytest.raises(ValueError, match=r"llama\.cpp computes a loss of .* nothing was published"):
-        gguf_file.check(folder / "model.gguf", folder, held, expected + 0.2)
+        gguf_check.check(folder / "model.gguf", folder, held, expected + 0.2)
 
 
 @needs_llama_cpp
@@ -353,4 +354,4 @@ def test_another_tokenizer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gguf_file, "cut", lambda tokenizer: "gpt-2")
     written(folder)
     with pytest.raises(ValueError, match=r"llama\.cpp makes other tokens of .* nothing was published"):
-        gguf_file.check(folder / "model.gguf", folder, blocks(tmp_path / "b"), 0.0)
+        gguf_check.check(folder / "model.gguf", folder, blocks(tmp_path / "b"), 0.0)
