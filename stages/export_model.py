@@ -30,10 +30,9 @@ import gguf_file
 from kit import arrow, stage
 from kit.params import read_params
 from kit.tokenizer import Vocabulary
-from merge_lora import held_out
 
-# What is given away computes in bfloat16, as it will be served; evaluate_model's `quantized` computes in float32, so that
-# its scores differ by the weights alone.
+# What is given away computes in bfloat16, as it will be served; `quantized` of evaluate_model computes in float32, so
+# that its scores differ by the weights alone.
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
@@ -150,6 +149,7 @@ def main(name: str, push: str = "") -> None:
     inputs = [str(path) for path in (merged, blocks, about, card)]
     with stage.run("export_model", name, inputs, [f"models/exports/{name}"]) as run:
         from kit.model import device, mean_loss, start
+        from seen_blocks import seen
 
         (folder,) = run.outputs
         start(0)
@@ -159,7 +159,7 @@ def main(name: str, push: str = "") -> None:
         else:
             write(merged, params.format, folder)
         shutil.copyfile(card, folder / "README.md")
-        held = held_out(blocks, Vocabulary(merged), arrow.read_json(about))
+        held = seen(blocks, Vocabulary(merged), arrow.read_json(about))
         loss = round(mean_loss(load(merged, device_map={"": device()}), held, 8), 6)
         run.metric(eval_loss_bf16=loss)
         if not in_one_file:

@@ -75,18 +75,6 @@ def load(folder: Path, vocabulary: Vocabulary, quantization: dict[str, Any] | No
     return load_model(folder, vocabulary.size, vocabulary.special_ids, quantization, vocabulary.folder)
 
 
-def held_out(folder: Path, vocabulary: Vocabulary, about: dict[str, Any]) -> Any:
-    """Return held-out blocks as the model saw them in training; `about`: what training.json says of that."""
-    from kit.model import Blocks, MaskedBlocks
-
-    blocks = Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
-    if about.get("objective") != "mlm":
-        return blocks
-    from masking import Masking
-
-    return MaskedBlocks(blocks, Masking(vocabulary, about["mlm_probability"], about["whole_word_mask"], seed=0))
-
-
 def look(model: Any, blocks: Any) -> tuple[torch.Tensor, float]:
     """Return the logits of the first blocks and the mean loss of all."""
     import torch
@@ -162,6 +150,7 @@ def main(phase: str) -> None:
         from kit.model import mean_loss, start  # first: it says that nothing is to be fetched
 
         # isort: split
+        import seen_blocks
         from merge_weights import merge
 
         start(0)
@@ -178,7 +167,7 @@ def main(phase: str) -> None:
         carry(trained, folder)
         vocabulary = Vocabulary(folder)
         stop_at(folder, vocabulary.special_ids["eos_token_id"])
-        held = held_out(blocks, vocabulary, about)
+        held = seen_blocks.seen(blocks, vocabulary, about)
         run.metric(**prove(base, trained, folder, held, seen, stored_dtype(base)))
         if in_4_bits:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-other-") as name:

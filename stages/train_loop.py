@@ -41,12 +41,12 @@ import distributed
 import document_masks
 import loss_head
 import optimizers
+import seen_blocks
 from block_order import RECEIPT_BYTES, BlockOrder, block_receipt, step_receipt
 from document_masks import Separated
 from kit import arrow
 from kit.tokenizer import FILES as TOKENIZER_FILES
 from kit.tokenizer import Vocabulary
-from masking import Masking
 
 if TYPE_CHECKING:
     from train_model import Params
@@ -99,18 +99,10 @@ def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None
     return model
 
 
-def open_blocks(folder: Path) -> Blocks:
-    """Return the blocks of one split."""
-    return Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
-
-
 def seen(folder: Path, tokenizer: Path, params: Params, model: Any = None) -> Data:
     """Return the blocks of one split as the objective shows them to `model`; without one, ids and labels are right."""
-    blocks: Data = open_blocks(folder)
     vocabulary = Vocabulary(tokenizer)
-    if params.objective == "mlm":
-        masking = Masking(vocabulary, params.mlm_probability, params.whole_word_mask, params.seed)
-        blocks = MaskedBlocks(open_blocks(folder), masking)
+    blocks: Data = seen_blocks.seen(folder, vocabulary, params.model_dump(), params.seed)
     if not params.mask_documents:
         return blocks
     table, bos = arrow.table(folder), vocabulary.special_ids.get("bos_token_id")

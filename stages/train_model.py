@@ -195,7 +195,7 @@ def compute(
 
     model_folder, plots = outputs
     blocks, tokenizer = Path("data/blocks", phase), Path("models/tokenizers", phase)
-    n_blocks = len(train_loop.open_blocks(blocks / "train"))
+    n_blocks = len(arrow.table(blocks / "train"))
     steps = total_steps(params, n_blocks)
     if distributed.processes() == 1:
         needs(base, tokenizer, blocks / "train", params).refuse()
