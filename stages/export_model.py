@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import gguf_check
 import gguf_file
+import seen_blocks
 from kit import arrow, stage
 from kit.params import read_params
 from kit.tokenizer import Vocabulary
@@ -149,7 +150,6 @@ def main(name: str, push: str = "") -> None:
     inputs = [str(path) for path in (merged, blocks, about, card)]
     with stage.run("export_model", name, inputs, [f"models/exports/{name}"]) as run:
         from kit.model import device, mean_loss, start
-        from seen_blocks import seen
 
         (folder,) = run.outputs
         start(0)
@@ -159,7 +159,7 @@ def main(name: str, push: str = "") -> None:
         else:
             write(merged, params.format, folder)
         shutil.copyfile(card, folder / "README.md")
-        held = seen(blocks, Vocabulary(merged), arrow.read_json(about))
+        held = seen_blocks.seen(blocks, Vocabulary(merged), arrow.read_json(about))
         loss = round(mean_loss(load(merged, device_map={"": device()}), held, 8), 6)
         run.metric(eval_loss_bf16=loss)
         if not in_one_file:

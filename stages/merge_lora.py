@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import seen_blocks
 from kit import arrow, stage
 from kit.params import Phase, read_params
 from kit.tokenizer import Vocabulary
@@ -150,7 +151,6 @@ def main(phase: str) -> None:
         from kit.model import mean_loss, start  # first: it says that nothing is to be fetched
 
         # isort: split
-        import seen_blocks
         from merge_weights import merge
 
         start(0)

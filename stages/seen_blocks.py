@@ -7,12 +7,14 @@ Part of train_model, merge_lora and export_model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kit import arrow
-from kit.model import Blocks, MaskedBlocks
 from kit.tokenizer import Vocabulary
 from masking import Masking
+
+if TYPE_CHECKING:
+    from kit.model import Blocks, MaskedBlocks
 
 
 def seen(folder: Path, vocabulary: Vocabulary, about: dict[str, Any], seed: int = 0) -> Blocks | MaskedBlocks:
@@ -20,6 +22,8 @@ def seen(folder: Path, vocabulary: Vocabulary, about: dict[str, Any], seed: int 
 
     `about`: objective, mlm_probability and whole_word_mask, from params.yaml or the training.json of a trained model.
     """
+    from kit.model import Blocks, MaskedBlocks
+
     blocks = Blocks(arrow.table(folder), arrow.manifest(folder)["counts"]["tokens"])
     if about.get("objective") != "mlm":
         return blocks
