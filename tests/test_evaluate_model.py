@@ -234,6 +234,21 @@ def test_a_requirement_that_is_missed_fails_the_stage_and_leaves_what_was_there(
     }, "equal to the last digit, with a general text beside it"
 
 
+def test_metrics_of_two_runs_are_equal_to_the_last_digit(twins: tuple[Path, Path]) -> None:
+    """Of losses, proofs of merges and scores; what differs is the time, the memory and the commit."""
+
+    def measured(folder: Path) -> dict[str, Any]:
+        found = {path.stem: arrow.read_json(path) for path in sorted((folder / "metrics").rglob("*.json"))}
+        return {
+            name: {key: value for key, value in record.items() if key not in ("seconds", "peak_memory_mib", "git")}
+            for name, record in found.items()
+        }
+
+    one, other = map(measured, twins)
+    assert one == other
+    assert one["merge_lora@chat"]["logit_difference_max"] > 0 and one["train_model@pretrain"]["eval_loss"] > 0
+
+
 def test_what_an_evaluation_holds(finished: Path) -> None:
     for phase in ("pretrain", "chat"):
         found = arrow.read_json(finished / f"metrics/{phase}/evaluation.json")
