@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import gguf_check
 import gguf_file
 import tiny
 import train_tokenizer
+from chat_templates import TEMPLATES
 from kit import arrow
 from kit.model import Blocks
 from kit.tokenizer import Vocabulary
@@ -59,17 +61,22 @@ TEXT = "the quick brown fox isn't over 12345 lazy dogs; they'LL say: 法律第�
 
 
 def make(
-    folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, cut: str = "byte_level", **changes: Any
+    folder: Path,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    cut: str = "byte_level",
+    template: str = "chatml",
+    **changes: Any,
 ) -> Path:
     """Write a merged model: weights, tokenizer, chat template; three rows of the embedding belong to no token."""
     kind, config = MODELS[name]
     folder.mkdir(parents=True)
     params = train_tokenizer.Params(
-        mode="train", vocab_size=300, min_frequency=1, chat_template="chatml", pre_tokenizer=cut
+        mode="train", vocab_size=300, min_frequency=1, chat_template=template, pre_tokenizer=cut
     )
     train_tokenizer.train(iter([TEXT * 3]), params).save(str(folder / "tokenizer.json"))
     arrow.write_json(folder / "tokenizer_config.json", train_tokenizer.config(params))
-    train_tokenizer.install(folder, "chatml")
+    train_tokenizer.install(folder, template)
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**{**config, **changes}))
@@ -332,6 +339,21 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, pattern: str, ignore_me
     same()
     for text in gguf_check.TEXTS:
         assert model.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_becomes_the_same_tokens(tmp_path: Path, template: str) -> None:
+    """Through the chat template in the file, special tokens as such and BOS once."""
+    folder = make(tmp_path / "m", template=template)
+    written(folder)
+    said = [{"role": "user", "content": "the fox </s>?"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    with closing(gguf_check.LlamaCpp(folder / "model.gguf", 64)) as model:
+        model.llama.create_chat_completion(said, max_tokens=1, temperature=0)
+        assert model.llama.input_ids[: len(expected)].tolist() == expected
+        assert model.llama.n_tokens in (len(expected), len(expected) + 1)
 
 
 @needs_llama_cpp
