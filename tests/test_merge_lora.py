@@ -212,6 +212,7 @@ def test_a_merge_into_4_bits_restored_computes_what_base_and_adapter_do(
         {"trainable_token_indices": [3, 5]},
         {"trainable_token_indices": {"embed_tokens": [3, 5]}, "use_dora": True},
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"]},
         {"init_r": 4, "total_step": 10},
         {"init_r": 4, "total_step": 10, "rank_pattern": None},
         {"target_modules": "all-linear"},
