@@ -28,6 +28,7 @@ NUMBERS = pa.schema([("n", pa.int32())])
 ROW = {
     "doc_id": st.none() | st.binary(min_size=16, max_size=16),
     "text": st.none() | st.text(max_size=4),
+    "rule": st.none() | st.text(max_size=1),
     "flag": st.none() | st.booleans(),
     "similarity": st.none() | st.floats(0, 1, width=32),
     "input_ids": st.none() | st.lists(st.integers(0, 2**16 - 1), max_size=5),
@@ -40,6 +41,7 @@ SCHEMA = pa.schema(
     [
         ("doc_id", pa.binary(16)),
         ("text", pa.string()),
+        ("rule", pa.dictionary(pa.int8(), pa.string())),
         ("flag", pa.bool_()),
         ("similarity", pa.float32()),
         ("input_ids", pa.list_(pa.uint16())),
@@ -52,7 +54,8 @@ IDENTITY = {"doc_id": bytes(range(16))}
 PLACE = {"file": "a/文 1.txt", "start": 0, "end": 9, "number": 1}
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 TOKENS = {**IDENTITY, "split": "train", "input_ids": [0, 65535, 1]}
-LEDGER = {**PLACE, "raw_id": bytes(16), "doc_id": None, "rule": "empty", "evidence": "é", "changes": None, "n_chars": 0}
+NOTES = {"rule": "empty", "evidence": "é", "changes": None}
+LEDGER = {"file": "a/文 1.txt", "end": 9, "number": 1, "raw_id": bytes(16), **NOTES}
 REASON = {"rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, "evidence": None}
 DECISION = {**IDENTITY, "split": "dropped", **REASON}
 KINDS: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
@@ -108,9 +111,10 @@ def test_the_same_rows_are_the_same_bytes_for_any_chunking(
         assert written(pieces, batch_rows=batch_rows, shard_bytes=4000) == expected
 
 
-def test_a_batch_carries_no_bytes_of_the_rows_beside_it() -> None:
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_a_batch_carries_no_bytes_of_the_rows_beside_it(kind: pa.DataType) -> None:
     """Arrow would write up to 64 bytes beyond the end of a slice; an erased neighbour must leave no trace."""
-    rows = pa.table({"text": ["public", "secret"]})
+    rows = pa.table({"text": pa.array(["public", "secret"], kind)})
     files = written([rows], rows.schema, batch_rows=1, shard_bytes=1)
     assert b"public" in files["data-00000.arrow"]
     assert b"secret" not in files["data-00000.arrow"]
@@ -157,8 +161,10 @@ def test_the_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [0, 1, 5])
+# `datasets` opens no empty column of dictionaries, but a ledger has rows: `clean` refuses a source without any.
+@pytest.mark.parametrize(
+    ("kind", "count"), [pair for pair in itertools.product(KINDS, [0, 1, 5]) if pair != ("ledger", 0)]
+)
 def test_datasets_opens_every_kind_of_folder(tmp_path: Path, kind: str, count: int) -> None:
     """`load_from_disk` gives the rows back with their types, over shards, and opens a folder without rows."""
     schema, row = KINDS[kind]
@@ -166,7 +172,10 @@ def test_datasets_opens_every_kind_of_folder(tmp_path: Path, kind: str, count: i
         out.write(pa.Table.from_pylist([row] * count, schema))
     opened = datasets.load_from_disk(str(tmp_path))
     assert opened.to_list() == [row] * count
-    assert opened.features.arrow_schema.types == schema.types
+    types = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types]
+    assert (
+        opened.features.arrow_schema.types == types
+    )  # `datasets` knows no dictionaries, it reads them as their values
     assert arrow.table(tmp_path).to_pylist() == [row] * count
 
 

@@ -45,6 +45,8 @@ class Writer:
 
     `batch_rows`: rows per record batch, part of the format: another number gives other bytes. A shard is closed at the
     first batch end at or beyond `shard_bytes`. `counts` given to `close` stand in the manifest beside `rows`.
+
+    Of a column of type dictionary, given as such or as values, each batch has a dictionary of its own values alone.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Writer:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.schema = folder, schema
+        self._given = pa.schema([field.with_type(_values(field.type)) for field in schema])
         self.batch_rows, self.shard_bytes = batch_rows, shard_bytes
         self.rows = 0
         self.counts: dict[str, int] = {}
@@ -66,8 +69,10 @@ class Writer:
     def write(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Add rows; columns and types must be the schema's."""
         table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
-        if table.schema != self.schema:
-            raise ValueError(f"{self.folder.name}: rows have columns {table.schema}, expected {self.schema}.")
+        if table.schema == self.schema:
+            table = table.cast(self._given)
+        if table.schema != self._given:
+            raise ValueError(f"{self.folder.name}: rows have columns {table.schema}, expected {self._given}.")
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
         self.rows += table.num_rows
@@ -92,6 +97,7 @@ class Writer:
             self._write_rows(rows.slice(0, half))
             self._write_rows(rows.slice(half))
             return
+        columns = [_encoded(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
         self._write_batch(pa.RecordBatch.from_arrays(columns, schema=self.schema))
 
     def _write_batch(self, batch: pa.RecordBatch) -> None:
@@ -198,6 +204,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file that holds an object."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _values(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _encoded(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    return values.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else values
 
 
 def _schema_json(schema: pa.Schema) -> dict[str, str]:
