@@ -11,6 +11,7 @@ always safe.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -25,7 +26,7 @@ import pyarrow as pa
 
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
-FORMAT = "1"  # of the indexes; another one is another key
+FORMAT = "2"  # of the indexes; another one is another key
 
 
 class Cache:
@@ -78,11 +79,16 @@ class Folder:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return one batch, mapped."""
+        """Return one batch, mapped; one with dictionaries is a copy."""
         if self._last is None or self._last[0] != number:
             buffer, schema = self._shard(int(self.batches["shard"][number]))
-            message = pa.ipc.read_message(buffer.slice(int(self.batches["offset"][number])))
-            self._last = number, pa.ipc.read_record_batch(message, schema)
+            begin, end = (int(self.batches[name][number]) for name in ("offset", "end"))
+            if any(pa.types.is_dictionary(kind) for kind in schema.types):
+                parts = [schema.serialize(), *(buffer[a:b] for a, b in self.batches["dictionaries"][number].tolist())]
+                batch = pa.ipc.open_stream(b"".join([*parts, buffer[begin:end]])).read_next_batch()
+            else:
+                batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer[begin:end]), schema)
+            self._last = number, batch
         return self._last[1]
 
     def all(self) -> Iterator[pa.RecordBatch]:
@@ -106,23 +112,53 @@ class Folder:
         return self._maps[number]
 
     def _batches(self) -> Columns:
-        """Walk over the heads of the batches; their rows are not read."""
-        shards, offsets, starts = [], [], [0]
+        """Walk over the heads of the messages, not over rows. A dictionary holds for all batches up to the next one."""
+        shards, places, starts, dictionaries = [], [], [0], []
         for number in range(len(self.manifest["shards"])):
             buffer, schema = self._shard(number)
             source = pa.BufferReader(buffer)
             reader = pa.ipc.MessageReader.open_stream(source)
+            latest = [(0, 0)] * sum(pa.types.is_dictionary(kind) for kind in schema.types)
             while True:
                 at = source.tell()
                 try:
                     message = reader.read_next_message()
                 except StopIteration:
                     break
-                if message.type == "record batch":
+                if message.type == "dictionary":
+                    latest[_first(message)] = at, source.tell()
+                elif message.type == "record batch":
                     shards.append(number)
-                    offsets.append(at)
-                    starts.append(starts[-1] + pa.ipc.read_record_batch(message, schema).num_rows)
-        return {"shard": np.array(shards, np.int32), "offset": np.array(offsets, np.int64), "start": np.array(starts)}
+                    places.append((at, source.tell()))
+                    dictionaries.append(list(latest))
+                    starts.append(starts[-1] + _first(message))
+        offsets = np.array(places, np.int64).reshape(-1, 2)
+        return {
+            "shard": np.array(shards, np.int32),
+            "offset": offsets[:, 0],
+            "end": offsets[:, 1],
+            "start": np.array(starts),
+            "dictionaries": np.array(dictionaries, np.int64),
+        }
+
+
+def _first(message: pa.Message) -> int:
+    """Return the first field of a message's head: rows of a record batch, number of a dictionary, which pyarrow keeps.
+
+    Arrow's Message.fbs; a table of it begins with the way back to the list of its fields, 0 there is a field's default.
+    """
+    data = bytes(message.metadata)
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], "little", signed=size > 2)
+
+    def field(table: int, place: int) -> int:
+        away = number(table - number(table, 4) + 4 + 2 * place, 2)
+        return away and table + away
+
+    head = field(number(0, 4), 2)
+    found = field(head + number(head, 4), 0)
+    return number(found, 8) if found else 0
 
 
 class Ids:
@@ -162,18 +198,22 @@ class Chosen:
     def __init__(self, folder: Folder, name: str, is_chosen: Callable[[pa.RecordBatch], Array]) -> None:
         self.folder, self.is_chosen = folder, is_chosen
         self.before = folder.index(name, self._build)["before"]  # of each batch, how many are chosen before it
+        # The records of a file, which are asked for one after the other, are neighbours.
+        self._of = functools.lru_cache(maxsize=4)(
+            lambda at: is_chosen(folder.batch(at))
+        )  # one file's rows are asked for
 
     def place(self, row: int) -> int | None:
         """Return which row of the other folder is this one, None when it is not there."""
         at = self.folder.batch_of(row)
-        chosen = self.is_chosen(self.folder.batch(at))
+        chosen = self._of(at)
         inside = row - int(self.folder.starts[at])
         return int(self.before[at]) + int(chosen[:inside].sum()) if chosen[inside] else None
 
     def row(self, place: int) -> int:
         """Return which row of this folder is a row of the other."""
         at = int(np.searchsorted(self.before, place, side="right")) - 1
-        chosen = np.flatnonzero(self.is_chosen(self.folder.batch(at)))
+        chosen = np.flatnonzero(self._of(at))
         return int(self.folder.starts[at]) + int(chosen[place - int(self.before[at])])
 
     def _build(self) -> Columns:

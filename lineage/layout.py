@@ -9,6 +9,7 @@ In a stream (mode concat) both are sums of lengths, kept for each batch; packed 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,7 @@ class Layout:
         key, start, length, block, place = (int(self.index[n][at]) for n in ("key", "from", "length", "block", "place"))
         return Piece(self.sources[key >> 32], key & 0xFFFFFFFF, start, length, block, place)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (as long-lived as the program; a file's documents are neighbours)
     def _wanted(self, source: str, batch: int, turn: int) -> tuple[Array, Array]:
         """Return the rows of a batch of tokens that take part in a turn, and their lengths."""
         rows = self.tokens[source].batch(batch)

@@ -83,6 +83,17 @@ class Source:
     def kept_documents(self) -> Chosen:
         return Chosen(self.decisions, "kept", _is_kept)
 
+    def record(self, row: int) -> Answer:
+        """Return a row of the ledger, with where it starts and, for a kept one, `document`: its row."""
+        record = self.ledger.row(row)
+        before = self.ledger.row(row - 1) if row else {"file": None}
+        start = before["end"] if before["file"] == record["file"] else 0
+        return {
+            **record,
+            "start": None if record["end"] is None else start,
+            "document": self.kept_records.place(row),
+        }
+
     def path(self, file: str) -> str:
         """Return the path of a raw file from the root of the project."""
         return (
@@ -125,7 +136,7 @@ def _begin(record: Answer) -> tuple[str, int]:
 
 
 def _has_document(batch: pa.RecordBatch) -> Array:
-    found: Array = batch["doc_id"].is_valid().to_numpy(zero_copy_only=False)
+    found: Array = batch["rule"].is_null().to_numpy(zero_copy_only=False)
     return found
 
 
@@ -163,6 +174,7 @@ class Phase:
         """Return the blocks of a split."""
         return Folder(self.lineage.root / "data/blocks" / self.name / split, self.lineage.cache)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def steps_of(self, block: int) -> list[int]:
         """Return the steps, from 1, at which the training showed a block of the train split."""
         blocks = self.layout("train").blocks
@@ -214,7 +226,7 @@ class Lineage:
         found: list[Answer] = []
         for source, name in self._files(file):
             row = source.places.find(name, number)
-            if row is None or number > self._last_line(source, source.ledger.row(row)):
+            if row is None or number > self._last_line(source, source.record(row)):
                 continue
             rows = [row]
             # Of a JSON array, many records may begin on one line.
@@ -254,7 +266,7 @@ class Lineage:
 
     def record(self, source: Source, row: int) -> Answer:
         """Return all that is known of a row of a ledger."""
-        record = source.ledger.row(row)
+        record = source.record(row)
         place = {"file": source.path(record["file"]), source.about["unit"]: record["number"]}
         answer: Answer = {
             "phase": source.phase,
@@ -262,12 +274,10 @@ class Lineage:
             **place,
             "bytes": [record["start"], record["end"]],
         }
-        answer |= {"raw_id": record["raw_id"].hex(), "changes": record["changes"], "characters": record["n_chars"]}
-        if record["doc_id"] is None:
+        answer |= {"raw_id": record["raw_id"].hex(), "changes": record["changes"]}
+        if record["document"] is None:
             return {**answer, "verdict": "dropped by clean", "rule": record["rule"], "evidence": record["evidence"]}
-        document = source.kept_records.place(row)
-        assert document is not None
-        return {**answer, **self.document(source, document)}
+        return {**answer, **self.document(source, record["document"])}
 
     def document(self, source: Source, row: int) -> Answer:
         """Return what became of a document: dropped, held out, or trained on, and where."""
@@ -493,9 +503,8 @@ class Lineage:
         for row in drawn:
             at = next(n for n, end in enumerate(ends) if row < end)
             source, inside = self.sources[at], row - (ends[at] - sizes[at])
-            record = source.ledger.row(inside)
+            record = source.record(inside)
             answer = self.record(source, inside)
-            document = source.kept_records.place(inside)
-            cleaned = None if document is None else source.content(document)
+            cleaned = None if record["document"] is None else source.content(record["document"])
             found.append({**answer, "raw": self._raw(source, record), "cleaned": cleaned})
         return found

@@ -52,17 +52,21 @@ PLACE = [
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TEXT_DOCUMENTS = pa.schema([pa.field("doc_id", pa.binary(16)), *PLACE, pa.field("text", pa.string())])
 CHAT_DOCUMENTS = pa.schema([pa.field("doc_id", pa.binary(16)), *PLACE, pa.field("messages", MESSAGES)])
+LEDGER_ROWS = 4096  # in a batch, each with dictionaries of its own
 LEDGER = pa.schema(
     [
-        *PLACE,
+        pa.field("file", pa.dictionary(pa.int16(), pa.string())),
+        pa.field("end", pa.int64()),  # as in PLACE; it starts where the record before it in the file ends, or at 0
+        pa.field("number", pa.int32()),
         pa.field("raw_id", pa.binary(16)),  # of the record's bytes as they stand in the file
-        pa.field("doc_id", pa.binary(16)),  # null: dropped
-        pa.field("rule", pa.string()),  # null: kept
-        pa.field("evidence", pa.string()),
-        pa.field("changes", pa.string()),  # what the rules changed, e.g. "nfc 1, pii 2"; null: nothing
-        pa.field("n_chars", pa.int64()),  # of the cleaned text, 0 when dropped
+        pa.field("rule", pa.dictionary(pa.int8(), pa.string())),  # null: kept, and the next one of the documents
+        pa.field("evidence", pa.dictionary(pa.int16(), pa.string())),
+        pa.field("changes", pa.dictionary(pa.int16(), pa.string())),  # e.g. "nfc 1, pii 2"; null: nothing changed
     ]
 )
+NOTES = [pa.field(name, pa.string()) for name in ("rule", "evidence", "changes")]
+# What is known of a record before documents and ledger part.
+RECORDS = pa.schema([*PLACE, pa.field("raw_id", pa.binary(16)), pa.field("doc_id", pa.binary(16)), *NOTES])
 BATCH_BYTES = 4 * 2**20  # of text, held as Python values at a time
 
 # YAML reads 2026-11-21 as a date and 2026 as a number.
@@ -184,10 +188,9 @@ def _row(piece: Piece, record: raw_records.Record, error: str | None, params: Pa
     end = None if record.end is None else record.end - piece.start
     rule, evidence = drop or (None, None)
     noted = ", ".join(f"{name} {count}" for name, count in changes.items()) if changes else None
-    parts = [] if drop else [content] if isinstance(content, str) else [message["content"] for message in content]
     raw_id = hashlib.sha256(record.raw).digest()[:16]
     identity = None if drop else doc_id(content)
-    return piece.file, start, end, record.number, raw_id, identity, rule, evidence, noted, sum(map(len, parts)), content
+    return piece.file, start, end, record.number, raw_id, identity, rule, evidence, noted, content
 
 
 def in_fill(changes: str) -> list[str]:
@@ -200,7 +203,7 @@ def in_fill(changes: str) -> list[str]:
 
 
 def _rows_schema(params: Params) -> pa.Schema:
-    return pa.schema([*LEDGER, documents_schema(params)[-1]])
+    return pa.schema([*RECORDS, documents_schema(params)[-1]])
 
 
 def _batch(columns: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -327,7 +330,7 @@ def main(name: str) -> None:
         filled: set[str] = set()
         schema = documents_schema(params)
         documents = arrow.Writer(folder / "documents", schema, batch_rows=256)
-        ledger = arrow.Writer(folder / "ledger", LEDGER)
+        ledger = arrow.Writer(folder / "ledger", LEDGER, batch_rows=LEDGER_ROWS)
         size = sum(path.stat().st_size for file in files for path in paths(root, file))
         states = {state[0]: state for state in run.states[str(root)]}
         work = (

@@ -52,7 +52,9 @@ def funnel(phase: str, source: str, grouping: dict[str, Any]) -> dict[str, Any]:
     rules = {name.removeprefix("dropped_"): n for name, n in ledger.items() if name.startswith("dropped_")}
     personal = 0
     for batch in arrow.batches(clean / "ledger", ["changes"]):
-        personal += int(pc.sum(pc.match_substring_regex(batch["changes"], r"(^|, )pii ")).as_py() or 0)
+        personal += int(
+            pc.sum(pc.match_substring_regex(batch["changes"].cast(pa.string()), r"(^|, )pii ")).as_py() or 0
+        )
     documents, size = Counter[str](), Counter[str]()
     verdicts = decided(decisions)
     for batch in arrow.batches(clean / "documents"):
