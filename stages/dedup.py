@@ -12,8 +12,8 @@ Example, sources a and b of one phase:
 
 A document is dropped by the first of these rules that holds:
 
-    excluded            its doc_id, or that of one in its cluster of near duplicates, stands in data/exclusions.txt: no
-                        twin takes its place
+    excluded            it, or one in its cluster of near duplicates, stands in data/exclusions.txt, which
+                        stages/exclusions.py reads: no twin takes its place
     decontaminate:NAME  its text holds an item of the benchmark NAME (stages/decontaminate.py); a near twin without may
                         stay
     exact_duplicate     an earlier document, which is kept, has equal content
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -44,9 +43,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import decontaminate
+import exclusions
 import near_duplicates
 from decontaminate import Params as BenchmarkParams
 from disk_rows import Buckets, Rows, Texts
+from exclusions import Exclusions
 from kit import arrow, stage
 from kit.arrow import compute as pc
 from kit.params import phase_sources, read_params
@@ -66,7 +67,6 @@ DECISIONS = pa.schema(
     ]
 )
 PART = 2**14  # ids read at a time
-EXCLUSIONS = "data/exclusions.txt"
 TRAIN, EVAL, EXCLUDED, CONTAMINATED, EXACT, NEAR = range(6)
 RULES = {EXCLUDED: "excluded", EXACT: "exact_duplicate", NEAR: "near_duplicate"}
 
@@ -175,7 +175,7 @@ def decide(
     copies: Copies,
     params: Params,
     near: Near | None = None,
-    excluded: frozenset[bytes] = frozenset(),
+    excluded: Exclusions | frozenset[bytes] = frozenset(),
     contaminated: Iterable[int] = (),
 ) -> Decisions:
     """Return what becomes of each document. contaminated: rows, without copies.
@@ -240,21 +240,6 @@ def _draw(ids: Ids, drawn: Array, params: Params) -> None:
         drawn[nearest[1]] = True
     elif drawn.sum() == before:
         drawn[last[1]] = False
-
-
-def read_exclusions(path: Path) -> frozenset[bytes]:
-    """Return the document ids of an exclusions file: 32 hexadecimal digits a line, `#` begins a comment."""
-    ids = set()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        text = line.split("#", 1)[0].strip().lower()
-        if text and not re.fullmatch("[0-9a-f]{32}", text):
-            raise SystemExit(f"{path} line {number}: {text[:40]!r} is no doc_id; write its 32 hexadecimal digits.")
-        ids.update([bytes.fromhex(text)] if text else [])
-    return frozenset(ids)
 
 
 def read_ids(folders: dict[str, Path], work: Path) -> Rows:
@@ -364,7 +349,7 @@ def table(
 def main(phase: str) -> None:
     params = read_params(f"phases.{phase}.dedup", Params)
     clean = Path("data/clean", phase)
-    inputs = [str(clean), EXCLUSIONS, str(decontaminate.FOLDER)]
+    inputs = [str(clean), exclusions.FILE, str(decontaminate.FOLDER)]
     with stage.run("dedup", phase, inputs, [f"data/dedup/{phase}"]) as run:
         (folder,) = run.outputs
         sources = in_order(phase_sources(phase, clean), params.priority)
@@ -373,7 +358,7 @@ def main(phase: str) -> None:
         ids = read_ids(folders, folder)
         copies = identify(ids, folder)
         near, hits = search(folders, copies, params, items, folder)
-        excluded = read_exclusions(Path(EXCLUSIONS))
+        excluded = exclusions.read(Path(exclusions.FILE))
         decisions = decide(ids, copies, params, near, excluded, hits)
         if hits:  # copies share them
             pairs = zip(copies.rows.tolist(), copies.first.tolist(), strict=True)
