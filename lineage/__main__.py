@@ -136,7 +136,7 @@ def erase_plan(identity: Identity, as_json: AsJson = False) -> None:
 
 @eraser.command("apply")
 def erase_apply(identity: Identity, as_json: AsJson = False) -> None:
-    """Add the ids of a document and its copies to data/exclusions.txt."""
+    """Add a document and its copies to data/exclusions.txt, each as a hash with the project's key."""
     from lineage.erase import apply
 
     _print(apply(_lineage(), identity), as_json)

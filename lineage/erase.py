@@ -1,7 +1,7 @@
 """Take a document out of every model: where it is, how to exclude it, and what can be said afterwards.
 
     python -m lineage erase plan  3f2a...     its copies and near twins, where they stand, what must be redone
-    python -m lineage erase apply 3f2a...     their ids go into data/exclusions.txt; then `dvc repro`
+    python -m lineage erase apply 3f2a...     they go into data/exclusions.txt, keyed; then `dvc repro`
     python -m lineage erase prove 3f2a...     after that: is it, or a run of 16 units of it, in anything that was kept?
 
 The promise is: located, removed, rebuilt. A model that was given away, DVC's cache, Git's history, backups and the raw
@@ -11,14 +11,18 @@ file itself are not reached from here; and no proof of absence sees a text that 
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+import exclusions
 from lineage.folders import Folder
 from lineage.questions import Answer, Lineage, Source
 from lineage.trace import Index, content_of, fingerprints, trace
-from lineage.verify import EXCLUSIONS, RECORDS
+from lineage.verify import RECORDS
 from near_duplicates import spans
 
 LIMITS = (
@@ -125,19 +129,39 @@ def _cost(lineage: Lineage, phases: set[str]) -> tuple[list[str], float]:
 
 
 def apply(lineage: Lineage, identity: str) -> Answer:
-    """Add the ids of a document and of its twins to data/exclusions.txt; ids that stand there stay as they are."""
-    path = lineage.root / EXCLUSIONS
+    """Exclude a document and its twins: see `exclude`."""
+    ids = {source.decisions.row(row)["doc_id"] for source, row in cluster(lineage, identity)}
+    return {**exclude(lineage.root, ids), "next": "dvc repro, then erase prove"}
+
+
+def exclude(root: Path, ids: set[bytes]) -> Answer:
+    """Add documents to data/exclusions.txt; those that stand there stay as they are. The first one makes the key."""
+    path, key_path = root / exclusions.FILE, root / exclusions.KEY
+    there = exclusions.read(path)
     text = path.read_text(encoding="utf-8-sig")
-    there = {line.split("#", 1)[0].strip().lower() for line in text.splitlines()}
-    ids = sorted({source.decisions.row(row)["doc_id"].hex() for source, row in cluster(lineage, identity)})
-    new = [one for one in ids if one not in there]
+    if there:
+        key = there.key
+    else:
+        if not key_path.is_file():
+            descriptor = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+        key = exclusions.read_key(key_path)
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("key "))
+        text += "\n" * (not text.endswith("\n")) + f"key {exclusions.key_id(key)}\n"
+    new = sorted(one for one in ids if one not in there)
     if new:
         temporary = path.with_name(f".tmp-{path.name}")
+        marks = sorted(exclusions.mark(key, one) for one in new)
         temporary.write_text(
-            text + "\n" * (not text.endswith("\n")) + "".join(f"{one}\n" for one in new), encoding="utf-8"
+            text + "\n" * (not text.endswith("\n")) + "".join(f"{m}\n" for m in marks), encoding="utf-8"
         )
         temporary.replace(path)
-    return {"added": new, "were_there": [one for one in ids if one in there], "next": "dvc repro, then erase prove"}
+    return {
+        "added": [one.hex() for one in new],
+        "were_there": sorted(one.hex() for one in ids if one in there),
+        "key": f"{exclusions.KEY}, which is not in Git: keep it, and give it to those who run the pipeline",
+    }
 
 
 def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
@@ -146,33 +170,31 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
     `text`: the document's, needed where its record is no longer in the raw files. Raises SystemExit without it then.
     """
     members = lineage.identified(identity, missing=False)
+    if not members and len(identity) < 32:
+        raise SystemExit(f"no document has the id {identity} any more; give all 32 digits of it, and --text FILE.")
     if text is None:
         if not members:
             raise SystemExit(f"no document has the id {identity} any more; give its text with --text FILE.")
         text = content_of(*members[0])
+    doc_id = members[0][0].decisions.row(members[0][1])["doc_id"] if members else bytes.fromhex(identity)
     kept = [f"{source.phase}: {source.name}/{row}" for source, row in members if _is_kept(source, row)]
     units = spans(text)[0]
     runs = [run for run in trace(lineage, text) if "dropped" not in run["status"]] if len(units) >= 16 else []
     most, where = _containment(lineage, text)
-    stale = [] if lineage.root.joinpath(EXCLUSIONS).is_file() and _is_listed(lineage, identity) else [EXCLUSIONS]
+    is_listed = doc_id in exclusions.read(lineage.root / exclusions.FILE)
     return {
-        "absent": not (kept or runs or stale),
+        "absent": is_listed and not (kept or runs),
         "exact": "no kept document has this id" if not kept else f"kept: {', '.join(kept)}",
         "runs": runs,
         "longest_run": max((run["units"] for run in runs), default=0),
         "containment": round(most, 4), "most_like": where or None,
-        "excluded": f"its id stands {'not ' * bool(stale)}in {EXCLUSIONS}",
+        "excluded": f"it stands {'' if is_listed else 'not '}in {exclusions.FILE}",
         "limits": LIMITS,
     }  # fmt: skip
 
 
 def _is_kept(source: Source, row: int) -> bool:
     return bool(source.decisions.row(row)["split"] != "dropped")
-
-
-def _is_listed(lineage: Lineage, identity: str) -> bool:
-    lines = (lineage.root / EXCLUSIONS).read_text(encoding="utf-8-sig").splitlines()
-    return any(line.split("#", 1)[0].strip().lower().startswith(identity.lower()) for line in lines)
 
 
 def _containment(lineage: Lineage, text: str) -> tuple[float, str]:

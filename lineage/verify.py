@@ -28,6 +28,7 @@ import argparse
 import base64
 import csv
 import hashlib
+import hmac
 import io
 import json
 import re
@@ -45,7 +46,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 RECORDS = "metrics/runs"
-RULES, BENCHMARKS, EXCLUSIONS = "data/rules", "data/benchmarks", "data/exclusions.txt"
+RULES, BENCHMARKS = "data/rules", "data/benchmarks"
+EXCLUSIONS, EXCLUSIONS_KEY = "data/exclusions.txt", "data/exclusions.key"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TRAINING_FILES = ("training.json", "receipts.bin", "README.md")  # of models/PHASE/trained alone
 MASK = 2**64 - 1
@@ -907,12 +909,27 @@ class Replay:
 # --- documents -> decisions
 
 
+def exclusions(project: Project, report: Report) -> tuple[bytes, set[str]] | None:
+    """Return the key and the keyed hashes of the excluded documents, None without any, or without the key."""
+    lines = (project.root / EXCLUSIONS).read_text(encoding="utf-8-sig").splitlines()
+    texts = [text for line in lines if (text := line.split("#", 1)[0].strip().lower())]
+    marks = {text for text in texts if not text.startswith("key ")}
+    if not marks:
+        return None
+    if not (project.root / EXCLUSIONS_KEY).is_file():
+        report.stops("documents -> decisions", EXCLUSIONS, f"{EXCLUSIONS_KEY} is not here, so no entry can be compared")
+        return None
+    key = bytes.fromhex((project.root / EXCLUSIONS_KEY).read_text(encoding="ascii").strip())
+    if f"key {hmac.digest(key, b'which key is this', 'sha256').hex()[:16]}" not in texts:
+        raise Wrong(f"{EXCLUSIONS_KEY} is another key than the one that {EXCLUSIONS} names")
+    return key, marks
+
+
 def check_decisions(project: Project, phase: str, sources: list[Source], report: Report) -> None:
     """Each document has one decision; nothing is kept twice, on both sides, or although it is excluded."""
     params = project.group("dedup", phase)
     fraction, seed = float(params.get("eval_fraction", 0.05)), int(params.get("seed", 0))
-    lines = (project.root / EXCLUSIONS).read_text(encoding="utf-8-sig").splitlines()
-    excluded = {text for line in lines if (text := line.split("#", 1)[0].strip().lower())}
+    excluded = exclusions(project, report)
     kept: dict[bytes, str] = {}
     twins: list[tuple[str, dict[str, Any]]] = []
     rows_of: dict[str, int] = {}
@@ -936,7 +953,7 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
                 if row["twin"] is not None:
                     twins.append((where, row))
                 continue
-            if row["doc_id"].hex() in excluded:
+            if excluded and hmac.digest(excluded[0], row["doc_id"], "sha256").hex() in excluded[1]:
                 raise Wrong(f"{where} is kept although {EXCLUSIONS} names it")
             if row["doc_id"] in kept:
                 raise Wrong(f"{where} is kept although {kept[row['doc_id']]} has the same text")

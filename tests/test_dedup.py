@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from lineage.erase import exclude
 from pydantic import ValidationError
 
 import clean
+import exclusions
 import tiny
 from conftest import Runner, git, ran, repro, write
 from decontaminate import Hit
@@ -27,7 +29,6 @@ from dedup import (
     decide,
     identify,
     in_order,
-    read_exclusions,
     read_ids,
     split_point,
     table,
@@ -263,24 +264,99 @@ def test_an_excluded_document_takes_its_cluster_with_it() -> None:
         assert all(row["split"] != "dropped" for row in rows["a"][:8])
 
 
-def test_an_exclusions_file(tmp_path: Path) -> None:
-    write(tmp_path / "exclusions.txt", f"# why\n\n{'ab' * 16}  # asked by the owner\n")
-    assert read_exclusions(tmp_path / "exclusions.txt") == {b"\xab" * 16}
-    write(tmp_path / "exclusions.txt", f"\ufeff# of an editor on Windows\r\n{'AB' * 16}\r\n")
-    assert read_exclusions(tmp_path / "exclusions.txt") == {b"\xab" * 16}
-    (tmp_path / "exclusions.txt").write_bytes("# 按要求\n".encode("gb18030"))
-    with pytest.raises(SystemExit, match=r"exclusions.txt: byte 2 is not UTF-8; save the file as UTF-8"):
-        read_exclusions(tmp_path / "exclusions.txt")
-    write(tmp_path / "exclusions.txt", f"{'ab' * 16}\nno id\n")
-    with pytest.raises(SystemExit, match=r"exclusions.txt line 2: 'no id' is no doc_id; write its 32 hex"):
-        read_exclusions(tmp_path / "exclusions.txt")
+def test_an_exclusions_file_tells_nothing_without_its_key(tmp_path: Path) -> None:
+    """Who guesses a text finds nothing of it there, and two projects name it otherwise."""
+    identity = clean.doc_id("a text that somebody may guess")
+    written = []
+    for name in ("one", "two"):
+        write(tmp_path / name / "data/exclusions.txt", "# why\n")
+        exclude(tmp_path / name, {identity})
+        found = exclusions.read(tmp_path / name / "data/exclusions.txt")
+        assert (len(found), identity in found, clean.doc_id("another") in found) == (1, True, False)
+        written.append((tmp_path / name / "data/exclusions.txt").read_text())
+    assert all(text.startswith("# why\nkey ") for text in written)
+    assert not set(written[0].split()) & set(written[1].split()) - {"#", "why", "key"}
+    for text in ("a text that somebody may guess", identity.hex()):
+        said = text.encode()
+        hashes = [hash_of(data).hexdigest() for hash_of in (hashlib.sha256, hashlib.md5) for data in (said, identity)]
+        assert not any(digest[:16] in whole for whole in written for digest in hashes)
+    assert (tmp_path / "one/data/exclusions.key").stat().st_mode & 0o077 == 0
+    before = (tmp_path / "one/data/exclusions.key").read_text()
+    exclude(tmp_path / "one", {identity, clean.doc_id("another")})
+    assert (tmp_path / "one/data/exclusions.key").read_text() == before
+    assert len(exclusions.read(tmp_path / "one/data/exclusions.txt")) == 2
+
+
+def test_the_key_of_the_exclusions_stays_out_of_git(project: Path) -> None:
+    write(project / "data/exclusions.key", "")
+    git(project, "init", "--quiet")
+    assert git(project, "status", "--porcelain", "--ignored", "data/exclusions.key").startswith("!!")
+
+
+def entries(key: bytes, *ids: bytes) -> str:
+    return "".join(f"{line}\n" for line in (f"key {exclusions.key_id(key)}", *(exclusions.mark(key, i) for i in ids)))
+
+
+KEY, OTHER_KEY = bytes(range(32)), bytes(32)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "said"),
+    [
+        (entries(KEY, b"i"), None, r"exclusions.key is missing, without which .*exclusions.txt cannot be read"),
+        (
+            entries(KEY, b"i"),
+            OTHER_KEY.hex(),
+            r"exclusions.key is key \w{16}, but .*exclusions.txt was made with \w{16};",
+        ),
+        (entries(KEY, b"i").partition("\n")[2], KEY.hex(), "was made with one that it does not name"),
+        (entries(KEY, b"i"), "secret", "exclusions.key is no key: 64 hexadecimal digits"),
+        (entries(KEY, b"i") + entries(OTHER_KEY, b"j"), KEY.hex(), "exclusions.txt line 3: it names a second key"),
+        ("ab" * 16, KEY.hex(), "exclusions.txt line 1: a plain doc_id would tell .* lineage erase apply abab"),
+        (f"{entries(KEY, b'i')}no id\n", KEY.hex(), "exclusions.txt line 3: 'no id' is no entry"),
+        ("# 按要求\n", None, "exclusions.txt: byte 2 is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_exclusions_that_cannot_be_read_are_refused_not_passed_over(
+    tmp_path: Path, text: str, key: str | None, said: str
+) -> None:
+    (tmp_path / "exclusions.txt").write_bytes(text.encode("gb18030"))
+    if key is not None:
+        write(tmp_path / "exclusions.key", key)
+    with pytest.raises(SystemExit, match=said):
+        exclusions.read(tmp_path / "exclusions.txt")
+
+
+def test_what_an_editor_makes_of_the_exclusions_is_read_and_without_entries_no_key_is_needed(tmp_path: Path) -> None:
+    text = entries(KEY, b"i").upper().replace("KEY", "key").replace("\n", "  # asked by the owner\r\n")
+    write(tmp_path / "exclusions.txt", f"\ufeff# of an editor on Windows\r\n{text}")
+    write(tmp_path / "exclusions.key", KEY.hex().upper() + "\r\n")
+    assert b"i" in exclusions.read(tmp_path / "exclusions.txt")
+    write(tmp_path / "none/exclusions.txt", "# why\n\n")
+    assert len(exclusions.read(tmp_path / "none/exclusions.txt")) == 0
+
+
+def test_dedup_refuses_another_key_and_goes_on_with_the_right_one(project: Path, run_stage: Runner) -> None:
+    phase_of_lines(project, {"a": OTHERS[:4]}, run_stage)
+    exclude(project, {clean.doc_id(OTHERS[0])})
+    path = project / "data/exclusions.key"
+    key = path.read_text()
+    for wrong in (None, OTHER_KEY.hex()):
+        path.unlink(missing_ok=True)
+        if wrong:
+            write(path, wrong)
+        refused = run_stage(project, "dedup", "p")
+        assert refused.returncode != 0
+        assert refused.stderr.count("\n") == 1
+        assert not (project / "data/dedup/p").exists()
+    write(path, key)
+    assert [row["rule"] for row in decided(project, run_stage, "a")].count("excluded") == 1
 
 
 def test_an_excluded_id_that_no_document_has_is_counted(project: Path, run_stage: Runner) -> None:
     """An id of a removed document, or of another phase, is in order; a slip of the pen shows in the counts."""
     phase_of_lines(project, {"a": OTHERS[:4]}, run_stage)
-    known = hashlib.sha256(OTHERS[0].encode()).hexdigest()[:32]
-    write(project / "data/exclusions.txt", f"{known}\n{'ab' * 16}\n")
+    exclude(project, {clean.doc_id(OTHERS[0]), b"\xab" * 16})
     assert run_stage(project, "dedup", "p").returncode == 0
     counts = arrow.read_json(project / "metrics/runs/dedup@p.json")["counts"][0]
     assert (counts["exclusions"], counts["exclusions_not_here"], counts["excluded"]) == (2, 1, 1)
@@ -381,7 +457,7 @@ def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path,
     (counts,) = json.loads((project / "metrics/runs/dedup@p.json").read_text())["counts"]
     assert (counts["decontaminate:quiz"], counts["items of quiz"], counts["items of quiz too short"]) == (3, 1, 0)
     # Exclusion comes first, and takes the cluster; and without the benchmark the other twin is the duplicate.
-    write(project / "data/exclusions.txt", clean.doc_id(clear).hex() + "\n")
+    exclude(project, {clean.doc_id(clear)})
     assert [row["rule"] for row in decided(project, run_stage, "a")[8:]] == ["excluded", "excluded"]
     assert [row["rule"] for row in decided(project, run_stage, "b")] == ["excluded", rule]
     write(project / "data/exclusions.txt", "")

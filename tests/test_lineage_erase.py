@@ -50,7 +50,8 @@ def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(
     assert apply(before, near)["added"] == []
     text = (root / "data/exclusions.txt").read_text(encoding="utf-8")
     assert text.startswith((varied_project / "data/exclusions.txt").read_text(encoding="utf-8"))
-    assert "Canary" not in text  # ids, never text
+    assert "Canary" not in text  # keyed hashes, never text, nor what could be made of a guessed one
+    assert identity not in text
     proof = prove(before, identity)  # excluded, but not rebuilt
     assert not proof["absent"]
     assert proof["longest_run"] >= 30

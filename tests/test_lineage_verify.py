@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lineage import verify
+from lineage.erase import exclude
 from ruamel.yaml import YAML
 
 import tiny
@@ -351,18 +352,27 @@ def write(path: Path, content: bytes) -> None:
         ("models/pretrain/trained/training.json", b"models/configs/tiny", b"models/configs/tine", "names the base"),
         ("models/pretrain/merged/config.json", b'"model_type"', b'"model_tipe"', "merged/config.json is not that of"),
         ("models/chat/trained/tokenizer.json", b"version", b"versian", "is not the tokenizer.json of"),
-        ("data/exclusions.txt", b"# Documents", b"#\n%s\n# D", "is kept although data/exclusions.txt"),
     ],
 )
 def test_altered_files_are_found_though_every_paper_agrees(
     altered: Path, file: str, old: bytes, new: bytes, said: str
 ) -> None:
-    if b"%s" in new:
-        decisions = arrow.table(altered / "data/dedup/pretrain/tiny_text").to_pylist()
-        kept = next(row["doc_id"] for row in decisions if row["split"] == "train")
-        new = new.replace(b"%s", kept.hex().encode())
     forge(altered, replaced(altered / file, old, new))
     assert said in str(list(failures(altered).values()))
+
+
+def test_an_excluded_document_that_is_kept_is_found_another_key_too_and_a_missing_one_is_said(altered: Path) -> None:
+    decisions = arrow.table(altered / "data/dedup/pretrain/tiny_text").to_pylist()
+    kept = next(row["doc_id"] for row in decisions if row["split"] == "train")
+    forge(altered, lambda: exclude(altered, {kept}))
+    assert "is kept although data/exclusions.txt names it" in str(failures(altered))
+    key = altered / "data/exclusions.key"
+    key.write_text("00" * 32)
+    assert "data/exclusions.key is another key" in str(failures(altered))
+    key.unlink()
+    assert not failures(altered)
+    stops = [f.detail for f in verify.verify(altered).findings if f.path == "data/exclusions.txt"]
+    assert stops[-1] == "data/exclusions.key is not here, so no entry can be compared"
 
 
 def test_an_altered_receipt_and_an_altered_weight_are_found_though_every_paper_agrees(altered: Path) -> None:
