@@ -17,9 +17,9 @@ dvc.lock: every byte of every input and output is read and hashed. Then each art
     attestations (in a pack)              name the same digests; with --key, each is signed with it (ed25519)
 
 It stops where a library would be needed: text of PDF, Word and HTML files, rules of cleaning beyond line ends, Unicode
-forms and white space, chat templates, encoding (ids are decoded instead), masked objectives, the sums of a merge. Each
-place where it stops is listed. The hashes show that files and papers belong together; somebody who may change all of
-them can forge all of them alike, unless digests or signatures are kept elsewhere.
+forms and white space, chat templates, encoding (ids are decoded instead), the sums of a merge. Each place where it
+stops is listed. The hashes show that files and papers belong together; somebody who may change all of them can forge
+all of them alike, unless digests or signatures are kept elsewhere.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Wrong(Exception):  # noqa: N818 (a finding, no error of this program)
 
 # --- YAML, as far as params.yaml and dvc.lock use it: block and flow collections, quoted and plain scalars, comments
 
-NUMBER = re.compile(r"[-+]?(\d+|0x[0-9a-fA-F]+|0o[0-7]+)", re.ASCII)
-FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[-+]?(\d[\d_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)", re.ASCII)
+FLOAT = re.compile(r"[-+]?(\.\d[\d_]*|\d[\d_]*(\.[\d_]*)?)([eE][-+]?\d+)?", re.ASCII)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "e": "\x1b", "a": "\a", "b": "\b", "v": "\v", "f": "\f"}
 ESCAPES |= {"_": "\xa0", "N": "\x85", "L": "\u2028", "P": "\u2029"}
 
@@ -97,17 +97,20 @@ ESCAPES |= {"_": "\xa0", "N": "\x85", "L": "\u2028", "P": "\u2029"}
 def scalar(text: str) -> Any:
     """Return a plain scalar of YAML 1.2.
 
-    >>> scalar("1e-4"), scalar("no"), scalar("~")
-    (0.0001, 'no', None)
+    >>> scalar("1e-4"), scalar("no"), scalar("~"), scalar("010"), scalar("0o10"), scalar("1_000")
+    (0.0001, 'no', None, 10, 8, 1000)
     """
     if text in ("", "~", "null", "Null", "NULL"):
         return None
     if text.lower() in ("true", "false") and text in ("true", "True", "TRUE", "false", "False", "FALSE"):
         return text.lower() == "true"
     if NUMBER.fullmatch(text):
-        return int(text.replace("0o", "0o"), 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+        digits = text.replace("_", "")
+        return int(digits, 0) if digits.lstrip("+-")[:2] in ("0x", "0o", "0b") else int(digits)
     if FLOAT.fullmatch(text):
-        return float(text)
+        return float(text.replace("_", ""))
+    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
+        return float(text.replace(".", ""))
     return text
 
 
@@ -985,6 +988,13 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
 # --- documents -> marked -> tokens
 
 
+def byte_alphabet() -> dict[str, int]:
+    """Return the signs in which a byte-level tokenizer writes the 256 bytes: printable ones as themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
 class Tokenizer:
     """The pieces of a byte-level tokenizer, as bytes; special ones behind a byte that UTF-8 does not know."""
 
@@ -998,9 +1008,7 @@ class Tokenizer:
         kinds = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
         if "ByteLevel" not in kinds or content.get("normalizer") or content["model"].get("type") != "BPE":
             return
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        alphabet = {chr(byte): byte for byte in printable}
-        alphabet |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
+        alphabet = byte_alphabet()
         pieces: dict[int, bytes] = {}
         for text, number in content["model"]["vocab"].items():
             pieces[number] = bytes(alphabet[s] for s in text) if all(s in alphabet for s in text) else text.encode()
@@ -1356,20 +1364,21 @@ def check_receipts(project: Project, phase: str, report: Report) -> None:
     steps, size = len(receipts) // 16, int(params.get("global_batch_size", 16))
     if len(receipts) % 16 or steps != record["counts"][0]["steps"]:
         raise Wrong(f"{path} has {len(receipts)} bytes, 16 for each of {record['counts'][0]['steps']} steps are due")
-    if params.get("objective", "clm") != "clm":
-        report.stops("blocks -> receipts", path, "what a masked model was shown is not drawn anew here")
-        return
+    masking = Masking(project.root / f"models/tokenizers/{phase}", params) if params.get("objective") == "mlm" else None
     tokens = project.manifest(folder)["counts"]["tokens"]
     batches = list(project.batches(folder))  # mapped, not held
     ends = list(accumulate(batch.num_rows for batch in batches))
     known: dict[int, bytes] = {}
     for step in range(steps):
         shown = [block_at(step * size + place, ends[-1], int(params.get("seed", 0))) for place in range(size)]
-        for block in set(shown) - known.keys():
-            at = bisect_right(ends, block)
-            row = batches[at].slice(block - (ends[at] - batches[at].num_rows), 1)
-            known[block] = hashlib.sha256(block.to_bytes(8, "little") + _seen(row, block, tokens)).digest()[:16]
-        fed = b"".join(known[block] for block in shown)
+        fed = b""
+        for position, block in enumerate(shown, start=step * size):
+            if masking or block not in known:
+                at = bisect_right(ends, block)
+                row = batches[at].slice(block - (ends[at] - batches[at].num_rows), 1)
+                seen = _seen(row, block, tokens, masking, position)
+                known[block] = hashlib.sha256(block.to_bytes(8, "little") + seen).digest()[:16]
+            fed += known[block]
         if hashlib.sha256((step + 1).to_bytes(8, "little") + fed).digest()[:16] != receipts[16 * step : 16 * step + 16]:
             raise Wrong(
                 f"{path}: the receipt of step {step + 1} is not that of blocks {', '.join(map(str, shown[:4]))} ..."
@@ -1380,19 +1389,125 @@ def check_receipts(project: Project, phase: str, report: Report) -> None:
     )
 
 
-def _seen(row: pa.RecordBatch, block: int, tokens: int) -> bytes:
+def _seen(row: pa.RecordBatch, block: int, tokens: int, masking: Masking | None, position: int) -> bytes:
     """Return what a model is shown of a block: ids and labels as int32; -100 where nothing is learned."""
-    ids = row["input_ids"][0].values.to_pylist()
+    ids = row["input_ids"].flatten().cast(pa.int32())
     filled = tokens - block * len(ids)
     if "starts" in row.schema.names:
         filled = row["starts"][0].values[-1].as_py()
-    learn = row["learn"][0].values.to_pylist() if "learn" in row.schema.names else [True] * len(ids)
-    labels = [number if place < filled and learn[place] else -100 for place, number in enumerate(ids)]
-    return _int32(ids) + _int32(labels)
+    learned = pc.less(pa.array(range(len(ids))), filled)
+    if "learn" in row.schema.names:
+        learned = pc.and_(learned, row["learn"].flatten())
+    inputs = ids
+    if masking:
+        inputs, learned = masking(ids, learned, position)
+    labels = pc.if_else(learned, ids, pa.scalar(-100, pa.int32()))
+    return _int32(inputs) + _int32(labels)
 
 
-def _int32(values: list[int]) -> bytes:
-    return b"".join(value.to_bytes(4, "little", signed=True) for value in values)
+def _int32(values: pa.Array) -> bytes:
+    return values.buffers()[1].slice(4 * values.offset, 4 * len(values)).to_pybytes()
+
+
+# --- What a masked model has to guess: the arithmetic of the training, over whole blocks
+
+
+def mix_all(values: pa.Array) -> pa.Array:
+    """Return `mix` of each value of a uint64 array."""
+    one = pa.scalar(0x9E3779B97F4A7C15, pa.uint64())
+    values = pc.add(values, one)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = pc.bit_wise_xor(values, pc.shift_right(values, pa.scalar(shift, pa.uint64())))
+        values = pc.multiply(values, pa.scalar(factor, pa.uint64()))
+    return pc.bit_wise_xor(values, pc.shift_right(values, pa.scalar(31, pa.uint64())))
+
+
+BLANK, SPACE, LETTER, DIGIT, OTHER, HAN, PART, SPECIAL = range(8)  # of a character; PART: the rest of a cut one
+HAN_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+
+
+class Masking:
+    """Which tokens of a block a masked model had to guess, and what it saw in their place."""
+
+    def __init__(self, tokenizer: Path, params: dict[str, Any]) -> None:
+        self.probability, self.seed = float(params.get("mlm_probability", 0.15)), int(params.get("seed", 0))
+        text = (tokenizer / "tokenizer.json").read_text(encoding="utf-8")
+        content = json.loads(text)
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
+        special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        token = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))["mask_token"]
+        self.mask = pa.scalar(ids[token["content"] if isinstance(token, dict) else token], pa.int32())
+        self.ordinary = pa.array([number for number in range(len(ids)) if number not in special], pa.int32())
+        self.special = pa.array(sorted(special), pa.int32())
+        self.kinds: list[pa.Array] = []
+        if params.get("whole_word_mask"):
+            alphabet = byte_alphabet() if "ByteLevel" in text else {}
+            ends = {number: _ends(piece, alphabet) for piece, number in ids.items() if number not in special}
+            both = [ends.get(number, (SPECIAL, SPECIAL)) for number in range(len(ids))]
+            self.kinds = [pa.array(side, pa.uint8()) for side in zip(*both, strict=True)]
+
+    def __call__(self, ids: pa.Array, learned: pa.Array, position: int) -> tuple[pa.Array, pa.Array]:
+        eligible = pc.and_(learned, pc.invert(pc.is_in(ids, self.special)))
+        draw = self._uniform(position, len(ids), 0)
+        if self.kinds:
+            places = pa.array(range(len(ids)), pa.int64())
+            draw = draw.take(pc.cumulative_max(pc.if_else(self._starts(ids), places, 0)))
+        chosen = pc.and_(eligible, pc.less(draw, self.probability))
+        if not pc.any(chosen).as_py():
+            chosen = pc.and_(eligible, pc.equal(draw, pc.min(pc.if_else(eligible, draw, 2.0))))
+        become = self._uniform(position, len(ids), 1)
+        other = pc.multiply(self._uniform(position, len(ids), 2), float(len(self.ordinary))).cast(
+            pa.int64(), safe=False
+        )
+        random = pc.and_(chosen, pc.and_(pc.greater_equal(become, 0.8), pc.less(become, 0.9)))
+        inputs = pc.if_else(pc.and_(chosen, pc.less(become, 0.8)), self.mask, ids)
+        return pc.if_else(random, self.ordinary.take(other), inputs), chosen
+
+    def _uniform(self, position: int, length: int, purpose: int) -> pa.Array:
+        """Return numbers in [0, 1) of seed, position in the stream of blocks, place and purpose."""
+        places = mix_all(pa.array([4 * place + purpose for place in range(length)], pa.uint64()))
+        row = pa.scalar(mix(mix(self.seed) ^ position), pa.uint64())
+        draws = pc.shift_right(mix_all(pc.bit_wise_xor(places, row)), pa.scalar(11, pa.uint64()))
+        return pc.multiply(draws.cast(pa.float64()), 2.0**-53)
+
+    def _starts(self, ids: pa.Array) -> pa.Array:
+        """Return which tokens begin a word."""
+        first, last = (kind.take(ids) for kind in self.kinds)
+        before = pa.concat_arrays([pa.array([SPECIAL], pa.uint8()), last.slice(0, len(last) - 1)])
+        always = pc.is_in(first, pa.array([BLANK, SPACE, HAN, SPECIAL], pa.uint8()))
+        border = pc.and_(pc.not_equal(first, before), pc.not_equal(before, BLANK))
+        return pc.and_(pc.not_equal(first, PART), pc.or_(always, border))
+
+
+def _ends(piece: str, alphabet: dict[str, int]) -> tuple[int, int]:
+    """Return the kinds of the first and the last character of a token."""
+    if alphabet and all(sign in alphabet for sign in piece):
+        raw = bytes(alphabet[sign] for sign in piece)
+        text = raw.decode("utf-8", "ignore")
+        first = PART if 0x80 <= raw[0] < 0xC0 else _kind(text[0]) if text else _lead(raw[0])
+        return first, _kind(text[-1]) if text else PART if first == PART else _lead(raw[0])
+    if len(piece) == 6 and piece.startswith("<0x"):
+        byte = int(piece[3:5], 16)
+        return (PART, PART) if 0x80 <= byte < 0xC0 else (_lead(byte), _lead(byte))
+    text = piece.removeprefix("##").replace("\u2581", " ")
+    return PART if piece.startswith("##") else _kind(text[:1]), _kind(text[-1:])
+
+
+def _lead(byte: int) -> int:
+    return _kind(chr(byte)) if byte < 0x80 else HAN if byte >= 0xE0 else LETTER
+
+
+def _kind(sign: str) -> int:
+    if sign == " ":
+        return BLANK
+    if not sign or sign.isspace():
+        return SPACE
+    if any(begin <= ord(sign) <= end for begin, end in HAN_RANGES):
+        return HAN
+    return {"L": LETTER, "M": LETTER, "N": DIGIT}.get(unicodedata.category(sign)[0], OTHER)
 
 
 def check_model(project: Project, phase: str, report: Report) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ import tiny
 from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import ROOT
 from kit import arrow
+from kit.tokenizer import Vocabulary
+from masking import Masking
 
 STRUCTURE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -392,42 +395,114 @@ def test_an_altered_receipt_and_an_altered_weight_are_found_though_every_paper_a
 # --- Receipts
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_receipts_of_1000_steps_are_computed_anew_and_one_altered_token_is_caught(tmp_path: Path, masked: bool) -> None:
-    """Against the functions of block_order.py that the training uses."""
-    folder = tiny.blocks(tmp_path / "data/blocks/p/train", 90, masked)
+MLM = {"objective": "mlm", "mlm_probability": 0.3, "whole_word_mask": True}
+
+
+@pytest.mark.parametrize(("marks", "objective"), [(False, {}), (True, {}), (False, MLM), (True, {"objective": "mlm"})])
+def test_receipts_of_1000_steps_are_computed_anew_and_one_altered_token_is_caught(
+    tmp_path: Path, marks: bool, objective: dict[str, Any]
+) -> None:
+    """Against the functions of block_order.py and masking.py that the training uses."""
+    folder = tiny.blocks(tmp_path / "data/blocks/p/train", 90, marks)
     table, order = arrow.table(folder), BlockOrder(90, seed=7)
     ids = np.array(table["input_ids"].to_pylist(), "<i4")
-    labels = ids.copy()
-    if masked:
-        labels[~np.array(table["learn"].to_pylist())] = -100
-    labels[-1, -3:] = -100  # padding
-    receipts = b""
-    for step in range(1, 1001):
-        shown = [order.block(place) for place in range(4 * step - 4, 4 * step)]
-        receipts += step_receipt(step, [block_receipt(n, ids[n].tobytes(), labels[n].tobytes()) for n in shown])
+    learned = np.array(table["learn"].to_pylist()) if marks else np.ones_like(ids, bool)
+    learned[-1, -3:] = False  # padding
+    masking = None
+    if objective:
+        vocabulary = Vocabulary(tiny.masked_tokenizer(tmp_path / "models/tokenizers/p"))
+        ids %= vocabulary.size
+        del table
+        rewrite(folder, lambda rows: [row.update(input_ids=n.tolist()) for row, n in zip(rows, ids, strict=True)])()
+        masking = Masking(
+            vocabulary, objective.get("mlm_probability", 0.15), bool(objective.get("whole_word_mask")), seed=7
+        )
+
+    def shown(place: int) -> bytes:
+        block = order.block(place)
+        inputs, own = ids[block], learned[block]
+        if masking:
+            (inputs,), (own,) = masking(ids[[block]].astype(np.int64), learned[[block]], np.array([place]))
+        labels = np.where(own, ids[block], -100)
+        return block_receipt(block, inputs.astype("<i4").tobytes(), labels.astype("<i4").tobytes())
+
+    receipts = b"".join(
+        step_receipt(step, [shown(place) for place in range(4 * step - 4, 4 * step)]) for step in range(1, 1001)
+    )
     path = tmp_path / "models/p/trained/receipts.bin"
     path.parent.mkdir(parents=True)
     path.write_bytes(receipts)
-    arrow.write_json(tmp_path / "record.json", {"counts": [{"steps": 1000}]})
     (tmp_path / "metrics/runs").mkdir(parents=True)
-    (tmp_path / "record.json").rename(tmp_path / "metrics/runs/train_model@p.json")
+    arrow.write_json(tmp_path / "metrics/runs/train_model@p.json", {"counts": [{"steps": 1000}]})
+    params = "".join(f"          {name}: {json.dumps(value)}\n" for name, value in objective.items())
     (tmp_path / "dvc.lock").write_text(
         "schema: '2.0'\nstages:\n  train_model@p:\n    cmd: x\n    params:\n      params.yaml:\n"
-        "        phases.p.train_model:\n          global_batch_size: 4\n          seed: 7\n"
+        f"        phases.p.train_model:\n          global_batch_size: 4\n          seed: 7\n{params}"
     )
     report = verify.Report()
     verify.check_receipts(verify.Project(tmp_path, None), "p", report)
     assert report.findings[0].detail == "1,000 steps of 4 blocks (100% of the blocks were shown)"
 
-    del table
-    rewrite(folder, lambda rows: rows[50]["input_ids"].__setitem__(3, 299 - rows[50]["input_ids"][3]))()
+    table = None
+    rewrite(folder, lambda rows: rows[50]["input_ids"].__setitem__(3, rows[50]["input_ids"][3] ^ 1))()
     first = next(place // 4 + 1 for place in range(400) if order.block(place) == 50)
     with pytest.raises(verify.Wrong, match=f"the receipt of step {first} is not that of blocks"):
         verify.check_receipts(verify.Project(tmp_path, None), "p", report)
 
 
+PIECES = {
+    "bytes": ["a", "Ġthe", "ing", "7", ",", "ĠĠ", "Ċ", "ç", "¬", "¬¬", "ç¬¬", "Ġç", "é", "Ã©", "<mask>", "Ð"],
+    "pieces": ["a", "the", "##ing", "7", ",", "第", "##一", "é", "\t", "д", "<mask>", "一条"],
+    "sentence": ["▁", "▁the", "ing", "▁7", "42", ",", "第", "<0xE7>", "<0xAC>", "<0x41>", "é", "▁▁", "<mask>"],
+}
+
+
+@given(st.data())
+@pytest.mark.parametrize("kind", PIECES)
+def test_what_a_masked_model_guesses_is_drawn_as_in_the_training(kind: str, data: st.DataObject) -> None:
+    """For byte-level, WordPiece and SentencePiece tokens, whole words or not."""
+    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "</s>", *PIECES[kind]])}
+    added = [{"id": vocabulary[text], "content": text, "special": True} for text in ("<pad>", "</s>", "<mask>")]
+    more = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    words = data.draw(st.booleans())
+    params = {"mlm_probability": data.draw(st.floats(0.01, 0.99)), "whole_word_mask": words}
+    params |= {"seed": data.draw(st.integers(0, 2**63 - 1))}
+    ids = data.draw(st.lists(st.integers(0, len(vocabulary) - 1), min_size=1, max_size=40))
+    learned = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    position = data.draw(st.integers(0, 2**40))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        content = {
+            "version": "1.0",
+            "added_tokens": [{**token, **more} for token in added],
+            "normalizer": None,
+            "post_processor": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+            if kind == "bytes"
+            else None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<pad>"},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        settings = {"eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        theirs = Masking(Vocabulary(folder), params["mlm_probability"], words, params["seed"])
+        inputs, chosen = theirs(np.array([ids]), np.array([learned]), np.array([position]))
+        ours = verify.Masking(folder, params)(pa.array(ids, pa.int32()), pa.array(learned), position)
+    assert [side.to_pylist() for side in ours] == [inputs[0].tolist(), chosen[0].tolist()]
+
+
 # --- The program itself
+
+
+SCALARS = "0o17 010 0x1F +0x1f -0o7 0b11 1_000 -1_0 1_0.5_0 0o9 0x 1e3 1.e3 .5 5. -0 +12 .inf -.Inf 1__ no True ~ 1e +"
+
+
+@pytest.mark.parametrize("text", SCALARS.split())
+def test_a_plain_scalar_is_what_dvc_reads(text: str) -> None:
+    """DVC reads YAML 1.2 by ruamel.yaml: 010 is ten, 0o10 eight."""
+    found, expected = verify.scalar(text), YAML(typ="safe").load(text)
+    assert (found, type(found)) == (expected, type(expected))
 
 
 def test_the_yaml_reader_reads_what_the_project_writes() -> None:
