@@ -99,14 +99,19 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Which runs of 16 words or more (characters of Chinese) of a text stand in the training data, verbatim?"""
-    from lineage.trace import generated
+    from lineage.trace import SHORTEST, generated
     from lineage.trace import trace as find
+    from near_duplicates import spans
 
     if bool(text) == bool(prompt) or (prompt and not phase):
         raise SystemExit("give either a text, or --prompt with --phase, the phase whose model is to answer.")
+    lineage = _lineage()
     if prompt:
-        text = generated(Path(), phase, prompt, max_new_tokens)
-    found = find(_lineage(), sys.stdin.read() if text == "-" else text, phase or None, limit, os.cpu_count() or 1)
+        text = generated(Path(), lineage.phase(phase).name, prompt, max_new_tokens)
+    text = sys.stdin.read() if text == "-" else text
+    if not prompt and len(spans(text)[0]) < SHORTEST:
+        raise SystemExit(f"the text has {len(spans(text)[0])} words (characters of Chinese); {SHORTEST} are needed.")
+    found = find(lineage, text, phase or None, limit, os.cpu_count() or 1)
     _print({"text": text, "runs": found} if prompt else found, as_json)
     if not found and not as_json:
         print("no run of 16 units stands in a document")

@@ -230,11 +230,11 @@ def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20
     """Return the runs of a text that stand in documents, the longest first; see the top of this file.
 
     `phase`: only the documents of this phase and of those it goes on from. A run that lies within a longer one is left
-    out, but for one that was trained on within one that was dropped. Raises SystemExit for a text that is too short.
+    out, but for one that was trained on within one that was dropped. A text of fewer than SHORTEST units has no run.
     """
     units, places = spans(text)
     if len(units) < SHORTEST:
-        raise SystemExit(f"the text has {len(units)} words (or characters of Chinese ...); {SHORTEST} are needed.")
+        return []
     hashes = np.unique(whole_runs(_hashed(text), RUN))
     found: list[tuple[int, Source, int]] = []
     for source in lineage.sources if phase is None else _sources(lineage, phase):
@@ -301,21 +301,22 @@ def _answer(text: str, places: list[tuple[int, int]], found: list[Span], split: 
 def generated(root: Path, phase: str, prompt: str, tokens: int) -> str:
     """Return what the merged model of a phase writes behind a prompt, always its likeliest token."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = root / "models" / phase / "merged"
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder} is not there; train phase {phase} first.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    if tokenizer.chat_template:
-        said = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        ids = tokenizer(said, return_tensors="pt", add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-    with torch.no_grad():
-        written = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from generation import prompt_ids, tokenizer_of, write
+    from kit.model import device, max_positions, objective
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if objective(folder) == "mlm":
+        raise SystemExit(f"{folder} is a masked model, which writes no text; give trace a text.")
+    tokenizer, model = tokenizer_of(folder), AutoModelForCausalLM.from_pretrained(folder).to(device())
+    ids = prompt_ids(prompt, tokenizer)
+    room = (max_positions(model) or len(ids) + tokens) - len(ids)
+    if room < 1:
+        raise SystemExit(f"the prompt has {len(ids)} tokens, for which {folder} has no room; give a shorter one.")
+    return write(model, tokenizer, [ids], min(tokens, room))[0]

@@ -16,8 +16,10 @@ from lineage.questions import Lineage
 
 import clean
 import dedup
+import tiny
 from kit import arrow
 from near_duplicates import spans
+from test_lineage_questions import ask
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "s", "", "th")]
 LOCK = """schema: '2.0'
@@ -124,8 +126,45 @@ def test_chinese_is_matched_by_character(tmp_path: Path) -> None:
 
 
 def test_a_text_of_fewer_than_16_units_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="the text has 3 words"):
-        trace.trace(project(tmp_path, ["x"], ["train"]), "one two three")
+    assert trace.trace(project(tmp_path, ["x"], ["train"]), "one two three") == []
+    assert "the text has 3 words" in ask(tmp_path, "trace", "one two three", status=1)
+
+
+def test_what_a_model_writes_is_traced_to_the_document_that_it_learned_by_heart(tmp_path: Path) -> None:
+    """A tiny Llama that has seen one text until it knows it; then a prompt, its answer and where that stands."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    text = "the quick brown fox jumps over the lazy dog and the lazy fox over the brown dog jumps quick over the fox"
+    project(tmp_path, ["something else that nobody wrote", "A title.\n" + text], ["train", "train"])
+    folder = tmp_path / "models/p/merged"
+    (tiny.tokenizer(folder) / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode(text)])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny.CONFIG, "max_position_embeddings": 128}))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(400):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    model.save_pretrained(folder)
+
+    found = ask(tmp_path, "trace", "--prompt", "the quick brown", "--phase", "p")
+    assert text.startswith("the quick brown" + found["text"][:60])
+    (run,) = found["runs"]
+    assert (run["file"], run["line"], run["documents"]) == ("data/raw/s/00001.txt", 2, 1)
+    assert run["units"] >= 16
+    assert " ".join(run["text"].split()) in text
+    short = ask(tmp_path, "trace", "--prompt", "the quick brown", "--phase", "p", "--max-new-tokens", "4")
+    assert short["text"] and short["runs"] == []
+    assert "for which" in ask(tmp_path, "trace", "--prompt", text * 9, "--phase", "p", status=1)
+    config = (folder / "config.json").read_text().replace("LlamaForCausalLM", "RobertaForMaskedLM")
+    (folder / "config.json").write_text(config)
+    assert "is a masked model" in ask(tmp_path, "trace", "--prompt", "the", "--phase", "p", status=1)
 
 
 units = st.lists(st.sampled_from("abcdefgh"), min_size=16, max_size=40)
