@@ -74,7 +74,10 @@ def save(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> Non
     options: dict[str, Any] = {"save_embedding_layers": False}  # peft would add those of a base that got new tokens
     if initial := getattr(model, "initial", None):
         options["path_initial_model_for_weight_conversion"] = str(Path(initial.name, "initial"))
-    given = {"state_dict": weights} if weights is not None else {}
+    given = {}
+    if weights is not None:  # gathered one by one, a tied weight under each of its names
+        tied = getattr(model, "all_tied_weights_keys", {})
+        given["state_dict"] = {name: weight for name, weight in weights.items() if name not in tied}
     model.save_pretrained(folder, **given, **(options if hasattr(model, "peft_config") else {}))
 
 

@@ -270,9 +270,11 @@ def bare(model: Any) -> Any:
 def mean_loss(model: Any, blocks: Any, batch_size: int) -> float:
     """Return what kit/model.py's `mean_loss` does, without logits, and with one wait for the device.
 
-    Of the bare model: AdaLoRA adds the size of its matrices to a loss, which is none of the text's.
+    AdaLoRA adds the size of its matrices to a loss, which is none of the text's, so there the model inside is asked;
+    elsewhere the outer one, as FSDP gathers weights when that is called.
     """
-    training, inner = model.training, bare(model)
+    training = model.training
+    inner = bare(model) if hasattr(model.base_model, "rankallocator") else model
     model.eval()
     device = inner.get_input_embeddings().weight.device
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
