@@ -81,6 +81,7 @@ def peer(corpus: str, tokenizer: str, out: str) -> None:
 def group_alone(tokens: str, out: str) -> None:
     """Write the blocks of a tokens folder and, to out/seconds.json, the CPU seconds; SHA-256 and writing included."""
     import pyarrow as pa
+    import pyarrow.compute  # before the clock starts, as the peer's libraries
 
     from group_blocks import Grouper, blocks_schema
     from kit import arrow

@@ -220,7 +220,7 @@ def _count_lines(path: Path, end: int) -> int:
 
 
 def clean_shard(work: Work) -> bytes:
-    """Return what `cleaned` gives as an Arrow IPC stream, behind b"1" or, when it is not to be remembered, b"0".
+    """Return what `cleaned` gives as an Arrow IPC stream, and then b"1" or, when it is not to be remembered, b"0".
 
     Nor is it when a file was written since it was digested: the stage will refuse to publish, but the rows would come
     back under the digest of the old content once that is restored.
@@ -232,7 +232,8 @@ def clean_shard(work: Work) -> bytes:
             stream.write_batch(batch)
             keep = keep and portable
     keep = keep and before == [state for piece in pieces for state in stage.state(piece.path)]
-    return (b"1" if keep else b"0") + sink.getvalue().to_pybytes()
+    sink.write(b"1" if keep else b"0")
+    return sink.getvalue().to_pybytes()
 
 
 class Account:
@@ -293,9 +294,9 @@ def read(work: Iterator[tuple[str, Work]], memo: Memo) -> Iterator[tuple[pa.Reco
 
     more = True
     while more:
-        for result in memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent, lambda r: r[:1] == b"1"):
+        for result in memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent, lambda r: r[-1:] == b"1"):
             start = starts.popleft()
-            with pa.ipc.open_stream(pa.py_buffer(result)[1:]) as stream:
+            with pa.ipc.open_stream(result) as stream:
                 for number, batch in enumerate(stream):
                     yield batch, start, number == 0
         more = bool(too_large)

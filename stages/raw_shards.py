@@ -97,7 +97,8 @@ def shards(
         inside = paths(root, file)
         size = sum(path.stat().st_size for path in inside)
         path = root if file == root.name and not (root / file).exists() else root / file
-        if size <= WHOLE_BYTES:
+        cuttable = raw_params.cuttable(path, params)
+        if size <= (SHARD_BYTES if cuttable else WHOLE_BYTES):
             # One that has come since has none: the stage will refuse to publish.
             known = [digests.get(one.relative_to(root).as_posix() if one != root else "") for one in inside]
             identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
@@ -105,7 +106,7 @@ def shards(
             continue
         yield from _grouped(small)
         small = []
-        if not raw_params.cuttable(path, params):
+        if not cuttable:
             yield "", [Piece(file, path, 0, None)]
             continue
         for start, end, digest in line_shards(path):

@@ -50,8 +50,8 @@ class Memo:
     ) -> Iterator[bytes]:
         """Yield `work(what)` for each shard (digest, what), in order, from memory or from `workers` processes.
 
-        A result that `keep` refuses is not remembered. At most two shards per worker are held at a time. Raises
-        ValueError when a result computed again differs.
+        A result that `keep` refuses is not remembered. At most two shards per worker are held at a time, one when there
+        is but one worker. Raises ValueError when a result computed again differs.
         """
         import multiprocessing  # with the pool, 25 ms that the start of other stages does not wait for
         from concurrent.futures import Future, ProcessPoolExecutor
@@ -71,7 +71,7 @@ class Memo:
                         future = Future()
                         future.set_result(work(what))
                 waiting.append((name, known, future))
-                while len(waiting) >= 2 * workers:
+                while len(waiting) >= (2 * workers if workers > 1 else 1):
                     yield self._finish(*waiting.popleft(), keep)
             while waiting:
                 yield self._finish(*waiting.popleft(), keep)
