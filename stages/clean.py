@@ -12,7 +12,7 @@ Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x8
     ledger:    those two with rule null, the first with changes "nfc 1"; bytes 8-9, line 2 with rule `empty`
 
 What a record is in each format, and its place, says raw_formats.py; what is done to it, clean_rules.py. A conversation
-becomes messages with role and content. Work goes by shards of about 8 MB that .memo/ remembers, so a new file costs its
+becomes messages with role and content. Work goes by shards of about 4 MB that .memo/ remembers, so a new file costs its
 own shard; a csv, json, html, PDF, Word, Parquet or compressed file is never cut, and one of more than 32 MB is read
 as a stream and not remembered.
 """
@@ -67,7 +67,7 @@ LEDGER = pa.schema(
 JUDGED = [pa.field(name, pa.string()) for name in ("rule", "evidence", "changes")]
 # What is known of a record before documents and ledger part.
 RECORDS = pa.schema([*PLACE, pa.field("raw_id", pa.binary(16)), pa.field("doc_id", pa.binary(16)), *JUDGED])
-BATCH_BYTES = 4 * 2**20  # of text, held as Python values at a time
+BATCH_BYTES = 2**20  # of text, held as Python values at a time
 
 # YAML reads 2026-11-21 as a date and 2026 as a number.
 Day = Annotated[str, BeforeValidator(lambda day: str(day) if isinstance(day, datetime.date | int) else day)]

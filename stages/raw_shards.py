@@ -19,7 +19,7 @@ import numpy as np
 import raw_params
 from kit.memo import SHARD_BYTES, cuts
 
-WHOLE_BYTES = 4 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
+WHOLE_BYTES = 8 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
 
 
 class Piece(NamedTuple):
@@ -87,7 +87,7 @@ def _parents(name: str) -> list[str]:
 def shards(
     root: Path, files: list[str], digests: dict[str, str], params: raw_params.Params
 ) -> Iterator[tuple[str, list[Piece]]]:
-    """Yield (digest of the content, pieces) of about 8 MB, in order; digest "": a file too large to be one result.
+    """Yield (digest of the content, pieces) of about 4 MB, in order; digest "": a file too large to be one result.
 
     `digests`: SHA-256 of each file below `root`. Small files are put together and large ones cut where their content
     says, so that a file or a line that comes or goes changes the shard that holds it and seldom a neighbour.

@@ -10,7 +10,7 @@ Example, a tokenizer with <s> = 0, </s> = 1, <pad> = 2 and the bytes from 3 on (
 
 A plain segment is encoded with the parsing of special tokens off; a special segment is one id. That no id of a special
 token stands anywhere else is checked for every document before anything is published. The segments go through in shards
-of about 8 MB, cut by content: a shard that an earlier run has encoded is taken from .memo/.
+of about 4 MB, cut by content: a shard that an earlier run has encoded is taken from .memo/.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def main(name: str) -> None:
         ends, masked = plan(marked)
         work = functools.partial(tokenised, tokenizer)
         # Beside gigatoken a process is worth its start and the text sent to it from some 64 MB on.
-        worth = len(ends) // 8 if encoder(tokenizer).fast.name == "gigatoken" else len(ends)
+        worth = len(ends) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(ends)
         workers = max(1, min(stage.workers(), worth))
         results = memo.map(shards(marked, ends), work, workers, stage.die_with_parent)
         counts = {"train": 0, "eval": 0, "learned": 0}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CHECKED = 0.01  # share of the hits that are computed again
-SHARD_BYTES = 8 * 2**20
+SHARD_BYTES = 4 * 2**20
 
 
 class Memo:
