@@ -134,14 +134,16 @@ def in_order(sources: list[str], priority: list[str]) -> list[str]:
     return [*priority, *(name for name in sources if name not in priority)]
 
 
-def split_point(doc_id: bytes, seed: int) -> float:
-    """Return where a document stands in [0, 1): below `eval_fraction` it is held out.
+def split_points(ids: Array, seed: int) -> npt.NDArray[np.float64]:
+    """Return where documents stand in [0, 1): those below `eval_fraction` are held out. ids: uint8 (n, 16).
 
-    >>> split_point(bytes(16), 0) == split_point(bytes(16), 0) != split_point(bytes(16), 1)
-    True
+    >>> split_points(np.zeros((1, 16), np.uint8), 0)
+    array([0.33866446])
     """
-    key = hashlib.sha256(seed.to_bytes(8, "little") + doc_id).digest()[:7]
-    return (int.from_bytes(key, "little") >> 3) / 2**53  # 53 bits: exact as a float
+    content, key = ids.tobytes(), seed.to_bytes(8, "little")
+    hashes = [hashlib.sha256(key + content[at : at + 16]).digest()[:8] for at in range(0, len(content), 16)]
+    # 53 bits of the first 7 bytes: exact as a float.
+    return (np.frombuffer(b"".join(hashes), "<u8") << np.uint64(8) >> np.uint64(11)) / 2**53
 
 
 def identify(ids: Ids, folder: Path | None = None) -> Copies:
@@ -232,10 +234,13 @@ def _draw(ids: Ids, drawn: Array, params: Params) -> None:
     if before < 2:
         raise ValueError("the phase has fewer than two different documents, so none can be held out; add text.")
     for begin, part in _parts(ids):
-        for place in np.flatnonzero(drawn[begin : begin + len(part)]).tolist():
-            row, point = begin + place, split_point(part[place].tobytes(), params.seed)
-            drawn[row] = point < params.eval_fraction
-            nearest, last = min(nearest, (point, row)), max(last, (point, row))
+        places = np.flatnonzero(drawn[begin : begin + len(part)])
+        points = split_points(part[places], params.seed)
+        drawn[begin + places] = points < params.eval_fraction
+        if len(places):
+            low, high = points.argmin(), points.argmax()
+            nearest = min(nearest, (float(points[low]), begin + int(places[low])))
+            last = max(last, (float(points[high]), begin + int(places[high])))
     if not drawn.any():
         drawn[nearest[1]] = True
     elif drawn.sum() == before:

@@ -30,7 +30,7 @@ from dedup import (
     identify,
     in_order,
     read_ids,
-    split_point,
+    split_points,
     table,
 )
 from kit import arrow
@@ -40,6 +40,14 @@ from near_duplicates import clusters, jaccard, near_twins, signatures
 IDS = st.binary(min_size=16, max_size=16)
 # A pool of six, so that documents meet again in and across sources.
 SOURCES = st.dictionaries(st.sampled_from("abc"), st.lists(st.sampled_from([bytes([n]) * 16 for n in range(6)])))
+
+
+def split_point(identity: bytes, seed: int) -> float:
+    """Return where one document stands, by the definition: 53 bits of a SHA-256, the lowest of 7 bytes first."""
+    key = hashlib.sha256(seed.to_bytes(8, "little") + identity).digest()[:7]
+    point = (int.from_bytes(key, "little") >> 3) / 2**53
+    assert split_points(np.frombuffer(identity, np.uint8).reshape(1, 16), seed).tolist() == [point]
+    return point
 
 
 def decisions(
