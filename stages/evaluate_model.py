@@ -95,8 +95,9 @@ def main(phase: str) -> None:
     with stage.run("evaluate_model", phase, [str(path) for path in inputs], [f"metrics/{phase}"]) as run:
         (folder,) = run.outputs
         sources = phase_sources(phase, clean)
-        vocabulary, tokenizer = Vocabulary(models / "merged"), generation.tokenizer_of(models / "merged")
+        vocabulary = Vocabulary(models / "merged")
         own = held_out.held_out(clean, dedup, tokens, sources, vocabulary.special_ids)
+        tokenizer = generation.tokenizer_of(models / "merged", [one.text for one in own])
         documents = own + [one for name in params.general for one in held_out.general(name, vocabulary)]
         shares = contamination.shares([one.text for one in documents], held_out.train_texts(clean, dedup, sources))
         about = arrow.read_json(models / "trained/training.json")

@@ -5,6 +5,7 @@ Greedy unless `sampling` gives temperature and top_p; a sampled text depends on 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from held_out import Document
+from kit.tokenizer import Vocabulary
 
 TOP = 5  # candidates shown for a gap
 
@@ -23,11 +25,25 @@ class Question(NamedTuple):
     answer: str
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer of a model folder as transformers gives it to every user of the model."""
+def tokenizer_of(folder: Path, texts: Sequence[str]) -> Any:
+    """Return the tokenizer of a model folder as transformers gives it to every user of the model.
+
+    Raises ValueError when it makes other tokens of `texts` than the tokenizer.json beside the model does: transformers
+    5 gives a model of type qwen2 the words and the NFC of Qwen 2, whatever it was trained with.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    given, own = AutoTokenizer.from_pretrained(folder), Vocabulary(folder).tokenizer
+    both = given.backend_tokenizer, own
+    for text in texts:
+        theirs, ours = (one.encode(text, add_special_tokens=False).ids for one in both)
+        if theirs != ours:
+            raise ValueError(
+                f"transformers opens {folder} with a {type(given).__name__}, which makes other tokens of "
+                f"{json.dumps(text[:60], ensure_ascii=False)} than the tokenizer that the model learned with; take a "
+                "base of another model_type (qwen3 instead of qwen2), or the tokenizer of such a base (mode: reuse)."
+            )
+    return given
 
 
 def questions(documents: Sequence[Document], tokenizer: Any, number: int, longest: int) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,27 @@ def saved(folder: Path, masked: bool = False) -> tuple[Any, Any]:
     train_loop.save(model, tokenizer, base, settings, folder / "merged")
     start(0)
     vocabulary = Vocabulary(folder / "merged")
-    return load_model(folder / "merged", vocabulary.size, vocabulary.special_ids), tokenizer_of(folder / "merged")
+    return load_model(folder / "merged", vocabulary.size, vocabulary.special_ids), tokenizer_of(
+        folder / "merged", ["the fox"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2"])
+def test_a_tokenizer_that_transformers_replaces_is_found(tmp_path: Path, kind: str) -> None:
+    """It gives a qwen2 the words of Qwen 2, where a digit is a word: "1234" comes out otherwise than it was learned."""
+    folder = tiny.tokenizer(tmp_path / "merged")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": 300}))
+    tokenizer_of(folder, ["the fox"])
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"].append(["1", "2"])
+    content["model"]["vocab"]["12"] = 300
+    path.write_text(json.dumps(content))
+    if kind != "qwen2":
+        assert tokenizer_of(folder, ["12"]).encode("12", add_special_tokens=False) == [300]
+        return
+    with pytest.raises(ValueError, match='with a Qwen2Tokenizer, which makes other tokens of "12" than the tokenizer'):
+        tokenizer_of(folder, ["the fox", "12"])
 
 
 def test_greedy_text_is_the_pipelines(tmp_path: Path) -> None:
@@ -61,7 +82,7 @@ def test_sampled_text_depends_on_the_seed_alone(tmp_path: Path) -> None:
 
 
 def test_questions_end_where_the_last_answer_begins(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(tiny.tokenizer(tmp_path / "tokenizer"))
+    tokenizer = tokenizer_of(tiny.tokenizer(tmp_path / "tokenizer"), [])
     end = tokenizer.eos_token_id
 
     def conversation(*marks: int, conversation: bool = True) -> Document:
