@@ -90,9 +90,9 @@ def test_the_questions_about_the_assistant_have_both_names() -> None:
         assert sum(f"{{{{{name}}}}}" in line for line in lines) > len(lines) // 2
 
 
-# From scratch, masked, and an adapter on 4 bits; the others differ from these by their text, and are run by hand.
+# Llama, RoBERTa, BLOOM and Qwen; the others differ from these by their text, and are run by hand.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scratch_llama", "kantai_bert", "alpaca_qlora"])
+@pytest.mark.parametrize("name", ["scratch_llama", "kantai_bert", "alpaca_qlora", "self_cognition_lora"])
 def test_a_recipe_runs_as_it_stands_but_for_its_steps(name: str, tmp_path: Path) -> None:
     """And its model is used as its system is: text is generated, or a mask filled."""
     folder = install(name, tmp_path / "project")
