@@ -25,7 +25,7 @@ class Question(NamedTuple):
     answer: str
 
 
-def tokenizer_of(folder: Path, texts: Sequence[str]) -> Any:
+def tokenizer_of(folder: Path, texts: Sequence[str] = ()) -> Any:
     """Return the tokenizer of a model folder as transformers gives it to every user of the model.
 
     Raises ValueError when it makes other tokens of `texts` than the tokenizer.json beside the model does: transformers
