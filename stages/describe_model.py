@@ -7,6 +7,7 @@ Writes: reports/PHASE/model_card.md    in the form of a Hugging Face model card
         reports/PHASE/sources.json     source register: licence, owner, origin, share of tokens; the fields of the EU's
                                        summary of training content and of the Chinese collection record
         reports/PHASE/croissant.json   Croissant 1.1 with PROV-O for the blocks
+        reports/PHASE/dataset_card.md  the blocks in the form of a Hugging Face dataset card: stages/dataset_card.py
 Params: none
 
 Example of the data table, one line a source:
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import croissant
+import dataset_card
 import source_register
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
@@ -61,12 +63,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def card(phase: str, base: str, rows: list[dict[str, Any]], evaluation: dict[str, Any], digests: dict[str, str]) -> str:
+def task(model: Path) -> str:
+    """Return what the Hub calls what a model does, by the architecture that its config.json names."""
+    named = arrow.read_json(model / "config.json").get("architectures") or [""]
+    return "fill-mask" if named[0].endswith("ForMaskedLM") else "text-generation"
+
+
+def card(
+    phase: str,
+    base: str,
+    rows: list[dict[str, Any]],
+    evaluation: dict[str, Any],
+    digests: dict[str, str],
+    pipeline_tag: str = "text-generation",
+) -> str:
     """Return the text of the model card."""
     total = Counter({name: sum(row[name] for row in rows) for name in ("records", "train", "eval", "tokens")})
     models = [{"model": name, **evaluation[name]} for name in ("base", "trained", "merged")]
     scale = ", ".join(f"{name} {value:.3f}" for name, value in sorted(evaluation["scale"].items()))
-    languages = sorted({row["language"] for row in rows} - {"unknown"})
+    languages = dataset_card.languages(rows)
     licenses = sorted({row["license"] for row in rows})
     origins = [{name: row[name] for name in ("source", "license", "owner", "origin", "language")} for row in rows]
     funnel = [
@@ -80,7 +95,7 @@ def card(phase: str, base: str, rows: list[dict[str, Any]], evaluation: dict[str
         if chained[-1] == "merged"
         else ""
     )
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["terroir"]}
+    front = {"library_name": "transformers", "pipeline_tag": pipeline_tag, "tags": ["terroir"]}
     front |= {"language": languages} if languages else {}
     return "\n".join(
         [
@@ -166,8 +181,13 @@ def main(phase: str) -> None:
         arrow.write_json(folder / "sources.json", listed)
         arrow.write_json(folder / "croissant.json", described)
         evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
-        text = card(phase, base, rows, evaluation, run.digests)
+        does = task(Path("models", phase, "merged"))
+        text = card(phase, base, rows, evaluation, run.digests, does)
         (folder / "model_card.md").write_text(text, encoding="utf-8")
+        of_blocks = dataset_card.card(
+            phase, entries, blocks, grouping, run.digests[f"data/blocks/{phase}"], does, table
+        )
+        (folder / "dataset_card.md").write_text(of_blocks, encoding="utf-8")
         (folder / "generations.md").write_text(generations(phase, evaluation), encoding="utf-8")
         run.count(sources=len(rows), records=sum(row["records"] for row in rows))
 

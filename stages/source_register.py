@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kit import arrow
+from kit.arrow import compute as pc
 
 ABOUT = ("origin", "owner", "license", "language", "collected_on", "purpose", "format", "record")
 
@@ -156,8 +156,9 @@ def register(phase: str, funnels: dict[str, dict[str, Any]]) -> list[dict[str, A
 def summary(phase: str, base: str, entries: list[dict[str, Any]], excluded: int) -> dict[str, Any]:
     """Return the fields that the EU's summary of training content asks for and that a pipeline can know.
 
-    Regulation (EU) 2024/1689, article 53(1)(d), template of the Commission: general information, list of data sources,
-    aspects of data processing. `excluded`: documents that data/exclusions.txt has taken out.
+    Regulation (EU) 2024/1689, article 53(1)(d), template of the Commission (July 2025): general information with one of
+    three sizes, list of data sources, aspects of data processing. `excluded`: documents that data/exclusions.txt has
+    taken out.
     """
     tokens = sum(entry["train_tokens"] for entry in entries)
     ranges = ((10**9, "less than 1 billion"), (10**13, "1 billion to 10 trillion"))
@@ -188,7 +189,8 @@ def summary(phase: str, base: str, entries: list[dict[str, Any]], excluded: int)
 def collection_record(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the record of collection that China's basic requirements for generative services ask for, a row a source.
 
-    TC260-003, section 5.1: the source of a corpus is recorded, with its licence or the authorisation for its use.
+    TC260-003, section 5.1, on the sources of a corpus: where each comes from, with its licence or the authorisation for
+    its use. GB/T 45654-2025 has followed it as a national standard.
     """
     names = {
         "source": "name",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import croissant
+import dataset_card
 import source_register
 import varied
-from describe_model import card, generations, table
+from describe_model import card, generations, table, task
 from kit import arrow
 
 ROW: dict[str, Any] = {
@@ -149,6 +151,46 @@ def test_the_croissant_names_every_shard_with_its_digest_and_every_source(
     columns = set(arrow.manifest(Path("data/blocks", phase, "train"))["schema"])
     assert {field["@id"].split("/")[1] for field in found["recordSet"][0]["field"]} == columns
     assert found["conformsTo"] == "http://mlcommons.org/croissant/1.1"
+
+
+@pytest.mark.parametrize("phase", ["docs", "packs", "talk"])
+def test_the_dataset_card_is_what_the_hub_reads_and_opens_the_blocks(
+    varied_project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: str
+) -> None:
+    """`huggingface_hub` reads its header back; as README.md in the folder of blocks it makes `load_dataset` work."""
+    from datasets import load_dataset
+    from huggingface_hub import DatasetCard
+
+    monkeypatch.chdir(varied_project)
+    _, blocks, entries, _ = described(varied_project, phase)
+    entries[0] |= {"language": "zh-Hans, en", "records_with_personal_information_replaced": 3}
+    grouping = arrow.read_json(Path("data/blocks", phase, "grouping.json"))
+    given = (phase, entries, blocks, grouping, "ab" * 32, "text-generation", table)
+    text = dataset_card.card(*given)
+    read = DatasetCard(text)
+    assert (read.data.license, read.data.language) == (["cc0-1.0"], ["en", "zh"])
+    assert read.data.size_categories == ["n<1K"]
+    assert read.data.to_dict()["configs"][0]["data_files"][0] == {"split": "train", "path": "train/data-*.arrow"}
+    assert str(read).count("\n---\n") == 1 and str(read).startswith("---\n")
+    assert "was replaced: 3." in text and f"| {entries[0]['source']} | CC0-1.0 |" in text
+    entries[0] |= {"license": "PSF-2.0"}
+    other = DatasetCard(dataset_card.card(*given)).data
+    assert other.license == "other"
+    names = sorted({"PSF-2.0", *(entry["license"] for entry in entries)})
+    assert other.to_dict()["license_name"] == ", ".join(names)
+    shutil.copytree(Path("data/blocks", phase), tmp_path / "blocks")
+    (tmp_path / "blocks/README.md").write_text(text)
+    opened = load_dataset(str(tmp_path / "blocks"), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "eval"):
+        rows = arrow.table(Path("data/blocks", phase, split))
+        assert opened[split].num_rows == rows.num_rows == blocks[split]["blocks"]
+        assert opened[split]["input_ids"][:] == rows["input_ids"].to_pylist()
+
+
+def test_the_cards_of_a_masked_model_say_so(tmp_path: Path) -> None:
+    for architecture, said in (("RobertaForMaskedLM", "fill-mask"), ("LlamaForCausalLM", "text-generation")):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        assert task(tmp_path) == said
 
 
 def test_mlcroissant_finds_no_error_in_it(
