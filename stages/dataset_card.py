@@ -100,7 +100,7 @@ def card(
             "",
             table([{name: entry[name] for name in names} for entry in entries]),
             "",
-            "What params.yaml does not say is `unknown`. Check the licences before the blocks are given away: their ids "
+            "What params.yaml does not say is `unknown`. Check the licences before the blocks are given away: ids "
             "decode to the text.",
             "",
             f"Records in which personal information was replaced: {replaced:,}. The rules of each source stand in "
