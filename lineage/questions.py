@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -437,17 +438,31 @@ class Lineage:
         return found
 
     def _holding(self, text: str) -> Iterator[tuple[Source, int]]:
-        """Yield the documents that hold a text; every document is looked at."""
+        """Yield the documents that hold a text: found by its fingerprints; for a short one all are looked at."""
+        from lineage.trace import holding
+
         for source in self.sources:
-            for number, batch in enumerate(source.documents.all()):
-                if "text" in batch.schema.names:
-                    hits = pc.match_substring(batch["text"], text).to_numpy(zero_copy_only=False)
-                else:
-                    said = pc.match_substring(batch["messages"].flatten().field("content"), text)
-                    parents = pc.list_parent_indices(batch["messages"]).filter(said).to_numpy()
-                    hits = np.bincount(parents, minlength=batch.num_rows) > 0
-                for inside in np.flatnonzero(hits).tolist():
-                    yield source, int(source.documents.starts[number]) + inside
+            rows = holding(source, text, os.cpu_count() or 1)
+            if rows is None:
+                rows = self._scan(source, text)
+            else:
+                rows = (row for row in rows if self._holds(source.documents.row(row), text))
+            yield from ((source, row) for row in rows)
+
+    def _holds(self, document: Answer, text: str) -> bool:
+        said = [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
+        return any(text in one for one in said)
+
+    def _scan(self, source: Source, text: str) -> Iterator[int]:
+        for number, batch in enumerate(source.documents.all()):
+            if "text" in batch.schema.names:
+                hits = pc.match_substring(batch["text"], text).to_numpy(zero_copy_only=False)
+            else:
+                said = pc.match_substring(batch["messages"].flatten().field("content"), text)
+                parents = pc.list_parent_indices(batch["messages"]).filter(said).to_numpy()
+                hits = np.bincount(parents, minlength=batch.num_rows) > 0
+            for inside in np.flatnonzero(hits).tolist():
+                yield int(source.documents.starts[number]) + inside
 
     # Models ---------------------------------------------------------------------------------------------------------
 

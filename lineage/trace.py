@@ -16,7 +16,9 @@ its documents, which are hashes of their content: a new document costs its own s
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import mmap
 import multiprocessing
 import os
 from collections import defaultdict
@@ -30,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kit.memo import SHARD_BYTES, cuts, row_hashes
-from lineage.folders import Array
+from lineage.folders import Array, Columns
 from lineage.questions import Answer, Lineage, Source
 from near_duplicates import pieces, spans, whole_runs
 
@@ -38,6 +40,7 @@ RUN, WINDOW = 8, 9
 SHORTEST = RUN + WINDOW - 1  # units that two texts must share to be found in any case
 BYTES = 4.25  # of a fingerprint in the index; see `_build`
 VERSION = "1"
+ENOUGH = 4  # fingerprints that a document must share to be read
 CANDIDATES = 2000  # documents compared with the text, those with the most common fingerprints first
 
 
@@ -104,19 +107,29 @@ class Index:
                 list(map(_build, work))
 
     def _shards(self) -> Iterator[Shard]:
-        folder = self.source.documents
+        found = self.source.documents.index(f"shards-{SHARD_BYTES}", self._cut)
+        ends = found["end"].tolist()
+        for first, last, digest in zip([0, *ends], ends, found["digest"], strict=False):
+            yield Shard(first, last, self.folder / digest.tobytes().hex())
+
+    def _cut(self) -> Columns:
+        """Return where the shards end, and the digests of the ids of their documents."""
+        folder, digests = self.source.documents, []
         batches = ((row_hashes(batch["doc_id"]), _sizes(batch)) for batch in folder.all())
         ends = cuts(batches, SHARD_BYTES)
         for first, last in zip([0, *ends], ends, strict=False):
             digest = hashlib.sha256(VERSION.encode())
             for batch, begin, end in _parts(folder, first, last):
                 digest.update(memoryview(batch["doc_id"].buffers()[1])[16 * begin : 16 * end])
-            yield Shard(first, last, self.folder / digest.hexdigest()[:32])
+            digests.append(digest.digest()[:16])
+        return {"end": np.array(ends, np.int64), "digest": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)}
 
     def candidates(self, hashes: Array) -> Iterator[tuple[int, int]]:
         """Yield (row, fingerprints in common) of the documents that share fingerprints with a text."""
         for shard in self.shards:
             found = look_up(shard.path, hashes)
+            if not len(found):
+                continue
             rows, counts = np.unique(found, return_counts=True)
             yield from zip((rows + shard.first).tolist(), counts.tolist(), strict=True)
 
@@ -172,14 +185,21 @@ def _build(work: tuple[Path, Path, int, int, Path]) -> None:
     temporary.replace(target)
 
 
-def look_up(path: Path, hashes: Array) -> Array:
-    """Return the rows of a shard that have fingerprints with these hashes, as often as they have them."""
-    data = np.memmap(path, np.uint8, "r")
+@functools.lru_cache(maxsize=4096)
+def _open(path: Path) -> tuple[int, Array, Array, Array]:
+    """Return the bits, the directory, the rows and the rest of a shard's hashes, mapped."""
+    with path.open("rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     size, bits, narrow, _ = (int(n) for n in data[:16].view(np.uint32))
     directory = data[16 : 16 + 4 * (2**bits + 1)].view(np.uint32)
     at, width = 16 + directory.nbytes, 2 if narrow else 4
     rows = data[at : at + width * size].view(np.uint16 if narrow else np.uint32)
-    rest = data[at + width * size :].view(np.uint16)
+    return bits, directory, rows, data[at + width * size :].view(np.uint16)
+
+
+def look_up(path: Path, hashes: Array) -> Array:
+    """Return the rows of a shard that have fingerprints with these hashes, as often as they have them."""
+    bits, directory, rows, rest = _open(path)
     found = [np.zeros(0, np.int64)]
     for number in np.unique(hashes).tolist():
         bucket = number >> (32 - bits) if bits else 0
@@ -256,6 +276,23 @@ def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20
         taken.append((begin, end, split))
         answers.append(_answer(text, places, runs[begin, end, split], split))
     return answers[:limit]
+
+
+_index = functools.lru_cache(maxsize=64)(Index)  # of a source, which is as long-lived as the question
+
+
+def holding(source: Source, text: str, workers: int = 1) -> Iterator[int] | None:
+    """Yield the documents that hold a text and may be found by its fingerprints; None: it is too short for that.
+
+    Its first and last unit may be parts of longer ones. A document that holds the others has all their fingerprints.
+    """
+    units, places = spans(text)
+    if len(units) < SHORTEST + 2:
+        return None
+    utf16 = text.encode("utf-16-le")
+    inner = utf16[2 * places[1][0] : 2 * places[-2][1]].decode("utf-16-le")
+    own = np.unique(fingerprints(pa.array([inner]))[0])[:ENOUGH]
+    return (row for row, count in _index(source, workers).candidates(own) if count >= len(own))
 
 
 def _hashed(text: str) -> Array:

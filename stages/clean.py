@@ -64,9 +64,9 @@ LEDGER = pa.schema(
         pa.field("changes", pa.dictionary(pa.int16(), pa.string())),  # e.g. "nfc 1, pii 2"; null: nothing changed
     ]
 )
-JUDGED = [pa.field(name, pa.string()) for name in ("rule", "evidence", "changes")]
-# What is known of a record before documents and ledger part.
-RECORDS = pa.schema([*PLACE, pa.field("raw_id", pa.binary(16)), pa.field("doc_id", pa.binary(16)), *JUDGED])
+IDS = [pa.field(name, pa.binary(16)) for name in ("raw_id", "doc_id")]
+REASONS = [pa.field(name, pa.string()) for name in ("rule", "evidence", "changes")]
+RECORDS = pa.schema([*PLACE, *IDS, *REASONS])  # what is known of a record before documents and ledger part
 BATCH_BYTES = 2**20  # of text, held as Python values at a time
 
 # YAML reads 2026-11-21 as a date and 2026 as a number.

@@ -89,6 +89,30 @@ def test_100_kept_100_dropped_and_100_fresh_passages(tmp_path: Path) -> None:
         assert trace.trace(lineage, written(draw, 200)) == []
 
 
+def test_a_part_of_a_text_leads_to_all_documents_that_hold_it_by_index_or_by_a_look_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut anywhere, in words, too. A text of 18 units and more is found without reading what does not hold it."""
+    draw = random.Random(5)
+    shared = written(draw, 60)
+    documents = [written(draw, draw.randint(5, 80)) for _ in range(60)]
+    documents += [f"{written(draw, 9)} {shared} {written(draw, number)}" for number in range(5)]
+    documents += ["".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(60)), "Mixed 中文 " + shared[:90] + "等等"]
+    lineage = project(tmp_path, documents, ["train"] * len(documents))
+    whole = 0
+    for text in [shared, *draw.choices(documents, k=300)]:
+        begin = draw.randrange(len(text))
+        part = text[begin : begin + draw.randint(1, len(text))]
+        with monkeypatch.context() as patch:
+            if len(spans(part)[0]) >= 18:
+                whole += 1
+                patch.setattr(lineage, "_scan", None)
+            found = [row for _, row in lineage._holding(part)]
+        assert found == [row for row, document in enumerate(documents) if part in document]
+    assert whole > 50
+    assert list(lineage._holding(written(draw, 40))) == []
+
+
 def test_a_match_ends_with_its_document_and_frequency_counts_documents(tmp_path: Path) -> None:
     draw = random.Random(1)
     one, other, shared = (written(draw, 40) for _ in range(3))
