@@ -22,6 +22,7 @@ import merge_weights
 import tiny
 from conftest import Runner
 from kit.model import grow
+from kit.tokenizer import Vocabulary
 from merge_weights import Adapter, merge
 
 transformers.utils.logging.set_verbosity_error()
@@ -355,6 +356,8 @@ def test_the_stage_publishes_a_whole_model_with_its_proof(project: Path, run_sta
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {"tokenizer_config.json", "chat_template.jinja"} <= names
     assert not {"adapter_config.json", "adapter_model.safetensors", "training.json", "README.md"} & names
+    ends = json.loads((project / "models/chat/merged/generation_config.json").read_text())["eos_token_id"]
+    assert Vocabulary(project / "models/tokenizers/chat").special_ids["eos_token_id"] in ends
     found = record(project)
     assert 0 < found["logit_difference_max"] < 1e-4 < found["logit_effect_mean"]
     assert found["eval_loss_merged"] == pytest.approx(found["eval_loss_adapter"], abs=1e-5)
@@ -391,6 +394,20 @@ def test_an_adapter_on_4_bits_is_merged_into_either_base_and_both_are_measured(
     untargeted = "model.layers.0.self_attn.k_proj.weight"
     assert torch.equal(before[untargeted], after[untargeted]) is (choice == "original")
     assert sorted(path.name for path in (project / "models/chat").iterdir()) == ["merged", "trained"]
+
+
+def test_an_adapter_that_is_lost_in_the_rounding_is_not_published(project: Path, run_stage: Runner) -> None:
+    """It has learned so little that bfloat16 cannot hold it: within the tolerance, and yet another model."""
+    trained = prepare(project, torch.bfloat16)
+    base, adapter = project / "models/base/llama/model.safetensors", trained / "adapter_model.safetensors"
+    large = {name: value * 8 if value.ndim > 1 else value for name, value in load_file(base).items()}
+    little = {name: value * 0.003 if "lora_B" in name else value for name, value in load_file(adapter).items()}
+    save_file(large, base, {"format": "pt"})
+    save_file(little, adapter, {"format": "pt"})
+    done = run_stage(project, "merge_lora", "chat")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "is lost in the rounding of the merged weights to bfloat16; train longer, or convert" in done.stderr
+    assert not (project / "models/chat/merged").exists()
 
 
 def test_dequantized_needs_4_bits(project: Path, run_stage: Runner) -> None:
