@@ -13,7 +13,6 @@ Example: `soruces:` in params.yaml
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def _state() -> str:
     digest = hashlib.sha256(f"{sys.version} pydantic {pydantic.VERSION}".encode())
     for path in [params.PARAMS, *sorted(stage.STAGES.rglob("*.py"))]:
         content = path.read_bytes()
-        digest.update(f"\n{os.path.relpath(path, stage.STAGES)} {len(content)}\n".encode())
+        digest.update(f"\n{path.relative_to(stage.STAGES) if path.is_absolute() else path} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 
