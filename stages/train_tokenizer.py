@@ -164,6 +164,13 @@ def main(phase: str) -> None:
     outputs = [f"models/tokenizers/{phase}", f"metrics/tokenizers/{phase}"]
     with stage.run("train_tokenizer", phase, [str(clean), str(dedup), str(base)], outputs) as run:
         folder, metrics = run.outputs
+        about = base / "config.json"
+        if params.mode == "train" and about.is_file() and arrow.read_json(about).get("model_type") == "qwen2":
+            # transformers 5 takes the cuts and the NFC of Qwen 2 for such a model, whatever lies beside it.
+            raise SystemExit(
+                f"{base} is a qwen2, which transformers opens with Qwen 2's own way to cut words; take "
+                f"a qwen3, or set phases.{phase}.train_tokenizer.mode to reuse."
+            )
         sources = {name: (clean / name, dedup / name) for name in phase_sources(phase, clean)}
         learned = drawn(list(sources.values()), ("train",), params.sample_bytes)
         documents = (text for _, texts in learned for text in texts)

@@ -308,6 +308,14 @@ def test_a_base_without_a_fit_tokenizer_gets_one_sentence(project: Path, run_sta
     assert [path.read_text() for path in (project / "models/tokenizers/p").iterdir()] == ["of the last good run"]
 
 
+def test_no_tokenizer_is_trained_that_transformers_would_replace(project: Path, run_stage: Runner) -> None:
+    write_phase(project, {"mode": "train", "vocab_size": 300}, train="a", eval="b")
+    write(project / "models/base/b/config.json", '{"model_type": "qwen2"}')
+    finished = run_stage(project, "train_tokenizer", "p")
+    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
+    assert "models/base/b is a qwen2" in finished.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
