@@ -58,8 +58,8 @@ SPANS = [(int(span.split("-")[0], 16), int(span.split("-")[-1], 16)) for span in
 # Texts are encoded in one call, joined by this code point, which is no character and a special token of the engine's.
 SEPARATOR = "\U0010ffff"
 # gigatoken 0.10 never forgets a word: up to 2 bytes of memory per byte of Chinese. Starting anew costs 0.04 s (16,384
-# entries) to 0.3 s.
-RENEW_AFTER = 64 * 2**20  # bytes of text
+# entries) to 0.3 s, so it is for 2 kB of text an entry.
+RENEW_AFTER = 64 * 2**20  # bytes of text at most
 PART = 2**20  # bytes of text encoded at once: it stays in the processor's cache; `tokenizers` takes 130 bytes per token
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -180,13 +180,14 @@ def _gigatoken(recipe: Recipe) -> Engine:
     options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     separator = {"id": len(recipe.number), "content": SEPARATOR, "special": True, **options}
     text = json.dumps({"model": model, "pre_tokenizer": split, "added_tokens": [separator], "normalizer": None})
-    encoder, left = gigatoken.Tokenizer.from_json(text), RENEW_AFTER
+    renew_after = min(RENEW_AFTER, 2048 * len(recipe.number))
+    encoder, left = gigatoken.Tokenizer.from_json(text), renew_after
 
     def encode(joined: bytes) -> np.ndarray:
         nonlocal encoder, left
         left -= len(joined)
         if left < 0:
-            encoder, left = gigatoken.Tokenizer.from_json(text), RENEW_AFTER - len(joined)
+            encoder, left = gigatoken.Tokenizer.from_json(text), renew_after - len(joined)
         return encoder.encode(joined)  # on this thread, so it survives a fork
 
     return encode

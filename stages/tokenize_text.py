@@ -164,7 +164,7 @@ def give_memory_back() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's
         m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 4 * 2**20)
+        libc.mallopt(m_mmap_threshold, 2 * 2**20)
         libc.mallopt(m_trim_threshold, 16 * 2**20)
 
 
