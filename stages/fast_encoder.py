@@ -272,8 +272,9 @@ class FastEncoder:
         _check_version(name)
         recipe = read_recipe(self.tokenizer)
         self.engine, self.name, self.nfc = ENGINES[name](recipe), name, recipe.nfc
-        self.ids = recipe.ids.astype(self.dtype)
-        self.bytes = np.array([len(spelling) for spelling in recipe.number], dtype=np.uint16)
+        # By the engine's number, of which the last is SEPARATOR's.
+        self.ids = np.append(recipe.ids, 0).astype(self.dtype)
+        self.bytes = np.array([*map(len, recipe.number), 0], dtype=np.uint16)
         # The letters of Unicode 17 are no problem of tiktoken, but rare enough.
         spans = [*SPANS, (ord(SEPARATOR), ord(SEPARATOR))]
         classes = "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in spans)
@@ -331,13 +332,12 @@ class FastEncoder:
             numbers = self.engine(utf8(joined).tobytes())
         except ValueError:  # tiktoken's regular expressions give up on some 100,000 blanks in a row
             return self._reference(texts)
-        plain = numbers < len(self.ids)
-        ends = np.concatenate([[-1], np.flatnonzero(~plain), [len(numbers)]])
-        numbers = numbers[plain]
-        found, wanted = int(self.bytes[numbers].sum(dtype=np.int64)), len(utf8(texts))
-        if (len(ends), found) != (len(texts) + 1, wanted):
+        between = np.flatnonzero(numbers == len(self.ids) - 1)
+        found, wanted = int(self.bytes.take(numbers).sum(dtype=np.int64)), len(utf8(texts))
+        if (len(between), found) != (len(texts) - 1, wanted):
             raise ValueError(f"{self.name} made {found:,} bytes of {wanted:,}; set TERROIR_ENCODER=hf and report it.")
-        return self.ids[numbers], np.diff(ends) - 1
+        lengths = np.diff(between, prepend=-1, append=len(numbers)) - 1
+        return np.delete(self.ids.take(numbers), between), lengths
 
     def _reference(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
