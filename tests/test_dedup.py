@@ -34,8 +34,8 @@ from dedup import (
     table,
 )
 from kit import arrow
+from near_duplicates import Company, clusters, jaccard, near_twins, signatures
 from near_duplicates import Params as NearParams
-from near_duplicates import clusters, jaccard, near_twins, signatures
 
 IDS = st.binary(min_size=16, max_size=16)
 # A pool of six, so that documents meet again in and across sources.
@@ -261,6 +261,23 @@ def test_a_cluster_is_on_one_side() -> None:
         sides = {row["split"] for row in rows[len(OTHERS) :]} - {"dropped"}
         assert len(sides) == 1
         assert sum(row["split"] != "dropped" for row in rows[len(OTHERS) :]) > 1
+
+
+def test_a_cluster_is_one_to_choose_from() -> None:
+    """It goes by its least id: the points of its other documents neither stand in for an empty split nor count."""
+    none = np.full(2, -1, np.int32), np.zeros(2, np.float32)
+    pair = Near(Company(np.array([0, 1], np.int32), np.zeros(2, np.int32)), *none)
+    ids = sorted(bytes([n]) * 16 for n in range(60))
+    low, high, other = next(
+        (x, y, z)
+        for x, y, z in itertools.permutations(ids, 3)
+        if x < y and split_point(y, 0) < split_point(z, 0) < split_point(x, 0)
+    )
+    for order in ([low, high], [high, low]):
+        tables = decisions({"a": [*order, other]}, Params(eval_fraction=1e-9), pair)
+        assert tables["a"]["split"].to_pylist() == ["train", "train", "eval"]
+        with pytest.raises(ValueError, match="fewer than two different documents"):
+            decisions({"a": order}, Params(), pair)
 
 
 def test_an_excluded_document_takes_its_cluster_with_it() -> None:

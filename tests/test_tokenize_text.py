@@ -242,6 +242,12 @@ def test_the_bytes_do_not_depend_on_the_workers_nor_on_the_shards(
     first = shards.from_nothing(1)
     assert shards.seen > 20
     assert [shards.from_nothing(workers) for workers in (2, 5)] == [first, first]
+    monkeypatch.setattr(tokenize_text, "PART_BYTES", 100)
+    shards.learn_of[400] = False  # in one part of its shard alone
+    masked = shards.from_nothing(1)
+    monkeypatch.setattr(tokenize_text, "PART_BYTES", 2**20)
+    assert shards.from_nothing(1) == masked != first
+    del shards.learn_of[400]
     monkeypatch.setattr(tokenize_text, "cuts", memo.cuts)
     assert shards.from_nothing(1) == first
     assert shards.seen == 1
