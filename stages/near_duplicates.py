@@ -399,13 +399,15 @@ def clusters(signatures: Signatures, params: Params, folder: Path | None = None)
     but the name. A document without units stays alone. Keys of bands wait in nameless files in `folder`.
     """
     # First who shares a band with whom, for only these have to be kept in mind; few do.
+    keys, empty = _band_keys(signatures, params, folder)
     shared, ends = disk_rows.Rows(folder, 2, np.uint32), [0]
     meets = np.zeros(len(signatures), bool)
-    number, slots = bands(params)
-    for band in range(number):
+    for band in range(bands(params)[0]):
         buckets = disk_rows.Buckets(folder, 2, len(signatures))
-        for keyed in _band_keys(signatures, slice(band * slots, (band + 1) * slots)):
-            buckets.append(keyed)
+        for begin in range(0, len(keys), BLOCK):
+            key = keys[begin : begin + BLOCK][:, band]
+            keyed = np.column_stack([key, np.arange(begin, begin + len(key), dtype=np.uint32)])
+            buckets.append(keyed[~empty[begin : begin + BLOCK]])
         for keyed in buckets:
             keyed = keyed[np.argsort(keyed[:, 0], kind="stable")]
             equal = keyed[1:, 0] == keyed[:-1, 0]
@@ -415,29 +417,31 @@ def clusters(signatures: Signatures, params: Params, folder: Path | None = None)
                 shared.append(again)
                 ends.append(len(shared))
     members = np.flatnonzero(meets).astype(np.int32)
-    del meets
+    del meets, empty
     parent = np.arange(len(members), dtype=np.int32)
     for begin, end in itertools.pairwise(ends):
-        keys, rows = shared[begin:end].T
-        _connect(keys, np.searchsorted(members, rows), parent, members, signatures, params)
+        names, rows = shared[begin:end].T
+        _connect(names, np.searchsorted(members, rows), parent, members, signatures, params)
     root = _find(parent, np.arange(len(parent)))
     company = np.bincount(root, minlength=len(root))[root] > 1
     return Company(members[company], members[root[company]])
 
 
-def _band_keys(signatures: Signatures, band: slice) -> Iterator[Array]:
-    """Yield a hash of these slots of each row, and the row, uint32 (n, 2); rows of texts without units are left out.
+def _band_keys(signatures: Signatures, params: Params, folder: Path | None) -> tuple[disk_rows.Rows, Array]:
+    """Return a hash of each band of each row, uint32 (n, bands), and whether the row is that of a text without units.
 
     Unlike rows that share a hash cost a comparison, no more.
     """
-    factors = np.multiply.accumulate(np.full(band.stop - band.start, 2891336453, np.uint32), dtype=np.uint32)
+    number, slots = bands(params)
+    factors = np.multiply.accumulate(np.full(slots, 2891336453, np.uint32), dtype=np.uint32)
+    keys, empty = disk_rows.Rows(folder, number, np.uint32), np.zeros(len(signatures), bool)
     for begin in range(0, len(signatures), BLOCK):
         block = signatures[begin : begin + BLOCK]
-        row = np.arange(begin, begin + len(block), dtype=np.uint32)
+        in_bands = block[:, : number * slots].astype(np.uint32).reshape(len(block), number, slots)
+        keys.append(_mix(in_bands @ factors))
         suspect = np.flatnonzero(block[:, 0] == NO_SIGNATURE)
-        empty = suspect[(block[suspect] == NO_SIGNATURE).all(axis=1)]
-        keyed = np.stack([_mix(block[:, band].astype(np.uint32) @ factors), row], axis=1)
-        yield np.delete(keyed, empty, axis=0) if len(empty) else keyed
+        empty[begin + suspect] = (block[suspect] == NO_SIGNATURE).all(axis=1)
+    return keys, empty
 
 
 def _connect(keys: Array, rows: Array, parent: Array, members: Array, signatures: Signatures, params: Params) -> None:
