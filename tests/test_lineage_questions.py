@@ -18,9 +18,10 @@ from lineage.diff import at_revision, compare
 from lineage.questions import Lineage
 from lineage.replay import replay
 
+import tiny
 import varied
 from block_order import BlockOrder
-from conftest import ROOT, git, repro, write
+from conftest import ROOT, copy_project, git, repro, write
 
 SPLITS = ("train", "eval")
 
@@ -148,6 +149,106 @@ def test_a_canary_of_each_format_comes_back_at_its_file_and_line_and_blocks(name
         text += next(p["text"] for p in pieces if p["doc_id"] == found["doc_id"] and p["from"] == block["from"])
     end = -20 if name == "packed" else None  # longer than a block there, and cut
     assert varied.canary(name)[:end] in text or name == "csv"
+
+
+def test_the_canaries_come_back_with_the_steps_and_models_that_saw_them(project: Path, tmp_path: Path) -> None:
+    """The phases are not trained; what a training of two epochs and a bit would leave is written beside them."""
+    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+    batch, seen = 16, 0
+    for name, phase in Lineage(root).phases.items():
+        steps = 2 * phase.layout("train").blocks // batch + 2
+        write(root / f"models/{name}/trained/receipts.bin", "-" * 16 * steps)
+    lineage = Lineage(root)
+    for name in (*varied.FORMATS, *varied.CHATS):
+        (found,) = lineage.where(varied.canary(name))
+        phase = lineage.phases[found["phase"]]
+        order = BlockOrder(phase.layout("train").blocks, 0)
+        shown = [order.block(place) for place in range(phase.steps * batch)]
+        if found["split"] == "eval" or not found["blocks"]:
+            assert not found["models"] and not any(block["steps"] for block in found["blocks"])
+            continue
+        for block in found["blocks"]:
+            assert block["steps"] == [n // batch + 1 for n, one in enumerate(shown) if one == block["block"]]
+            assert len(block["steps"]) >= 2
+        first = min(step for block in found["blocks"] for step in block["steps"])
+        assert found["models"] == [{"phase": phase.name, "model": f"models/{phase.name}/merged", "first_step": first}]
+        assert found["verdict"] == "trained"
+        seen += 1
+    assert seen >= 10
+
+
+VICTIMS = {  # what a record must say to be dropped by a rule, and what the ledger says of it
+    "length": ("Short.", "6 < 10 characters"),
+    "symbol_share": ("€$%&§!?*+#@~^°|<>{}[]=/" * 3, "of the characters"),
+    "digit_share": ("1234567890 " * 8 + "words", "of the characters"),
+    "repeated_lines": ("The same line again.\n" * 20, "."),
+    "repeated_ngrams": ("one two three four five six seven eight nine ten " * 30, "."),
+    "replacement_characters": ("It was \ufffd\ufffd\ufffd\ufffd and so on, \ufffd\ufffd\ufffd said he.", "."),
+    "bad_words": ("A sentence in which the word gadzooks stands.", "the first 'gadzooks'"),
+    "regular_expression": ("A sentence with the number AB-1234 of a case.", "the first 'AB-1234'"),
+    "empty": (" \n\t ", "white space"),
+}
+
+
+def test_a_victim_of_every_dropping_rule_comes_back_with_its_rule_and_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clean
+    import clean_rules
+
+    root = copy_project(tmp_path / "project")
+    write(root / "data/rules/bad.txt", "gadzooks\n")
+    write(root / "data/rules/cases.txt", "AB-\\d+\n")
+    rules: list[dict[str, Any]] = [
+        {"rule": "length", "min_chars": 10},
+        {"rule": "replacement_characters"},
+        {"rule": "bad_words", "file": "bad.txt"},
+        {"rule": "regular_expression", "file": "cases.txt"},
+        {"rule": "repeated_lines"},
+        {"rule": "repeated_ngrams"},
+        {"rule": "digit_share", "max_share": 0.5},
+        {"rule": "symbol_share", "max_share": 0.4},
+    ]
+    dropping = {name for name in clean_rules.RULES if clean_rules.parse(params_of(name)).drops}
+    assert dropping - {"language"} == {rule["rule"] for rule in rules}, "a new dropping rule needs a victim here"
+    kept = "A sentence like any other, about nothing at all."
+    lines = [json.dumps({"text": text}) for text, _ in VICTIMS.values()]
+    write(root / "data/raw/v/rows.jsonl", "\n".join([json.dumps({"text": kept}), *lines, "{broken"]) + "\n")
+    tiny.params_yaml(root, p={"base": "models/configs/llama_small"})
+    content = json.loads((root / "params.yaml").read_text())
+    how = {"format": "jsonl", "on_error": "drop", "rules": rules, "license": "unknown"}
+    content["sources"] = {"s": {"phase": "p", "path": "data/raw/v", "clean": how}}
+    (root / "params.yaml").write_text(json.dumps(content))
+    monkeypatch.chdir(root)
+    clean.main("s")
+    (root / "dvc.lock").write_text(LOCK)
+    lineage = Lineage(root)
+    expected = {**{rule: said for rule, (_, said) in VICTIMS.items()}, "unreadable": "line 11"}
+    for line, (rule, said) in enumerate(expected.items(), start=2):
+        (found,) = lineage.why("data/raw/v/rows.jsonl", line)
+        assert (found["verdict"], found["rule"]) == ("dropped by clean", rule)
+        assert re.search(said, found["evidence"])
+
+
+def params_of(rule: str) -> dict[str, Any]:
+    """Return a rule with what it must be told, as params.yaml writes it."""
+    more = {"bad_words": {"file": "f"}, "regular_expression": {"file": "f"}, "boilerplate": {"patterns": ["x"]}}
+    return {"rule": rule, **more.get(rule, {}), **({"languages": ["en"]} if rule == "language" else {})}
+
+
+LOCK = """schema: '2.0'
+stages:
+  clean@s:
+    cmd: exec python stages/clean.py s
+    deps:
+    - path: data/raw/v
+      hash: md5
+      md5: '0'
+    outs:
+    - path: data/clean/p/s
+      hash: md5
+      md5: '0'
+"""
 
 
 def test_lines_within_a_record_lead_to_it_and_lines_beyond_the_file_to_none(lineage: Lineage) -> None:
