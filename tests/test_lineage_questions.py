@@ -91,7 +91,7 @@ def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
 def test_random_blocks_come_out_of_the_raw_files_alike(lineage: Lineage) -> None:
     found = replay(lineage, list(lineage.phases), 300, seed=5)
     assert not any(one["wrong"] for one in found)
-    assert sum(one["rebuilt"] for one in found) > 200
+    assert sum(one["rebuilt"] for one in found) >= 300
     assert {one["phase"] for one in found} == {"docs", "packs", "talk"}
 
 

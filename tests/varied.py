@@ -120,7 +120,7 @@ def params() -> dict[str, Any]:
         for name, given in how.items()
     }
     groups: dict[str, dict[str, Any]] = {
-        "docs": {"block_size": 32, "weights": {"line": 2.5, "csv": 0.5}},
+        "docs": {"block_size": 24, "weights": {"line": 2.5, "csv": 0.5}},
         "packs": {"block_size": 40, "mode": "best_fit", "long_documents": "truncate"},
         "talk": {"block_size": 48, "mode": "line"},
     }
