@@ -166,7 +166,10 @@ def erase_prove(
 @app.command()
 def verify(
     phase: Annotated[str, typer.Argument()] = "",
-    blocks: Annotated[int, typer.Option(help="random blocks of each split to rebuild from the raw files")] = 100,
+    blocks: Annotated[
+        int,
+        typer.Option(help="random blocks of each split, and records of each source, to make anew from the raw files"),
+    ] = 100,
     seed: Annotated[int | None, typer.Option(help="of the random blocks; another one each time if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -187,9 +190,17 @@ def verify(
 
 
 def _replay(report: Any, phase: str, blocks: int, seed: int) -> None:
-    from lineage.replay import replay
+    from lineage.replay import records, replay
 
     lineage = _lineage()
+    lineage.sources = [source for source in lineage.sources if phase in ("", source.phase)]
+    for one in records(lineage, blocks, seed):
+        path = f"data/clean/{one['phase']}/{one['source']}"
+        for text in one["wrong"]:
+            report.fail("raw -> ledger", path, text)
+        if not one["wrong"]:
+            text = f"{one['judged']:,} of {one['records']:,} records judged anew by the project's rules (seed {seed})"
+            report.ok("raw -> ledger", path, text)
     grouped = [name for name in lineage.phases if f"group_blocks@{name}" in lineage.stages and phase in ("", name)]
     for one in replay(lineage, grouped, blocks, seed):
         path = f"data/blocks/{one['phase']}/{one['split']}"

@@ -1,5 +1,7 @@
 """Rebuild random blocks from the raw bytes alone, with the pipeline's own functions: read, clean, mark, encode, cut.
 
+And judge random records anew, dropped ones, too: the rule, its evidence, what was changed, the identity.
+
 verify.py checks everything that can be checked without the project; this is what it cannot do: formats that need a
 library, all rules, chat templates, and encoding.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import raw_params
 from add_bos_eos import SEGMENT
 from chat_segments import Marker
 from lineage.questions import Answer, Lineage, Phase, Source
+from raw_shards import Piece
 from tokenize_text import Encoder
 
 
@@ -37,6 +41,54 @@ def replay(lineage: Lineage, phases: list[str], number: int, seed: int) -> list[
             wrong = [text for block in chosen if (text := _difference(phase, split, block, documents))]
             found.append({"phase": name, "split": split, "blocks": blocks, "rebuilt": len(chosen), "wrong": wrong})
     return found
+
+
+def records(lineage: Lineage, number: int, seed: int) -> list[Answer]:
+    """Return for each source how many of up to `number` random records are judged today as the ledger says.
+
+    `wrong` names those that are not, with what is different. Raises SystemExit when a raw file is not there.
+    """
+    found = []
+    for source in lineage.sources:
+        draw, size = random.Random(f"{seed} {source.phase} {source.name}"), len(source.ledger)
+        by_file: dict[str, list[Answer]] = {}
+        for row in sorted(draw.sample(range(size), min(number, size))):
+            record = source.record(row)
+            by_file.setdefault(record["file"], []).append(record)
+        wrong = [text for file, rows in by_file.items() for text in _misjudged(source, file, rows)]
+        judged = sum(map(len, by_file.values()))
+        found.append({"phase": source.phase, "source": source.name, "records": size, "judged": judged, "wrong": wrong})
+    return found
+
+
+def _misjudged(source: Source, file: str, rows: list[Answer]) -> Iterator[str]:
+    """Yield what is wrong with rows of the ledger that are of one file, in their order."""
+    path, params = source.lineage.root / source.path(file), _params(source)
+    if not path.exists():
+        raise SystemExit(f"{path} is not there; nothing can be judged without the raw files.")
+    parts: list[raw_formats.Part | None] = [None]
+    if raw_params.cuttable(path, params):
+        parts = [raw_formats.Part(row["start"], row["end"], row["number"]) for row in rows]
+    read = (record for part in parts for record in raw_formats.records(path, params, part))
+    for row in rows:
+        place = f"{source.path(file)}:{row['number']}"
+        found = next((one for one in read if (one.start, one.number) == (row["start"], row["number"])), None)
+        if found is None:
+            yield f"{place}: there is no record in the raw file"
+            return
+        judged = clean.row_of(Piece(file, path, 0, None), found, found.error, params)
+        own = dict(zip(clean.RECORDS.names, judged, strict=False))
+        kept = {**row, "doc_id": None}
+        if row["document"] is not None:
+            kept["doc_id"] = source.documents.row(row["document"])["doc_id"]
+        for name in ("end", "raw_id", "rule", "evidence", "changes", "doc_id"):
+            if own[name] != kept[name]:
+                yield f"{place}: its {name} is {_plain(own[name])} today, {_plain(kept[name])} in the ledger"
+                break
+
+
+def _plain(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else repr(value)
 
 
 def _difference(phase: Phase, split: str, block: int, documents: Any) -> str | None:

@@ -692,6 +692,7 @@ def check_raw(project: Project, source: Source, report: Report) -> None:
     """Every record of the raw files stands in the ledger, with the hash of its bytes; kept ones are the documents."""
     folder = source.folder("ledger")
     tiled, table = source.about["unit"] == "line", source.about["format"] in ("parquet", "arrow")
+    counted = source.about["format"] in ("text", "jsonl") and source.about["encoding"] != "utf-16"
     replay = Replay(source)
     rows: Counter[str] = Counter()
     documents = _rows(project.batches(source.folder("documents")))
@@ -702,13 +703,16 @@ def check_raw(project: Project, source: Source, report: Report) -> None:
             raise Wrong(f"it names {file}, which " + ("stands there twice" if path else f"is not in {source.raw}"))
         last = file
         rows["files"] += 1
-        at, handle = 0, opened(path) if tiled else None
+        at, line, handle = 0, 1, opened(path) if tiled else None
         values = _table_rows(path, source) if table else None
         for row in ledger:
             raw, problem = None, ""
             row["start"] = at if tiled else None
             if handle:
                 raw = handle.read(max(row["end"] - at, 0))
+                if counted and row["number"] != line:
+                    problem = f"{folder} calls line {line} of {file} line {row['number']}"
+                line += raw.count(b"\n")
                 if at + len(raw) != row["end"]:
                     problem = f"ends at byte {at + len(raw)}, {folder} has a record at {at} to {row['end']}"
             elif values is not None and row["rule"] != "unreadable":

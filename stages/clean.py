@@ -167,7 +167,7 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
                     f"{piece.path}: {error}; mend the file, leave it out with `ignore`, "
                     "or drop what cannot be read with `on_error: drop`."
                 )
-            for column, value in zip(columns, _row(piece, record, error, params), strict=True):
+            for column, value in zip(columns, row_of(piece, record, error, params), strict=True):
                 column.append(value)
             size += len(record.raw)
             if size >= BATCH_BYTES:
@@ -177,8 +177,8 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
         yield _batch(columns, schema), portable
 
 
-def _row(piece: Piece, record: raw_records.Record, error: str | None, params: Params) -> tuple[Any, ...]:
-    """Return the ledger row of a record and its cleaned content."""
+def row_of(piece: Piece, record: raw_records.Record, error: str | None, params: Params) -> tuple[Any, ...]:
+    """Return what `RECORDS` names of a record, and its cleaned content."""
     content: Any
     content, changes, drop = (None, {}, ("unreadable", error)) if error else judge(record.content, params)
     if record.start == 0 and record.raw[:3].startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):

@@ -12,16 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from lineage import verify
 from lineage.diff import at_revision, compare
 from lineage.questions import Lineage
-from lineage.replay import replay
+from lineage.replay import records, replay
 
 import tiny
 import varied
 from block_order import BlockOrder
 from conftest import ROOT, copy_project, git, repro, write
+from kit import arrow
 
 SPLITS = ("train", "eval")
 
@@ -93,6 +95,37 @@ def test_random_blocks_come_out_of_the_raw_files_alike(lineage: Lineage) -> None
     assert not any(one["wrong"] for one in found)
     assert sum(one["rebuilt"] for one in found) >= 300
     assert {one["phase"] for one in found} == {"docs", "packs", "talk"}
+
+
+def test_random_records_are_judged_anew_and_a_forged_reason_is_found(
+    lineage: Lineage, project: Path, tmp_path: Path
+) -> None:
+    """Kept and dropped, of every format; papers and digests say nothing of why a record was dropped."""
+    found = records(lineage, 200, seed=5)
+    assert not any(one["wrong"] for one in found)
+    assert all(one["judged"] == one["records"] for one in found)
+    assert len(found) == len([*varied.FORMATS, *varied.CHATS])
+
+    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+    folder = root / "data/clean/packs/packed/ledger"
+    for line, name, value, said in (
+        (41, "rule", "symbol_share", "packed.txt:41: its rule is 'length' today, 'symbol_share' in the ledger"),
+        (41, "evidence", "9 < 10 characters", "packed.txt:41: its evidence is '5 < 10 characters' today"),
+        (48, "changes", None, "packed.txt:48: its changes is 'pii 1' today, None in the ledger"),
+        (5, "raw_id", bytes(16), "packed.txt:5: its raw_id is "),
+    ):
+        table = arrow.table(folder)
+        rows, schema, counts = table.to_pylist(), table.schema, arrow.manifest(folder)["counts"]
+        del table
+        with arrow.Writer(folder, schema) as out:
+            changed = [{**row, name: value} if row["number"] == line else row for row in rows]
+            out.write(pa.Table.from_pylist(changed, schema))
+            out.counts = counts
+        wrong = [text for one in records(Lineage(root), 200, seed=5) for text in one["wrong"]]
+        assert len(wrong) == 1 and said in wrong[0]
+        with arrow.Writer(folder, schema) as out:
+            out.write(pa.Table.from_pylist(rows, schema))
+            out.counts = counts
 
 
 def test_each_block_is_shown_once_in_an_epoch_and_steps_are_the_order_s_inverse(trained: Lineage) -> None:
