@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lineage import verify
+from lineage.erase import exclude
 from lineage.pack import KEY, pack
 
 PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -59,6 +61,18 @@ def run(pack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
     command = [sys.executable, "-I", "-c", code, "lineage/verify.py", *arguments]
     return subprocess.run(command, cwd=pack, capture_output=True, text=True, check=False)
+
+
+def test_the_key_of_the_exclusions_is_in_no_pack(finished: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+    exclude(root, {b"\xab" * 16})
+    pack(root, tmp_path / "one.tar")
+    with tarfile.open(tmp_path / "one.tar") as tar:
+        names = tar.getnames()
+        tar.extractall(tmp_path / "pack", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    assert "data/exclusions.txt" in names and "data/exclusions.key" not in names
+    key = (root / "data/exclusions.key").read_bytes().strip()
+    assert not any(key in path.read_bytes() for path in (tmp_path / "pack").rglob("*") if path.is_file())
 
 
 def test_a_stranger_accepts_it_without_project_and_network_and_only_with_the_right_key(packed: Path) -> None:
