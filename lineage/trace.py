@@ -10,7 +10,7 @@ at least one fingerprint. What a fingerprint finds is compared with the document
 goes beyond a document's end. All documents are looked at, also those that dedup dropped: what stands in them alone is
 reported as dropped. What clean dropped is no document; `why` knows it.
 
-The index lies in .work/lineage/fingerprints, a file for each shard of about 8 MB of documents, named after the ids of
+The index lies in .work/lineage/fingerprints, a file for each shard of about 4 MB of documents, named after the ids of
 its documents, which are hashes of their content: a new document costs its own shard.
 """
 
