@@ -585,7 +585,7 @@ def check_records(project: Project, report: Report) -> None:
             record = json.loads((project.root / path).read_text(encoding="utf-8"))
             sides = {side: dict(line.rsplit(" sha256:", 1) for line in record[side]) for side in ("inputs", "outputs")}
             code = record["code"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             report.fail("run record", path, f"it cannot be read ({error})")
             continue
         before = len(report.findings)
@@ -621,7 +621,7 @@ def check_manifests(project: Project, report: Report) -> None:
             report.ok("manifest", folder, f"{project.manifest(folder)['counts']['rows']:,} rows")
         except Wrong as error:
             report.fail("manifest", folder, str(error))
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
             report.fail("manifest", folder, f"it cannot be read ({_short(error)})")
 
 
@@ -1675,7 +1675,7 @@ def attempt(report: Report, check: str, path: str, needs: list[str], work: Calla
         return work(*about)
     except Wrong as error:
         report.fail(check, path, str(error))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, pa.ArrowException) as error:
+    except Exception as error:  # whatever a damaged file brings about is a finding, as are those that come after it
         report.fail(check, path, f"it cannot be read as it should be ({type(error).__name__}: {_short(error)})")
     return None
 
