@@ -146,7 +146,11 @@ def exclude(root: Path, ids: set[bytes]) -> Answer:
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_hex(32) + "\n")
         key = exclusions.read_key(key_path)
-        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("key "))
+        text = "".join(
+            line
+            for line in text.splitlines(keepends=True)
+            if not line.split("#", 1)[0].strip().lower().startswith("key ")
+        )
         text += "\n" * (not text.endswith("\n")) + f"key {exclusions.key_id(key)}\n"
     new = sorted(one for one in ids if one not in there)
     if new:

@@ -199,9 +199,7 @@ class Chosen:
         self.folder, self.is_chosen = folder, is_chosen
         self.before = folder.index(name, self._build)["before"]  # of each batch, how many are chosen before it
         # The records of a file, which are asked for one after the other, are neighbours.
-        self._of = functools.lru_cache(maxsize=4)(
-            lambda at: is_chosen(folder.batch(at))
-        )  # one file's rows are asked for
+        self._of = functools.lru_cache(maxsize=4)(lambda at: is_chosen(folder.batch(at)))
 
     def place(self, row: int) -> int | None:
         """Return which row of the other folder is this one, None when it is not there."""

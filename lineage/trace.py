@@ -286,11 +286,13 @@ def holding(source: Source, text: str, workers: int = 1) -> Iterator[int] | None
 
     Its first and last unit may be parts of longer ones. A document that holds the others has all their fingerprints.
     """
-    units, places = spans(text)
-    if len(units) < SHORTEST + 2:
+    places = spans(text)[1][1:-1]
+    if len(places) < SHORTEST:
         return None
-    utf16 = text.encode("utf-16-le")
-    inner = utf16[2 * places[1][0] : 2 * places[-2][1]].decode("utf-16-le")
+    # Half a character beyond U+FFFF may stay at an end: left out, as the unit that it was.
+    inner = text.encode("utf-16-le")[2 * places[0][0] : 2 * places[-1][1]].decode("utf-16-le", "ignore")
+    if len(spans(inner)[0]) < SHORTEST:
+        return None
     own = np.unique(fingerprints(pa.array([inner]))[0])[:ENOUGH]
     return (row for row, count in _index(source, workers).candidates(own) if count >= len(own))
 

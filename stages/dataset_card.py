@@ -1,7 +1,7 @@
 """The card of a phase's blocks in the form of a Hugging Face dataset card: the part of describe_model for data.
 
-Copied as README.md into data/blocks/PHASE it makes that folder a dataset that `datasets.load_dataset` opens: the header
-says which files are which split. A licence that the Hub does not list stands there as `other`, with its name.
+Beside a copy of data/blocks/PHASE, as README.md, it makes that folder a dataset that `datasets.load_dataset` opens: the
+header says which files are which split. A licence that the Hub does not list stands there as `other`, with its name.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def header(phase: str, entries: list[dict[str, Any]], blocks: dict[str, dict[str
         "license": listed if set(listed) <= set(LICENSES) else "other",
         "pretty_name": f"Blocks of {phase}",
         "size_categories": [size_category(sum(one["blocks"] for one in blocks.values()))],
-        "source_datasets": ["original"],
         "tags": ["terroir", "tokenized"],
         "task_categories": [task],
     }

@@ -360,10 +360,10 @@ def main(phase: str) -> None:
         sources = in_order(phase_sources(phase, clean), params.priority)
         folders = {source: clean / source / "documents" for source in sources}
         items = [item for name, how in sorted(params.decontaminate.items()) for item in decontaminate.read(name, how)]
+        excluded = exclusions.read(Path(exclusions.FILE))  # first: a missing key is said at once
         ids = read_ids(folders, folder)
         copies = identify(ids, folder)
         near, hits = search(folders, copies, params, items, folder)
-        excluded = exclusions.read(Path(exclusions.FILE))
         decisions = decide(ids, copies, params, near, excluded, hits)
         if hits:  # copies share them
             pairs = zip(copies.rows.tolist(), copies.first.tolist(), strict=True)

@@ -66,11 +66,11 @@ class Rows:
 class Buckets:
     """Rows of uint32 dealt into files by the high bits of their first number, so that equal ones lie together.
 
-    expected: rows that will come; a file is for 2**16 of them, at most 256 files are open.
+    expected: rows that will come; a file is for 2**16 of them, at most 64 files are open.
     """
 
     def __init__(self, folder: Path | None, width: int, expected: int) -> None:
-        self._bits = min(8, max(0, (expected >> 16).bit_length()))
+        self._bits = min(6, max(0, (expected >> 16).bit_length()))
         self._files = [Rows(folder, width, np.uint32) for _ in range(1 << self._bits)]
         self._waiting: list[Array] = []
 

@@ -95,13 +95,13 @@ def main(phase: str) -> None:
     with stage.run("evaluate_model", phase, [str(path) for path in inputs], [f"metrics/{phase}"]) as run:
         (folder,) = run.outputs
         sources = phase_sources(phase, clean)
+        about = arrow.read_json(models / "trained/training.json")
+        kind = about.get("objective", "clm")
         vocabulary = Vocabulary(models / "merged")
-        own = held_out.held_out(clean, dedup, tokens, sources, vocabulary.special_ids)
+        own = held_out.held_out(clean, dedup, tokens, sources, vocabulary.special_ids, causal=kind == "clm")
         tokenizer = generation.tokenizer_of(models / "merged", [one.text for one in own])
         documents = own + [one for name in params.general for one in held_out.general(name, vocabulary)]
         shares = contamination.shares([one.text for one in documents], held_out.train_texts(clean, dedup, sources))
-        about = arrow.read_json(models / "trained/training.json")
-        kind = about.get("objective", "clm")
         masking = None
         if kind == "mlm":
             masking = Masking(vocabulary, about["mlm_probability"], about["whole_word_mask"], seed=0)

@@ -102,9 +102,10 @@ def sort_metadata(file: Path) -> None:
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            stream.seek(8)
-            stream.write(text.ljust(length))
+        if len(text) > length:
+            raise ValueError(f"{file.name}: its header cannot be written in order; nothing was published (a bug).")
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def write(merged: Path, bits: str, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
     check(Path("model.gguf"), Path("models/chat/merged"), held_out, 2.31)   ->  2.32
 
-llama-cpp-python is an extra that is compiled where it is installed.
+llama-cpp-python stands in no list of packages: pip compiles it where somebody installs it.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "BloomForCausalLM": "bloom",
 }
+STRANGE = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "unk_token")
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 # How a tokenizer cuts text, and whether a word that is an entry is taken whole -> llama.cpp's name for it. o200k is not
 # among them: llama.cpp's reads a capital beyond A to Z as any letter, "aÉb" as one word.
@@ -61,11 +62,10 @@ def cut(tokenizer: dict[str, Any]) -> str:
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": pattern == BYTE_LEVEL}
     found = CUTS.get((pattern, bool(model.get("ignore_merges"))))
     alike = [
-        model["type"] == "BPE"
-        and not any(model.get(key) for key in ("dropout", "byte_fallback", "end_of_word_suffix")),
+        model["type"] == "BPE" and not any(model.get(key) for key in STRANGE),
         last.items() <= steps[-1].items() and len(steps) == (1 if pattern == BYTE_LEVEL else 2),
         tokenizer["normalizer"] in (None, {"type": "NFC"}),
-        not any(t["lstrip"] or t["rstrip"] for t in tokenizer["added_tokens"] if not t["special"]),
+        not any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in tokenizer["added_tokens"] if not t["special"]),
     ]
     if not found or not all(alike):
         raise SystemExit(
@@ -129,10 +129,13 @@ def tokens(writer: Any, gguf: Any, merged: Path, rows: int) -> None:
     roles = special.special_token_ids
     roles |= {role.removesuffix("_token_id"): number for role, number in vocabulary.special_ids.items()}
     around = vocabulary.tokenizer.encode("").ids  # what a plain prompt is put between
-    special.add_special_token = {"bos": around[:1] == [roles.get("bos")], "eos": around[-1:] == [roles["eos"]]}
+    begins = around[:1] == [roles.get("bos")]
+    special.add_special_token = {"bos": begins, "eos": around[begins:][-1:] == [roles["eos"]]}  # they may be one token
     path = merged / "generation_config.json"
     ends = arrow.read_json(path).get("eos_token_id") if path.is_file() else None
     others = [each for each in (ends if isinstance(ends, list) else []) if each != roles["eos"]]
+    if len(others) > 2:
+        raise SystemExit(f"{path} names {len(others) + 1} tokens that end an answer, a GGUF can name three; take bf16.")
     roles |= dict(zip(("eot", "eom"), others, strict=False))  # answers stop at these, too
     special.add_to_gguf(writer, quiet=True)
 

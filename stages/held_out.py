@@ -33,13 +33,15 @@ class Document(NamedTuple):
     conversation: bool = False
 
 
-def held_out(clean: Path, dedup: Path, tokens: Path, sources: list[str], special_ids: dict[str, int]) -> list[Document]:
+def held_out(
+    clean: Path, dedup: Path, tokens: Path, sources: list[str], special_ids: dict[str, int], causal: bool = True
+) -> list[Document]:
     """Return the held-out documents of a phase, by source, in the order of their files.
 
-    special_ids: of the tokenizer. Where it has no BOS, EOS is given before a text, as it was in training: else the
-    first token would be given and its bytes counted all the same, which flatters such a tokenizer.
+    special_ids: of the tokenizer. Where it has no BOS, EOS is given to a causal model before a text, as in a block it
+    stands between two: else the first token would be given and its bytes counted, which flatters such a tokenizer.
     """
-    begin = None if "bos_token_id" in special_ids else special_ids["eos_token_id"]
+    begin = special_ids["eos_token_id"] if causal and "bos_token_id" not in special_ids else None
     documents = []
     for source in sources:
         rows = zip(_tokens(tokens / source), _texts(clean, dedup, source, "eval"), strict=True)

@@ -240,7 +240,7 @@ def weight_files(base: Path) -> list[Path]:
     names = sorted(set(arrow.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in names:
         if not (base / name).is_file():
-            raise ValueError(f"{base} has no {name}: an adapter is merged into safetensors weights.")
+            raise ValueError(f"{base} has no {name}: weights are read from safetensors files.")
     return [base / name for name in names]
 
 

@@ -169,6 +169,8 @@ def test_without_a_bos_the_first_token_of_a_text_is_predicted_as_well(tmp_path: 
     with arrow.Writer(tmp_path / "tokens/laws", schema) as out:
         out.write(pa.Table.from_pylist([{"split": "eval", "input_ids": [5, 6, 1]}], schema))
     folders = [tmp_path / name for name in ("clean", "dedup", "tokens")]
+    (plain,) = held_out.held_out(*folders, ["laws"], {"eos_token_id": 1}, causal=False)
+    assert plain.ids.tolist() == [5, 6, 1]
     (found,) = held_out.held_out(*folders, ["laws"], {"eos_token_id": 1})
     assert (found.ids.tolist(), found.learned.tolist()) == ([1, 5, 6, 1], [False, True, True, True])
     assert held_out.held_out(*folders, ["laws"], SPECIAL)[0].ids.tolist() == [5, 6, 1]

@@ -98,13 +98,16 @@ def test_a_part_of_a_text_leads_to_all_documents_that_hold_it_by_index_or_by_a_l
     documents = [written(draw, draw.randint(5, 80)) for _ in range(60)]
     documents += [f"{written(draw, 9)} {shared} {written(draw, number)}" for number in range(5)]
     documents += ["".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(60)), "Mixed 中文 " + shared[:90] + "等等"]
+    documents += [
+        "".join(chr(draw.randrange(0x1F600, 0x1F640)) for _ in range(60)) for _ in range(5)
+    ]  # pairs in UTF-16
     lineage = project(tmp_path, documents, ["train"] * len(documents))
     whole = 0
     for text in [shared, *draw.choices(documents, k=300)]:
         begin = draw.randrange(len(text))
         part = text[begin : begin + draw.randint(1, len(text))]
         with monkeypatch.context() as patch:
-            if len(spans(part)[0]) >= 18:
+            if len(spans(part)[0]) >= (20 if part[0] >= "\U00010000" else 18):  # two units each in UTF-16
                 whole += 1
                 patch.setattr(lineage, "_scan", None)
             found = [row for _, row in lineage._holding(part)]

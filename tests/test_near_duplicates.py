@@ -390,7 +390,7 @@ def test_buckets_bring_equal_ones_together(batches: list[list[int]], expected: i
     for one, other in itertools.combinations(dealt, 2):
         assert not {number for number, _ in one} & {number for number, _ in other}
     if expected == 2**30:
-        assert len(dealt) == len({n >> 24 for numbers in batches for n in numbers})
+        assert len(dealt) == len({n >> 26 for numbers in batches for n in numbers})
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

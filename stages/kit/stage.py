@@ -24,6 +24,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import mmap
 import os
 import re
 import resource
@@ -31,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -47,7 +49,9 @@ RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 # Libraries whose version can change a result; transformers calls the first four by itself.
 BESIDE_TORCH = ("accelerate", "bitsandbytes", "peft", "safetensors")
-SHAPING = sorted((*BESIDE_TORCH, "gigatoken", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "transformers"))
+SHAPING = sorted(
+    (*BESIDE_TORCH, "gguf", "gigatoken", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "torchao", "transformers")
+)
 T = TypeVar("T")
 # Name, device, inode, size, mtime and ctime of a file.
 State = tuple[str, int, int, int, int, int]
@@ -345,25 +349,29 @@ def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
 def _settled(states: list[State]) -> list[State]:
     """Return those files whose next change cannot but give them another change time: the disk's clock has gone on.
 
-    What another process has mapped is written out, so that its next store is a change that counts.
+    What another process has mapped is written out, so that its next store is a change that counts. A file system where
+    a store through a mapping changes no time (tmpfs) settles nothing.
     """
-    if not states:
-        return []
-    clock = WORK / f"clock-{os.getpid()}"
-    settled: list[State] = []
+    latest, settled = max((one[5] for one in states), default=0), []
     with contextlib.suppress(OSError):  # a full disk: nothing is remembered
         WORK.mkdir(exist_ok=True)
-        for _ in range(20):  # a tick takes 4 to 10 ms
-            clock.touch()
-            now = clock.stat()
-            if now.st_ctime_ns > max(one[5] for one in states):
-                break
-            time.sleep(0.001)
-        clock.unlink()
-        settled = [one for one in states if one[1] == now.st_dev and one[5] < now.st_ctime_ns]
-        for name, *_ in settled:
+        with tempfile.TemporaryFile(dir=WORK, buffering=0) as clock:
+            clock.write(b"0")
+            now = os.fstat(clock.fileno())
+            latest = max(latest, now.st_ctime_ns)
+            with mmap.mmap(clock.fileno(), 1) as mapped:
+                for _ in range(20 if states else 0):  # a tick takes 4 to 10 ms
+                    os.fsync(clock.fileno())
+                    time.sleep(0.001)
+                    mapped[0] ^= 1
+                    now = os.fstat(clock.fileno())
+                    if now.st_ctime_ns > latest:
+                        break
+        found = [one for one in states if one[1] == now.st_dev and one[5] < now.st_ctime_ns > latest]
+        for name, *_ in found:
             with Path(name).open("rb") as file:
                 os.fsync(file.fileno())
+        settled = found
     return settled
 
 
@@ -373,8 +381,11 @@ def _remembered() -> dict[str, Any]:
         digest, content = DIGESTS.read_bytes().split(b"\n", 1)
     except (OSError, ValueError):
         return {}
-    whole = hashlib.sha256(content).hexdigest().encode() == digest
-    return json.loads(content) if whole else {}
+    return json.loads(content) if _noted(content) == digest else {}
+
+
+def _noted(content: bytes) -> bytes:
+    return hashlib.sha256(b"states and SHA-256, 1\n" + content).hexdigest().encode()  # another layout, another number
 
 
 def _remember(new: dict[str, tuple[State, str]]) -> None:
@@ -385,7 +396,7 @@ def _remember(new: dict[str, tuple[State, str]]) -> None:
     content = json.dumps(known, sort_keys=True).encode()
     temporary = DIGESTS.with_name(f".tmp-{os.getpid()}")
     with contextlib.suppress(OSError):  # the output stands already
-        temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        temporary.write_bytes(_noted(content) + b"\n" + content)
         temporary.replace(DIGESTS)
 
 
