@@ -328,7 +328,7 @@ def _just_written(folder: Path) -> dict[Path, str]:
 def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
     """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
 
-    That is as good as reading it: nothing but the kernel sets a file's change time, at each write.
+    As good as reading it where `_settled` says so: there each write changes a time that no program can set.
     """
     known = _remembered()
     same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
@@ -352,27 +352,28 @@ def _settled(states: list[State]) -> list[State]:
     What another process has mapped is written out, so that its next store is a change that counts. A file system where
     a store through a mapping changes no time (tmpfs) settles nothing.
     """
-    latest, settled = max((one[5] for one in states), default=0), []
+    if not states:
+        return []
     with contextlib.suppress(OSError):  # a full disk: nothing is remembered
         WORK.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=WORK, buffering=0) as clock:
             clock.write(b"0")
             now = os.fstat(clock.fileno())
-            latest = max(latest, now.st_ctime_ns)
+            latest = max(now.st_ctime_ns, *(one[5] for one in states))
             with mmap.mmap(clock.fileno(), 1) as mapped:
-                for _ in range(20 if states else 0):  # a tick takes 4 to 10 ms
+                for _ in range(20):  # a tick takes 4 to 10 ms
                     os.fsync(clock.fileno())
                     time.sleep(0.001)
                     mapped[0] ^= 1
                     now = os.fstat(clock.fileno())
                     if now.st_ctime_ns > latest:
                         break
-        found = [one for one in states if one[1] == now.st_dev and one[5] < now.st_ctime_ns > latest]
-        for name, *_ in found:
+        settled = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
+        for name, *_ in settled:
             with Path(name).open("rb") as file:
                 os.fsync(file.fileno())
-        settled = found
-    return settled
+        return settled
+    return []
 
 
 def _remembered() -> dict[str, Any]:
