@@ -195,20 +195,19 @@ def _replay(report: Any, phase: str, blocks: int, seed: int) -> None:
     lineage = _lineage()
     lineage.sources = [source for source in lineage.sources if phase in ("", source.phase)]
     for one in records(lineage, blocks, seed):
-        path = f"data/clean/{one['phase']}/{one['source']}"
-        for text in one["wrong"]:
-            report.fail("raw -> ledger", path, text)
-        if not one["wrong"]:
-            text = f"{one['judged']:,} of {one['records']:,} records judged anew by the project's rules (seed {seed})"
-            report.ok("raw -> ledger", path, text)
+        made = f"{one['judged']:,} of {one['records']:,} records judged anew by the project's rules (seed {seed})"
+        _told(report, "raw -> ledger", f"data/clean/{one['phase']}/{one['source']}", one["wrong"], made)
     grouped = [name for name in lineage.phases if f"group_blocks@{name}" in lineage.stages and phase in ("", name)]
     for one in replay(lineage, grouped, blocks, seed):
-        path = f"data/blocks/{one['phase']}/{one['split']}"
-        for text in one["wrong"]:
-            report.fail("raw -> blocks", path, text)
-        if not one["wrong"]:
-            text = f"{one['rebuilt']} of {one['blocks']} blocks, by the project's own stages (seed {seed})"
-            report.ok("raw -> blocks", path, text)
+        made = f"{one['rebuilt']} of {one['blocks']} blocks, by the project's own stages (seed {seed})"
+        _told(report, "raw -> blocks", f"data/blocks/{one['phase']}/{one['split']}", one["wrong"], made)
+
+
+def _told(report: Any, step: str, path: str, wrong: list[str], made: str) -> None:
+    for text in wrong:
+        report.fail(step, path, text)
+    if not wrong:
+        report.ok(step, path, made)
 
 
 if __name__ == "__main__":
