@@ -31,7 +31,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kit.memo import SHARD_BYTES, cuts, row_hashes
 from lineage.folders import Array, Columns
 from lineage.questions import Answer, Lineage, Source
 from near_duplicates import pieces, spans, whole_runs
@@ -107,22 +106,21 @@ class Index:
                 list(map(_build, work))
 
     def _shards(self) -> Iterator[Shard]:
-        found = self.source.documents.index(f"shards-{SHARD_BYTES}", self._cut)
+        found = self.source.documents.index("shards", self._ends)
         ends = found["end"].tolist()
         for first, last, digest in zip([0, *ends], ends, found["digest"], strict=False):
             yield Shard(first, last, self.folder / digest.tobytes().hex())
 
-    def _cut(self) -> Columns:
-        """Return where the shards end, and the digests of the ids of their documents."""
+    def _ends(self) -> Columns:
+        """Return where the shards of the documents end, and the digests of the ids in them."""
         folder, digests = self.source.documents, []
-        batches = ((row_hashes(batch["doc_id"]), _sizes(batch)) for batch in folder.all())
-        ends = cuts(batches, SHARD_BYTES)
+        ends = np.cumsum([shard["rows"] for shard in folder.manifest["shards"]])
         for first, last in zip([0, *ends], ends, strict=False):
             digest = hashlib.sha256(VERSION.encode())
-            for batch, begin, end in _parts(folder, first, last):
+            for batch, begin, end in _parts(folder, int(first), int(last)):
                 digest.update(memoryview(batch["doc_id"].buffers()[1])[16 * begin : 16 * end])
             digests.append(digest.digest()[:16])
-        return {"end": np.array(ends, np.int64), "digest": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)}
+        return {"end": ends, "digest": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)}
 
     def candidates(self, hashes: Array) -> Iterator[tuple[int, int]]:
         """Yield (row, fingerprints in common) of the documents that share fingerprints with a text."""
@@ -135,12 +133,6 @@ class Index:
 
     def size(self) -> int:
         return sum(shard.path.stat().st_size for shard in self.shards)
-
-
-def _sizes(batch: pa.RecordBatch) -> Array:
-    texts = batch["text"] if "text" in batch.schema.names else joined(batch["messages"])
-    found: Array = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
-    return found
 
 
 def joined(messages: pa.ListArray) -> pa.Array:

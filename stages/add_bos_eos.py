@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ import pyarrow as pa
 from chat_segments import Marker
 from kit import arrow, stage
 from kit.arrow import compute as pc
-from kit.memo import Memo, cuts, row_hashes
+from kit.memo import Made, Memo
 from kit.params import Source, read_params
 
 SEGMENT = pa.struct([("text", pa.string()), ("special", pa.bool_()), ("learn", pa.bool_())])
@@ -40,7 +41,6 @@ MARKED = pa.schema(
 )
 SPLITS = pa.array(["train", "eval", "dropped"])
 ROWS = 256  # of a batch, and rows that are Python objects at a time
-SHARD_BYTES = 2**20  # of conversations, about: a tenth of a second of work
 
 
 def segments_of_texts(marker: Marker, texts: pa.StringArray) -> pa.ListArray:
@@ -82,63 +82,40 @@ def marked(marker: Marker, batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([kept["doc_id"], kept["split"], segments], schema=MARKED)
 
 
-def identities(folder: Path) -> str:
-    """Return a digest of the doc_ids of a folder, in order."""
-    digest = hashlib.sha256()
-    for batch in arrow.batches(folder, ["doc_id"]):
-        digest.update(row_bytes(batch["doc_id"]))
-    return digest.hexdigest()
-
-
 def row_bytes(doc_ids: pa.FixedSizeBinaryArray) -> memoryview:
     return memoryview(doc_ids.buffers()[1])[16 * doc_ids.offset : 16 * (doc_ids.offset + len(doc_ids))]
 
 
-def split_codes(decisions: Path) -> np.ndarray:
-    """Return the place in SPLITS of each row's split, one byte each: all that is held of every row."""
-    codes = [pc.index_in(batch["split"], SPLITS).to_numpy() for batch in arrow.batches(decisions, ["split"])]
-    return np.concatenate([code.astype(np.uint8) for code in codes] or [np.array([], np.uint8)])
+def split_codes(decisions: Path) -> tuple[np.ndarray, str]:
+    """Return the place in SPLITS of each row's split, one byte each, and a digest of the doc_ids."""
+    codes, digest = [np.array([], np.uint8)], hashlib.sha256()
+    for batch in arrow.batches(decisions, ["doc_id", "split"]):
+        digest.update(row_bytes(batch["doc_id"]))
+        codes.append(pc.index_in(batch["split"], SPLITS).to_numpy().astype(np.uint8))
+    return np.concatenate(codes), digest.hexdigest()
 
 
-def rows(documents: Path, splits: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Yield the documents (doc_id, text or messages, split), at most ROWS at a time."""
-    first = 0
-    for batch in arrow.batches(documents):
-        column = "messages" if "messages" in batch.schema.names else "text"
-        for at in range(0, batch.num_rows, ROWS):
-            part = batch.select(["doc_id", column]).slice(at, ROWS)
-            yield part.append_column("split", SPLITS.take(pa.array(splits[first : first + part.num_rows])))
-            first += part.num_rows
+class Work(NamedTuple):
+    """A shard of documents, to be marked."""
+
+    path: Path
+    splits: np.ndarray  # as `split_codes` returns them
+    tokenizer: Path
+    digest: str  # of the tokenizer
 
 
-def ends_of_shards(documents: Path) -> list[int]:
-    """Return where each shard of conversations ends, as row numbers: cut by content."""
-    return cuts(
-        ((row_hashes(b["doc_id"]), message_bytes(b["messages"])) for b in arrow.batches(documents)), SHARD_BYTES
-    )
-
-
-def shards(documents: Path, splits: np.ndarray, ends: list[int]) -> Iterator[tuple[str, pa.Buffer]]:
-    """Yield (digest, rows as an Arrow stream) of each shard; a digest covers content (as doc_id) and split of a row."""
-    waiting = rows(documents, splits)
-    rest, first = next(waiting), 0
-    for last in ends:
-        sink, digest = pa.BufferOutputStream(), hashlib.sha256(splits[first:last].tobytes())
-        with pa.ipc.new_stream(sink, rest.schema) as stream:
-            while first < last:
-                rest = rest if rest.num_rows else next(waiting)
-                part = rest.slice(0, last - first)
-                stream.write_batch(part)
-                digest.update(row_bytes(part["doc_id"]))
-                rest, first = rest.slice(part.num_rows), first + part.num_rows
-        yield digest.hexdigest(), sink.getvalue()
-
-
-def message_bytes(messages: pa.ListArray) -> np.ndarray:
-    """Return the bytes that the messages of each conversation say."""
-    content = messages.values.field("content")
-    reach = np.frombuffer(content.buffers()[1], np.int32)[content.offset :][messages.offsets.to_numpy()]
-    return np.diff(reach)
+def identities(documents: Path) -> tuple[list[tuple[Path, int, str]], str]:
+    """Return path, rows and digest of the doc_ids of each shard of documents that has rows, and a digest of all ids."""
+    found, total = [], hashlib.sha256()
+    for path in arrow.shard_paths(documents):
+        own, rows = hashlib.sha256(), 0
+        for batch in arrow.shard_batches(path, ["doc_id"]):
+            own.update(row_bytes(batch["doc_id"]))
+            total.update(row_bytes(batch["doc_id"]))
+            rows += batch.num_rows
+        if rows:
+            found.append((path, rows, own.hexdigest()))
+    return found, total.hexdigest()
 
 
 @functools.cache
@@ -146,34 +123,25 @@ def _marker(tokenizer: Path, digest: str) -> Marker:
     return Marker(tokenizer)
 
 
-def _work(tokenizer: Path, digest: str, shard: pa.Buffer) -> bytes:
-    # Whole first: where the batches of the source ended must not show in what is remembered.
-    table = pa.ipc.open_stream(shard).read_all().combine_chunks()
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, MARKED) as stream:
-        for batch in table.to_batches(max_chunksize=ROWS):
-            stream.write_batch(marked(_marker(tokenizer, digest), batch))
-    return sink.getvalue().to_pybytes()
-
-
-def results(run: stage.Run, documents: Path, splits: np.ndarray, tokenizer: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the marked batches of all documents: plain text as it comes, conversations shard by shard from the memo.
-
-    Plain text has no memo: 2,200 MB are marked in a CPU second, and 800 MB of results read and compared with their
-    SHA-256.
-    """
-    if "text" in arrow.manifest(documents)["schema"]:
-        marker = Marker(tokenizer)
-        for batch in run.progress(rows(documents, splits), -(-len(splits) // ROWS), "batches"):
-            yield marked(marker, batch)
-        return
-    digest = run.digests[str(tokenizer)]
-    memo = Memo(Path(".memo") / run.name, run.recipe([digest]))
-    work, ends = functools.partial(_work, tokenizer, digest), ends_of_shards(documents)
-    done = memo.map(shards(documents, splits, ends), work, stage.workers(), stage.die_with_parent)
-    for result in run.progress(done, len(ends), "shards"):
-        yield from pa.ipc.open_stream(result)
-    memo.sweep()
+def mark_shard(work: Work) -> Made:
+    """Return the marked rows of a shard."""
+    marker, batches, first = _marker(work.tokenizer, work.digest), [], 0
+    for batch in arrow.shard_batches(work.path):
+        column = "messages" if "messages" in batch.schema.names else "text"
+        for at in range(0, batch.num_rows, ROWS):
+            part = batch.select(["doc_id", column]).slice(at, ROWS)
+            here = work.splits[first : first + part.num_rows]
+            batches.append(marked(marker, part.append_column("split", SPLITS.take(pa.array(here)))))
+            first += part.num_rows
+    rows = pa.Table.from_batches(batches)
+    segments = pa.chunked_array([segments.flatten() for segments in rows["segments"].chunks], SEGMENT)
+    text, learn = (pc.struct_field(segments, name) for name in ("text", "learn"))
+    notes = {
+        "rows": rows.num_rows,
+        "characters": pc.sum(pc.utf8_length(text)).as_py() or 0,
+        "segments_not_learned": len(learn) - (pc.sum(learn).as_py() or 0),
+    }
+    return Made({"marked": arrow.encode(rows, MARKED)}, notes)
 
 
 def main(name: str) -> None:
@@ -183,17 +151,30 @@ def main(name: str) -> None:
     inputs = [str(documents), str(decisions), str(tokenizer)]
     with stage.run("add_bos_eos", name, inputs, [f"data/marked/{phase}/{name}"]) as run:
         (folder,) = run.outputs
-        if identities(documents) != identities(decisions):
+        splits, decided = split_codes(decisions)
+        found, ids = identities(documents)
+        if ids != decided:
             raise SystemExit(f"{decisions} decides about other documents than {documents} holds; run `dvc repro`.")
-        splits = split_codes(decisions)
-        dropped, characters = int((splits == SPLITS.index("dropped").as_py()).sum()), 0
-        with arrow.Writer(folder, MARKED, batch_rows=ROWS) as out:
-            for batch in results(run, documents, splits, tokenizer):
-                characters += pc.sum(pc.utf8_length(batch["segments"].flatten().field("text"))).as_py() or 0
-                out.write(batch)
+        dropped = int((splits == SPLITS.index("dropped").as_py()).sum())
+        digest = run.digests[str(tokenizer)]
+        content = arrow.manifest(documents)["schema"]
+        memo = Memo(Path(".memo") / run.name, run.recipe([digest, sorted(content)]))
+        ends = np.cumsum([rows for _, rows, _ in found], dtype=np.int64)
+        parts = np.split(splits, ends[:-1])
+        shards = (
+            (f"{ids} {hashlib.sha256(part.tobytes()).hexdigest()}", Work(path, part, tokenizer, digest))
+            for (path, _, ids), part in zip(found, parts, strict=False)
+        )
+        done = memo.map(shards, mark_shard, stage.workers(), stage.die_with_parent)
+        counts: Counter[str] = Counter(characters=0, segments_not_learned=0)
+        with arrow.Shards(folder, MARKED) as out:
+            for result in run.progress(done, len(found), "shards"):
+                out.add(result.files["marked"], result.notes["rows"], result.sha256["marked"])
+                counts.update({name: result.notes[name] for name in counts})
             run.balance("documents", len(splits), kept=out.rows, dropped=dropped)
-            out.counts = {"characters": characters}
-        run.count(documents=len(splits), marked=out.rows, dropped=dropped, characters=characters)
+            out.counts = dict(counts)
+        memo.sweep(stage.settled)
+        run.count(documents=len(splits), marked=out.rows, dropped=dropped, characters=counts["characters"])
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import re
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +38,10 @@ import list_rules
 import raw_formats
 import raw_params
 import raw_records
+import raw_shards
 from kit import arrow, stage
 from kit.arrow import compute as pc
-from kit.memo import Memo
+from kit.memo import Made, Memo, Result
 from kit.params import Source, read_params
 from raw_shards import Piece, paths, raw_files, shards
 
@@ -67,6 +69,7 @@ LEDGER = pa.schema(
 IDS = [pa.field(name, pa.binary(16)) for name in ("raw_id", "doc_id")]
 REASONS = [pa.field(name, pa.string()) for name in ("rule", "evidence", "changes")]
 RECORDS = pa.schema([*PLACE, *IDS, *REASONS])  # what is known of a record before documents and ledger part
+NOTED = pa.schema([*PLACE, IDS[0], *REASONS])  # of them, in `.memo/`
 BATCH_BYTES = 2**20  # of text, held as Python values at a time
 
 # YAML reads 2026-11-21 as a date and 2026 as a number.
@@ -105,8 +108,14 @@ NOTES = ("license", "owner", "origin", "language", "collected_on", "purpose")  #
 ABOUT = (*NOTES, "format", "record", "encoding")
 
 
-# Pieces, how to read them, and the state of their files when the stage began (None: a new one).
-Work = tuple[list[Piece], Params, list[stage.State | None]]
+class Work(NamedTuple):
+    """A shard."""
+
+    content: str  # digest of its bytes; "": a file too large to be one result
+    pieces: list[Piece]
+    params: Params
+    before: list[stage.State | None]  # of the files, when the stage began; None: a new one
+    elsewhere: Result | None  # of the same bytes at another place in the file
 
 
 def libraries(params: Params) -> list[str]:
@@ -219,21 +228,44 @@ def _count_lines(path: Path, end: int) -> int:
     return count
 
 
-def clean_shard(work: Work) -> bytes:
-    """Return what `cleaned` gives as an Arrow IPC stream, and then b"1" or, when it is not to be remembered, b"0".
+def clean_shard(work: Work) -> Made:
+    """Return the files `documents` and `ledger` of a shard; in the latter places count from its beginning.
 
-    Nor is it when a file was written since it was digested: the stage will refuse to publish, but the rows would come
-    back under the digest of the old content once that is restored.
+    It may not be remembered when one of its raw files was written since it was digested: the stage will refuse to
+    publish, but the rows would come back under the digest of the old content once that is restored.
     """
-    pieces, params, before = work
-    sink, keep = pa.BufferOutputStream(), True
-    with pa.ipc.new_stream(sink, _rows_schema(params)) as stream:
-        for batch, portable in cleaned(pieces, params):
-            stream.write_batch(batch)
-            keep = keep and portable
-    keep = keep and before == [state for piece in pieces for state in stage.state(piece.path)]
-    sink.write(b"1" if keep else b"0")
-    return sink.getvalue().to_pybytes()
+    first, params = work.pieces[0], work.params
+    notes = {"content": work.content, "start": first.start, "before": first.before}
+    schema = documents_schema(params)
+    if work.elsewhere:
+        there = work.elsewhere.notes
+        documents = pa.ipc.open_stream(work.elsewhere.files["documents"].read_bytes()).read_all()
+        documents = moved(documents, first.start - there["start"], first.before - there["before"])
+        ledger = work.elsewhere.files["ledger"].read_bytes()
+        return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, {**there, **notes})
+    found = list(cleaned(work.pieces, params))
+    rows = pa.Table.from_batches([batch for batch, _ in found])
+    documents = moved(kept(rows, schema), first.start, first.before)
+    keep = work.before == [state for piece in work.pieces for state in stage.state(piece.path)]
+    notes |= {"rows": documents.num_rows, "movable": all(portable for _, portable in found)}
+    ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
+    return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes, keep)
+
+
+def kept(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the documents among records."""
+    documents = rows.filter(rows["doc_id"].is_valid()) if rows["doc_id"].null_count else rows
+    return documents.select(schema.names)
+
+
+def moved(documents: pa.Table, start: int, number: int) -> pa.Table:
+    """Return documents whose places are `start` bytes and `number` lines further on."""
+    if start or number:
+        for name, further in (("start", start), ("end", start), ("number", number)):
+            column = documents[name]
+            there = pc.add(column, pa.scalar(further, column.type))
+            documents = documents.set_column(documents.schema.get_field_index(name), documents.field(name), there)
+    return documents
 
 
 class Account:
@@ -278,31 +310,57 @@ class Account:
         self.bytes += end
 
 
-def read(work: Iterator[tuple[str, Work]], memo: Memo) -> Iterator[tuple[pa.RecordBatch, int, bool]]:
-    """Yield the rows of all shards in order, where the shard begins in its file, and whether a shard begins."""
-    starts: deque[int] = deque()
+def placed(content: str, start: int, before: int) -> str:
+    """Return the digest of a shard with its place in the file, which stands in its documents."""
+    return hashlib.sha256(f"{content} {start} {before}".encode()).hexdigest() if start else content
+
+
+def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
+    """Yield what became of each shard, in order; one that is too large to be a result as it came."""
     too_large: list[Work] = []
 
     def known() -> Iterator[tuple[str, Work]]:
-        """Yield the shards up to one that is too large to be a result."""
-        for digest, shard in work:
-            if not digest:
+        """Yield the shards up to one that is too large."""
+        for shard in work:
+            if not shard.content:
                 too_large.append(shard)
                 return
-            starts.append(shard[0][0].start)
-            yield digest, shard
+            yield placed(shard.content, shard.pieces[0].start, shard.pieces[0].before), shard
 
     more = True
     while more:
-        for result in memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent, lambda r: r[-1:] == b"1"):
-            start = starts.popleft()
-            with pa.ipc.open_stream(result) as stream:
-                for number, batch in enumerate(stream):
-                    yield batch, start, number == 0
+        yield from memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent)
         more = bool(too_large)
         while too_large:
-            for number, (batch, _) in enumerate(cleaned(*too_large.pop()[:2])):
-                yield batch, 0, number == 0
+            yield too_large.pop()
+
+
+def streamed(work: Work, ledger: Callable[[pa.RecordBatch, int, bool], None]) -> Iterator[pa.Table]:
+    """Yield the documents of a file that is too large to be one result, a shard at a time, cut by content.
+
+    ledger: is given the records, the byte where they begin to count, and whether they are the first of the file.
+    """
+    waiting: list[pa.Table] = []
+    for number, (batch, _) in enumerate(cleaned(work.pieces, work.params)):
+        ledger(batch, 0, number == 0)
+        waiting.append(kept(pa.Table.from_batches([batch]), documents_schema(work.params)))
+        if sum(rows.nbytes for rows in waiting) >= 3 * raw_shards.SHARD_BYTES:
+            rows = pa.concat_tables(waiting).combine_chunks()
+            *ends, _ = raw_shards.cuts(
+                [(raw_shards.row_hashes(rows["doc_id"].chunk(0)), text_bytes(rows[-1].chunk(0)))]
+            )
+            for begin, end in itertools.pairwise([0, *ends]):
+                yield rows.slice(begin, end - begin)
+            waiting = [rows.slice(ends[-1] if ends else 0)]
+    yield pa.concat_tables(waiting)
+
+
+def text_bytes(content: pa.Array) -> np.ndarray:
+    """Return the bytes (int64) of each text, or of what the messages of each conversation say."""
+    if pa.types.is_string(content.type):
+        return pc.binary_length(content).to_numpy().astype(np.int64)
+    reach = np.cumsum(np.append(0, pc.binary_length(content.values.field("content")).to_numpy()), dtype=np.int64)
+    return np.diff(reach[content.offsets.to_numpy()])
 
 
 def main(name: str) -> None:
@@ -327,26 +385,42 @@ def main(name: str) -> None:
         )
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
-        changed = 0
+        changed = moves = 0
         filled: set[str] = set()
         schema = documents_schema(params)
-        documents = arrow.Writer(folder / "documents", schema, batch_rows=256)
+        documents = arrow.Shards(folder / "documents", schema)
         ledger = arrow.Writer(folder / "ledger", LEDGER, batch_rows=LEDGER_ROWS)
         size = sum(path.stat().st_size for file in files for path in paths(root, file))
         states = {state[0]: state for state in run.states[str(root)]}
-        work = (
-            (digest, (pieces, params, [states.get(str(path)) for piece in pieces for path in paths(root, piece.file)]))
-            for digest, pieces in shards(root, files, run.files[str(root)], params)
-        )
-        for batch, start, is_first in run.progress(read(work, memo), -(-size // BATCH_BYTES), "batches"):
-            rows = account.place(batch, start, is_first)
-            kept = rows.filter(rows["doc_id"].is_valid()) if rows["doc_id"].null_count else rows
-            documents.write(kept.select(schema.names))
+        places = {note["content"]: (note["start"], note["before"]) for note in memo.notes() if note.get("movable")}
+
+        def work() -> Iterator[Work]:
+            nonlocal moves
+            for content, pieces in shards(root, files, run.files[str(root)], params):
+                before = [states.get(str(path)) for piece in pieces for path in paths(root, piece.file)]
+                elsewhere = None
+                if content in places and not memo.find(placed(content, pieces[0].start, pieces[0].before)):
+                    elsewhere = memo.find(placed(content, *places[content]))
+                    moves += elsewhere is not None
+                yield Work(content, pieces, params, before, elsewhere)
+
+        def note(records: pa.RecordBatch, start: int, is_first: bool) -> None:
+            nonlocal changed
+            rows = account.place(records, start, is_first)
             ledger.write(rows.select(LEDGER.names))
             dropped.update(rule for rule in rows["rule"].to_pylist() if rule)
             changed += rows.num_rows - rows["changes"].null_count
             if params.fill:
                 filled.update(name for noted in rows["changes"].drop_null().to_pylist() for name in in_fill(noted))
+
+        for result in run.progress(results(work(), memo), -(-size // raw_shards.SHARD_BYTES), "shards"):
+            if isinstance(result, Work):
+                for rows in streamed(result, note):
+                    documents.add(arrow.encode(rows, schema), rows.num_rows)
+                continue
+            for number, batch in enumerate(pa.ipc.open_stream(result.files["ledger"].read_bytes())):
+                note(batch, result.notes["start"], number == 0)
+            documents.add(result.files["documents"], result.notes["rows"], result.sha256["documents"])
         account.close(account.file, account.end)
         if idle := [name for name in params.fill if name not in filled]:
             raise SystemExit(
@@ -364,8 +438,8 @@ def main(name: str) -> None:
         about = params.model_dump(include=set(ABOUT))
         about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}
         arrow.write_json(folder / "source.json", about)
-        memo.sweep()
-        run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits)
+        memo.sweep(stage.settled)
+        run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits + moves)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import raw_params
-from kit.memo import SHARD_BYTES, cuts
 
+SHARD_BYTES = 4 * 2**20  # about; decides what stands in which file of `documents` and of all that is made of them
 WHOLE_BYTES = 8 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
 
 
@@ -29,6 +29,7 @@ class Piece(NamedTuple):
     path: Path
     start: int  # first byte, and the byte after the last; None: the whole file
     end: int | None
+    before: int = 0  # lines of the file before it
 
 
 def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> list[str]:
@@ -109,9 +110,9 @@ def shards(
         if not cuttable:
             yield "", [Piece(file, path, 0, None)]
             continue
-        for start, end, digest in line_shards(path):
+        for start, end, before, digest in line_shards(path):
             identity = hashlib.sha256(json.dumps([file, start == 0, digest]).encode()).hexdigest()
-            yield identity, [Piece(file, path, start, end)]
+            yield identity, [Piece(file, path, start, end, before)]
     yield from _grouped(small)
 
 
@@ -125,21 +126,59 @@ def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Pi
         begin = end
 
 
-def line_shards(path: Path) -> Iterator[tuple[int, int, str]]:
-    """Yield start, end and SHA-256 of the shards of a file; each ends with a line.
+def line_shards(path: Path) -> Iterator[tuple[int, int, int, str]]:
+    """Yield start, end, number of lines before and SHA-256 of the shards of a file; each ends with a line.
 
     Three quarters of a shard are taken as they come; then a line ends it with a probability of its length / (a quarter
     of SHARD_BYTES), decided by its CRC-32, and at twice SHARD_BYTES any line does.
     """
-    start, spread = 0, SHARD_BYTES // 4
+    start, before, spread = 0, 0, SHARD_BYTES // 4
     with path.open("rb") as file:
         while head := file.read(SHARD_BYTES - spread):
             digest = hashlib.sha256(head)
-            size = len(head)
-            for number, line in enumerate(file):
+            size, number = len(head), 0
+            for number, line in enumerate(file, start=1):
                 digest.update(line)
                 size += len(line)
-                if (number and zlib.crc32(line) / 2**32 < len(line) / spread) or size >= 2 * SHARD_BYTES:
+                if (number > 1 and zlib.crc32(line) / 2**32 < len(line) / spread) or size >= 2 * SHARD_BYTES:
                     break
-            yield start, start + size, digest.hexdigest()
-            start += size
+            yield start, start + size, before, digest.hexdigest()
+            start, before = start + size, before + head.count(b"\n") + number
+
+
+def cuts(batches: Iterable[tuple[np.ndarray, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> list[int]:
+    """Return where each shard ends, as row numbers, the last being the number of rows.
+
+    A batch is (identities, uint32 hash of each row's content; sizes, its bytes); how rows are batched decides nothing.
+    Three quarters of a shard are taken as they come; then a row ends it with probability size / (a quarter of
+    shard_bytes), decided by its own hash: a row that comes or goes moves the cuts beside it and seldom others. A shard
+    of two rows or more has at most twice `shard_bytes`.
+    """
+    spread = max(1, shard_bytes // 4)
+    result: list[int] = []
+    row = begin = taken = 0  # first row of the batch, of the shard in hand; bytes of the latter in earlier batches
+    for identities, sizes in batches:
+        ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread) + 1
+        reach = np.cumsum(sizes, dtype=np.int64)
+        at = 0
+        while at < len(sizes):
+            before = int(reach[at - 1] if at else 0) - taken
+            enough = max(at, int(np.searchsorted(reach, before + shard_bytes - spread)))
+            possible = ends[np.searchsorted(ends, enough, side="right") :][:1].tolist()
+            too_much = int(np.searchsorted(reach, before + 2 * shard_bytes, side="right"))
+            if too_much < len(sizes):
+                possible.append(max(too_much, at + 1 if begin == row + at else at))
+            if not possible:
+                taken = int(reach[-1]) - before
+                break
+            at, taken = min(possible), 0
+            begin = row + at
+            result.append(begin)
+        row += len(sizes)
+    return [*result, row] if begin < row else result
+
+
+def row_hashes(identities: Any) -> np.ndarray:
+    """Return the first 4 bytes of each of an Arrow array of 16-byte identities, uint32."""
+    flat = np.frombuffer(identities.buffers()[1], dtype=np.uint32)
+    return flat.reshape(-1, 4)[identities.offset : identities.offset + len(identities), 0]

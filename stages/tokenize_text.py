@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ import pyarrow as pa
 from fast_encoder import FastEncoder, interleave
 from kit import arrow, stage
 from kit.arrow import compute as pc
-from kit.memo import Memo, cuts, row_hashes
+from kit.memo import Made, Memo
 from kit.params import Source, read_params
 from kit.tokenizer import Vocabulary
 
@@ -39,6 +40,14 @@ def tokens_schema(ids: pa.DataType, learn: bool) -> pa.Schema:
     """Return the schema of a tokens folder."""
     columns = [("doc_id", pa.binary(16)), ("split", pa.string()), ("input_ids", pa.list_(ids))]
     return pa.schema([*columns, ("learn", pa.list_(pa.bool_()))] if learn else columns)
+
+
+class Work(NamedTuple):
+    """A shard of marked rows, to be encoded."""
+
+    path: Path
+    tokenizer: Path
+    masked: bool  # whether any segment of the source is not to be learned
 
 
 class Encoder:
@@ -81,16 +90,29 @@ def encoder(tokenizer: Path) -> Encoder:
     return Encoder(tokenizer)
 
 
-def tokenised(tokenizer: Path, content: pa.Buffer) -> bytes:
-    """Turn marked rows into rows of tokens, both as an Arrow IPC stream of one batch; `learn` only where needed."""
-    rows = pa.ipc.open_stream(content).read_next_batch()
+def tokenise_shard(work: Work) -> Made:
+    """Turn a shard of marked rows into rows of tokens."""
+    rows = pa.ipc.open_stream(pa.memory_map(str(work.path))).read_all().combine_chunks()
     # A part after the other: what encoding needs beside the ids stays small.
-    parts = [encoder(tokenizer).encode(part) for part in parts_of(rows["segments"])]
-    ids = pa.concat_arrays([ids for ids, _ in parts])
-    columns, masked = [rows["doc_id"], rows["split"], ids], any(learn is not None for _, learn in parts)
-    if masked:
-        columns.append(pa.concat_arrays([all_learned(ids) if learn is None else learn for ids, learn in parts]))
-    return stream(columns, tokens_schema(ids.type.value_type, masked)).to_pybytes()
+    parts = [encoder(work.tokenizer).encode(part) for part in parts_of(rows["segments"].chunk(0))]
+    ids = pa.chunked_array([ids for ids, _ in parts])
+    columns, learned = [rows["doc_id"], rows["split"], ids], [learn for _, learn in parts]
+    if work.masked:
+        learned = [all_learned(ids) if learn is None else learn for ids, learn in parts]
+        columns.append(pa.chunked_array(learned))
+    elif any(learn is not None for learn in learned):
+        raise ValueError(f"{work.path} has segments that are not learned, but its manifest.json counts none (a bug).")
+    lengths, train = pc.list_value_length(ids), pc.equal(rows["split"], "train")
+    notes = {
+        "rows": rows.num_rows,
+        "train": pc.sum(lengths.filter(train)).as_py() or 0,
+        "eval": pc.sum(lengths.filter(pc.invert(train))).as_py() or 0,
+        "learned": sum(int(pc.sum(learn.values).as_py() or 0) for learn in learned if learn is not None),
+    }
+    if not work.masked:
+        notes["learned"] = notes["train"] + notes["eval"]
+    schema = tokens_schema(ids.type.value_type, work.masked)
+    return Made({"tokens": arrow.encode(pa.table(columns, schema=schema), schema)}, notes)
 
 
 def parts_of(segments: pa.ListArray) -> Iterator[pa.ListArray]:
@@ -107,52 +129,6 @@ def parts_of(segments: pa.ListArray) -> Iterator[pa.ListArray]:
 def all_learned(ids: pa.ListArray) -> pa.ListArray:
     """Return the learn marks of documents of which all is learned."""
     return pa.ListArray.from_arrays(ids.offsets, pa.array(np.ones(len(ids.values), dtype=bool)))
-
-
-def stream(columns: list[pa.Array], schema: pa.Schema) -> pa.Buffer:
-    """Return columns as an Arrow IPC stream of one batch, in a buffer that is no larger and never grows."""
-    batch, counter = pa.RecordBatch.from_arrays(columns, schema=schema), pa.MockOutputStream()
-    for sink in (counter, None):
-        buffer = None if sink else pa.allocate_buffer(counter.size())
-        with pa.ipc.new_stream(sink or pa.FixedSizeBufferWriter(buffer), schema) as out:
-            out.write_batch(batch)
-    return buffer
-
-
-def plan(folder: Path) -> tuple[list[int], bool]:
-    """Return the rows at which each shard of a marked folder ends, and whether any segment is not to be learned."""
-    masked = False
-
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal masked
-        for batch in arrow.batches(folder, ["doc_id", "segments"]):
-            segments = batch["segments"]
-            flat = segments.flatten()
-            masked = masked or not pc.all(flat.field("learn"), min_count=0).as_py()
-            reach = np.concatenate([[0], np.cumsum(pc.binary_length(flat.field("text")).to_numpy(), dtype=np.int64)])
-            yield (
-                row_hashes(batch["doc_id"]),
-                np.diff(reach[segments.offsets.to_numpy() - segments.offsets[0].as_py()]),
-            )
-
-    return cuts(batches()), masked
-
-
-def shards(folder: Path, ends: list[int]) -> Iterator[tuple[str, pa.Buffer]]:
-    """Yield (SHA-256, content) of each shard of a marked folder; the content alone decides."""
-    waiting: list[pa.RecordBatch] = []
-    reach = 0  # rows read
-    batches = arrow.batches(folder)
-    for end in ends:
-        while reach < end:
-            waiting.append(next(batches))
-            reach += waiting[-1].num_rows
-        rows = pa.Table.from_batches(waiting)
-        here = rows.num_rows - (reach - end)
-        # New arrays: of a slice, Arrow writes some bytes of the neighbouring rows, too.
-        content = stream([pa.concat_arrays(column.chunks) for column in rows.slice(0, here).columns], rows.schema)
-        yield hashlib.sha256(content).hexdigest(), content
-        waiting = rows.slice(here).to_batches()
 
 
 def give_memory_back() -> None:
@@ -174,34 +150,30 @@ def main(name: str) -> None:
     marked, tokenizer = Path("data/marked", phase, name), Path("models/tokenizers", phase)
     with stage.run("tokenize_text", name, [str(marked), str(tokenizer)], [f"data/tokens/{phase}/{name}"]) as run:
         (folder,) = run.outputs
-        ids = encoder(tokenizer).dtype
-        memo = Memo(Path(".memo") / run.name, run.recipe(run.digests[str(tokenizer)]))
-        ends, masked = plan(marked)
-        work = functools.partial(tokenised, tokenizer)
-        # Beside gigatoken a process is worth its start and the text sent to it from some 64 MB on.
-        worth = len(ends) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(ends)
+        manifest = arrow.manifest(marked)
+        masked = manifest["counts"]["segments_not_learned"] > 0
+        memo = Memo(Path(".memo") / run.name, run.recipe([run.digests[str(tokenizer)], masked]))
+        paths = [
+            path for path, shard in zip(arrow.shard_paths(marked), manifest["shards"], strict=True) if shard["rows"]
+        ]
+        shards = ((run.files[str(marked)][path.name], Work(path, tokenizer, masked)) for path in paths)
+        # Beside gigatoken a process is worth its start from some 64 MB on.
+        worth = len(paths) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(paths)
         workers = max(1, min(stage.workers(), worth))
-        results = memo.map(shards(marked, ends), work, workers, stage.die_with_parent)
-        counts = {"train": 0, "eval": 0, "learned": 0}
-        with arrow.Writer(folder, tokens_schema(ids, masked), batch_rows=256) as out:
-            for result in run.progress(results, len(ends), "shards"):
-                rows = pa.ipc.open_stream(result).read_next_batch()
-                lengths = np.diff(rows["input_ids"].offsets.to_numpy())
-                train = pc.equal(rows["split"], "train").to_numpy(zero_copy_only=False)
-                if masked and "learn" not in rows.schema.names:
-                    rows = rows.append_column("learn", all_learned(rows["input_ids"]))
-                counts["train"] += int(lengths[train].sum())
-                counts["eval"] += int(lengths[~train].sum())
-                counts["learned"] += pc.sum(rows["learn"].values).as_py() if masked else int(lengths.sum())
-                out.write(rows)
-            run.balance("documents", arrow.manifest(marked)["counts"]["rows"], tokenised=out.rows)
+        counts = Counter(train=0, eval=0, learned=0)
+        with arrow.Shards(folder, tokens_schema(encoder(tokenizer).dtype, masked)) as out:
+            done = memo.map(shards, tokenise_shard, workers, stage.die_with_parent)
+            for result in run.progress(done, len(paths), "shards"):
+                out.add(result.files["tokens"], result.notes["rows"], result.sha256["tokens"])
+                counts.update({name: result.notes[name] for name in counts})
+            run.balance("documents", manifest["counts"]["rows"], tokenised=out.rows)
             if out.rows and not counts["learned"]:
                 raise SystemExit(
                     f"{marked}: none of its {out.rows:,} documents has a token to learn, so no conversation holds an "
                     f"answer of the role `assistant`; correct the roles in the raw files, or remove the source."
                 )
-            out.counts = counts
-        memo.sweep()
+            out.counts = dict(counts)
+        memo.sweep(stage.settled)
         run.count(documents=out.rows, tokens=counts["train"] + counts["eval"], learned=counts["learned"])
 
 

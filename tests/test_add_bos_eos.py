@@ -267,13 +267,19 @@ def chat_project(project: Path, contents: list[tuple[str, str]]) -> None:
     identities = pa.array([hashlib.sha256(answer.encode()).digest()[:16] for _, answer in contents], pa.binary(16))
     messages = pa.array([turns("why?", answer) for _, answer in contents], MESSAGES)
     splits = pa.array([split for split, _ in contents])
-    for folder, name, column in (
-        ("clean/p/p_text/documents", "messages", messages),
-        ("dedup/p/p_text", "split", splits),
-    ):
-        rows = pa.table({"doc_id": identities, name: column})
-        with arrow.Writer(project / "data" / folder, rows.schema) as out:
-            out.write(rows)
+    rows = pa.table({"doc_id": identities, "messages": messages})
+    with arrow.Shards(project / "data/clean/p/p_text/documents", rows.schema) as out:
+        for shard in shards_of(contents):
+            out.add(arrow.encode(rows.take(shard), rows.schema), len(shard))
+    rows = pa.table({"doc_id": identities, "split": splits})
+    with arrow.Writer(project / "data/dedup/p/p_text", rows.schema) as out:
+        out.write(rows)
+
+
+def shards_of(contents: list[tuple[str, str]]) -> list[list[int]]:
+    """Return the rows of each shard: an answer that begins with a number below 3,000 is in that of its hundred."""
+    numbers = [int(answer.split()[0]) // 100 if answer[0].isdigit() else 7 for _, answer in contents]
+    return [[row for row, number in enumerate(numbers) if number == shard] for shard in range(max(numbers) + 1)]
 
 
 def result(project: Path) -> dict[str, bytes]:
@@ -289,19 +295,19 @@ MANY = [(("train", "eval", "dropped")[number % 3], f"{number} " * 800) for numbe
 
 
 @pytest.mark.parametrize("batch_rows", [1, 100, 257, 1024])
-def test_what_is_remembered_does_not_depend_on_where_batches_end(tmp_path: Path, folder: Path, batch_rows: int) -> None:
+def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
+    tmp_path: Path, folder: Path, batch_rows: int
+) -> None:
     answers = [f"{number} yes" for number in range(1000)]
     identities = pa.array([hashlib.sha256(answer.encode()).digest()[:16] for answer in answers], pa.binary(16))
     rows = pa.table({"doc_id": identities, "messages": pa.array([turns("why?", a) for a in answers], MESSAGES)})
     splits = np.array([0, 1, 2, 0] * 250, np.uint8)
     found = []
     for name, size in (("a", 256), ("b", batch_rows)):
-        with arrow.Writer(tmp_path / name, rows.schema, batch_rows=size) as out:
-            out.write(rows)
-        shards = add_bos_eos.shards(tmp_path / name, splits, [1, 300, 900, 1000])
-        found.append([(digest, add_bos_eos._work(folder, name, shard)) for digest, shard in shards])
+        (tmp_path / name).write_bytes(arrow.encode(rows, rows.schema, size))
+        found.append(add_bos_eos.mark_shard(add_bos_eos.Work(tmp_path / name, splits, folder, "")))
     assert found[0] == found[1]
-    assert sum(pa.ipc.open_stream(result).read_all().num_rows for _, result in found[0]) == 750
+    assert found[0].notes["rows"] == pa.ipc.open_stream(found[0].parts["marked"]).read_all().num_rows == 750
 
 
 def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_build_from_nothing(
@@ -311,7 +317,7 @@ def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_
     chat_project(project, MANY)
     assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="2").returncode == 0
     first, first_shards = result(project), remembered(project)
-    assert len(first_shards) > 5
+    assert len(first_shards) == 30 + 1  # and their index
     assert arrow.manifest(project / "data/marked/p/p_text")["counts"]["rows"] == 2000
 
     changed = [*MANY[:700], ("train", "new"), *MANY[700:]]
@@ -319,10 +325,11 @@ def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_
     chat_project(project, changed)
     assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="1").returncode == 0
     second, second_shards = result(project), remembered(project)
-    assert len(second_shards.items() & first_shards.items()) >= len(first_shards) - 4
+    assert len(second_shards.items() & first_shards.items()) == 28
+    assert sum(second[name] == first[name] for name in first if name.endswith(".arrow")) == 28
     assert second != first
 
-    victim = project / ".memo/add_bos_eos@p_text" / max(second_shards)
+    victim = project / ".memo/add_bos_eos@p_text" / min(second_shards)
     victim.write_bytes(victim.read_bytes().replace(b"Human", b"Robot"))
     assert run_stage(project, "add_bos_eos", "p_text", TERROIR_WORKERS="1").returncode == 0
     assert result(project) == second
@@ -335,5 +342,5 @@ def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_
     tokenizer = project / "models/tokenizers/p/chat_template.jinja"
     tokenizer.write_text(TEMPLATES["default"])
     assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
-    assert not remembered(project).keys() & second_shards.keys()
+    assert remembered(project).keys() & second_shards.keys() == {"index.jsonl"}
     assert "### Assistant" in str(arrow.table(project / "data/marked/p/p_text")[0:1].to_pylist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from test_lineage_questions import LOCK, ask
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "s", "", "th")]
 
 
-def project(root: Path, documents: list[str], splits: list[str]) -> Lineage:
-    """Write what a source leaves before it is tokenised: documents, one a file, and the decisions about them."""
+def project(root: Path, documents: list[str], splits: list[str], sizes: Sequence[int] = ()) -> Lineage:
+    """Write what a source leaves before it is tokenised: documents, one a file, and the decisions about them.
+
+    sizes: how many documents each shard has; in one shard without.
+    """
     home = root / "data/clean/p/s"
     ids = [clean.doc_id(text) for text in documents]
     names = [f"{number:05}.txt" for number in range(len(ids))]
@@ -35,14 +39,16 @@ def project(root: Path, documents: list[str], splits: list[str]) -> Lineage:
         "end": [len(t.encode()) for t in documents],
         "number": [1] * len(ids),
     }
-    with arrow.Writer(home / "documents", clean.TEXT_DOCUMENTS, batch_rows=16) as out:
-        out.write(pa.table({"doc_id": ids, **places, "text": documents}, clean.TEXT_DOCUMENTS))
-    rows = [
+    rows = pa.table({"doc_id": ids, **places, "text": documents}, clean.TEXT_DOCUMENTS)
+    with arrow.Shards(home / "documents", clean.TEXT_DOCUMENTS) as out:
+        for size in sizes or [len(ids)]:
+            out.add(arrow.encode(rows.slice(out.rows, size), clean.TEXT_DOCUMENTS, 16), size)
+    decided = [
         {"doc_id": i, "split": s, "rule": "near_duplicate" if s == "dropped" else None}
         for i, s in zip(ids, splits, strict=True)
     ]
-    with arrow.Writer(root / "data/dedup/p/s", dedup.DECISIONS) as out:
-        out.write(pa.Table.from_pylist(rows, dedup.DECISIONS))
+    with arrow.Writer(root / "data/dedup/p/s", dedup.DECISIONS) as writer:
+        writer.write(pa.Table.from_pylist(decided, dedup.DECISIONS))
     arrow.write_json(home / "source.json", {"unit": "line", "format": "text"})
     (root / "dvc.lock").write_text(LOCK.replace("data/raw/v", "data/raw/s"))
     return Lineage(root)
@@ -211,15 +217,12 @@ def test_matches_are_all_longest_common_runs(text: list[str], document: list[str
     assert set(trace.matches(a, b)) == expected
 
 
-def test_the_index_is_exact_sharded_and_built_where_it_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trace, "SHARD_BYTES", 20_000)
+def test_the_index_is_exact_sharded_and_built_where_it_is_missing(tmp_path: Path) -> None:
     draw = random.Random(4)
     documents = [written(draw, draw.randint(20, 300)) for _ in range(300)]
-    lineage = project(tmp_path / "one", documents, ["train"] * 300)
+    lineage = project(tmp_path / "one", documents, ["train"] * 300, [20] * 15)
     index = trace.Index(lineage.sources[0], workers=2)
-    assert len(index.shards) > 10
+    assert len(index.shards) == 15
     hashes, rows = trace.fingerprints(pa.array(documents))
     for number in draw.sample(range(len(hashes)), 200):
         found = {row for row, _ in index.candidates(hashes[number : number + 1])}
@@ -231,8 +234,8 @@ def test_the_index_is_exact_sharded_and_built_where_it_is_missing(
 
     documents.insert(150, written(draw, 100))
     (tmp_path / "one/data").rename(tmp_path / "old")
-    lineage = project(tmp_path / "one", documents, ["train"] * 301)
+    lineage = project(tmp_path / "one", documents, ["train"] * 301, [20] * 7 + [21] + [20] * 7)
     index = trace.Index(lineage.sources[0], workers=1)
     new = [shard for shard in index.shards if before.get(shard.path) != shard.path.stat().st_mtime_ns]
-    assert 1 <= len(new) <= 4
+    assert new == [index.shards[7]]
     assert np.sum([shard.last - shard.first for shard in index.shards]) == 301

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import kit.memo
 from kit import stage
-from kit.memo import Memo, cuts, row_hashes
+from kit.memo import Made, Memo
 
 
-def shout(text: str) -> bytes:
+def shout(text: str) -> Made:
     if text == "bad":
         raise SystemExit("a.txt: bad; mend it.")
-    return text.upper().encode()
+    return Made({"loud": text.upper().encode(), "size": b"%d" % len(text)}, {"text": text}, text != "secret")
 
 
-def clock(text: str) -> bytes:
-    return os.urandom(8)
+def clock(text: str) -> Made:
+    return Made({"now": os.urandom(8)}, {})
 
 
 def done(memo: Memo, texts: Iterable[str], workers: int = 1) -> list[bytes]:
     shards = ((hashlib.sha256(text.encode()).hexdigest(), text) for text in texts)
-    return list(memo.map(shards, shout, workers, stage.die_with_parent))
+    found = []
+    for result in memo.map(shards, shout, workers, stage.die_with_parent):
+        content = {part: path.read_bytes() for part, path in result.files.items()}
+        assert content["size"] == b"%d" % len(result.notes["text"])
+        assert {part: hashlib.sha256(data).hexdigest() for part, data in content.items()} == result.sha256
+        found.append(content["loud"])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # for .work, where `settled` has its clock
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -43,42 +52,84 @@ def test_results_come_in_order_and_are_remembered(tmp_path: Path, workers: int) 
     memo = Memo(tmp_path / "memo", "key")
     assert done(memo, [*texts[:10], "new", *texts[20:]], workers)[10] == b"NEW"
     assert (memo.hits, memo.misses) == (20, 1)
-    memo.sweep()
-    assert len(list((tmp_path / "memo").iterdir())) == 21
+    memo.sweep(stage.settled)
+    assert len(list((tmp_path / "memo").iterdir())) == 2 * 21 + 1
+    assert len(Memo(tmp_path / "memo", "key")._index) == 21
 
 
 def test_another_key_remembers_nothing(tmp_path: Path) -> None:
-    done(Memo(tmp_path, "key"), ["a"])
-    memo = Memo(tmp_path, "other key")
+    done(Memo(tmp_path / "memo", "key"), ["a"])
+    memo = Memo(tmp_path / "memo", "other key")
     assert done(memo, ["a"]) == [b"A"]
     assert (memo.hits, memo.misses) == (0, 1)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "swapped"])
-def test_a_damaged_result_is_worked_out_again(tmp_path: Path, damage: str) -> None:
-    """Also one that is whole, but that of another shard."""
-    done(Memo(tmp_path, "key"), ["a long text", "b"])
-    for path in tmp_path.iterdir():
-        data = path.read_bytes()
-        if data.endswith(b"A LONG TEXT"):
-            changed = {
-                "flipped": data[:-1] + b"U",
-                "cut": data[:-1],
-                "empty": b"",
-                "swapped": next(other.read_bytes() for other in tmp_path.iterdir() if other != path),
-            }
-            path.write_bytes(changed[damage])
-    memo = Memo(tmp_path, "key")
+@pytest.mark.parametrize("swept", [True, False], ids=["swept", "killed before"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "swapped", "gone", "flipped, old times"])
+def test_a_damaged_result_is_worked_out_again(tmp_path: Path, damage: str, swept: bool) -> None:
+    """Also one that is whole, but that of another shard, and one whose time of change was put back."""
+    memo = Memo(tmp_path / "memo", "key")
+    done(memo, ["a long text", "b"])
+    if swept:
+        memo.sweep(stage.settled)
+    paths = sorted((tmp_path / "memo").glob("*.loud"))
+    (victim,) = (path for path in paths if path.read_bytes() == b"A LONG TEXT")
+    (other,) = set(paths) - {victim}
+    before = victim.stat()
+    if damage == "swapped":
+        shutil.copyfile(other, victim)
+    elif damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes({"cut": b"A LONG TEX", "empty": b""}.get(damage, b"A LONG TEXU"))
+    if damage == "flipped, old times":
+        os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    memo = Memo(tmp_path / "memo", "key")
     assert done(memo, ["a long text", "b"]) == [b"A LONG TEXT", b"B"]
     assert (memo.hits, memo.misses) == (1, 1)
 
 
+def test_what_was_seen_whole_and_not_written_since_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `settled` does not vouch for a file, it is read."""
+    read: list[Path] = []
+    digest = kit.memo._digest
+    monkeypatch.setattr(kit.memo, "_digest", lambda path: (read.append(path), digest(path))[1])
+    monkeypatch.setattr(kit.memo, "CHECKED", 0)
+    memo = Memo(tmp_path / "memo", "key")
+    done(memo, ["a", "b"])
+    memo.sweep(lambda states: states[:3])
+    for _ in range(2):
+        read.clear()
+        memo = Memo(tmp_path / "memo", "key")
+        assert done(memo, ["a", "b"]) == [b"A", b"B"]
+        assert (memo.hits, len(read)) == (2, 1)
+    memo.sweep(lambda states: states)
+    read.clear()
+    assert done(Memo(tmp_path / "memo", "key"), ["a", "b"]) == [b"A", b"B"]
+    assert not read
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"x {}\n", None])
+def test_a_damaged_index_is_not_believed(tmp_path: Path, damage: bytes | None) -> None:
+    memo = Memo(tmp_path / "memo", "key")
+    done(memo, ["a", "b"])
+    memo.sweep(stage.settled)
+    index = tmp_path / "memo/index.jsonl"
+    lines = index.read_bytes().splitlines(keepends=True)
+    changed = lines[0].replace(b'"text": "', b'"text": "c') if damage is None else damage
+    index.write_bytes(changed + lines[1])
+    memo = Memo(tmp_path / "memo", "key")
+    assert done(memo, ["a", "b"]) == [b"A", b"B"]
+    assert (memo.hits, memo.misses) == ((1, 1) if damage in (b"", b"x {}\n", None) else (0, 2))
+
+
 def test_a_result_that_may_not_be_kept_is_worked_out_each_time(tmp_path: Path) -> None:
     for _ in range(2):
-        memo = Memo(tmp_path, "key")
-        shards = [("1", "a"), ("2", "b")]
-        kept = list(memo.map(shards, shout, 1, stage.die_with_parent, keep=lambda result: result != b"A"))
-        assert kept == [b"A", b"B"]
+        memo = Memo(tmp_path / "memo", "key")
+        assert done(memo, ["secret", "b"]) == [b"SECRET", b"B"]
+        assert len(list((tmp_path / "memo").glob("*.loud"))) == 1
     assert (memo.hits, memo.misses) == (1, 1)
 
 
@@ -88,75 +139,30 @@ def test_a_result_that_depends_on_more_than_its_key_is_found(
 ) -> None:
     """One hit in a hundred is worked out again, others each time; here all of them."""
     shards = [(str(number), "") for number in range(4)]
-    list(Memo(tmp_path, "key").map(shards, clock, workers, stage.die_with_parent))
-    drawn = [sum(Memo(tmp_path, "key")._is_checked(str(number)) for number in range(10_000)) for _ in range(2)]
+    list(Memo(tmp_path / "memo", "key").map(shards, clock, workers, stage.die_with_parent))
+    drawn = [sum(Memo(tmp_path / "memo", "key")._is_checked(str(number)) for number in range(10_000)) for _ in range(2)]
     assert all(50 < count < 200 for count in drawn)
     monkeypatch.setattr(kit.memo, "CHECKED", 1.0)
     with pytest.raises(ValueError, match=r"came out differently: .* delete \.memo and run again"):
-        list(Memo(tmp_path, "key").map(shards, clock, workers, stage.die_with_parent))
+        list(Memo(tmp_path / "memo", "key").map(shards, clock, workers, stage.die_with_parent))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_sentence_from_a_worker_arrives(tmp_path: Path, workers: int) -> None:
     """What was finished before it stays remembered, so mending one file does not cost the others."""
     with pytest.raises(SystemExit, match="mend it"):
-        done(Memo(tmp_path, "key"), [*map(str, range(20)), "bad"], workers)
-    memo = Memo(tmp_path, "key")
+        done(Memo(tmp_path / "memo", "key"), [*map(str, range(20)), "bad"], workers)
+    memo = Memo(tmp_path / "memo", "key")
     assert len(done(memo, map(str, range(20)), workers)) == 20
     assert memo.hits > 10
 
 
-def die(text: str) -> bytes:
+def die(text: str) -> Made:
     os.kill(os.getpid(), signal.SIGKILL)
-    return b""
+    return Made({}, {})
 
 
 def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:
     """As the kernel kills one that takes too much memory."""
     with pytest.raises(ValueError, match=r"a worker process was killed, .*TERROIR_WORKERS=1"):
-        list(Memo(tmp_path, "key").map([("a", "a"), ("b", "b")], die, 2, stage.die_with_parent))
-
-
-ROWS = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 5_000)), max_size=200)
-
-
-@given(ROWS, st.integers(1, 10_000), st.lists(st.integers(0, 200), max_size=8))
-def test_cuts_cover_all_rows_and_are_bounded(rows: list[tuple[int, int]], size: int, split: list[int]) -> None:
-    """The last cut is the number of rows; no shard is empty or, if it has two rows, above twice its size.
-
-    The same for rows in several batches.
-    """
-    identities, sizes = (np.array([row[at] for row in rows], dtype=np.int64) for at in (0, 1))
-    ends = cuts([(identities.astype(np.uint32), sizes)], size)
-    batches = np.split(np.stack([identities, sizes]), sorted(split), axis=1)
-    assert cuts(((batch[0], batch[1]) for batch in batches), size) == ends
-    assert ends == sorted(set(ends))
-    assert (ends[-1] if ends else 0) == len(rows)
-    for start, end in zip([0, *ends], ends, strict=False):
-        assert end == start + 1 or sizes[start:end].sum() <= 2 * size
-
-
-def test_a_new_row_moves_the_cuts_beside_it_and_seldom_others() -> None:
-    """Of about 25 shards, one row that comes or goes changes fewer than two on average."""
-    random = np.random.default_rng(0)
-    identities = random.integers(0, 2**32, 2_001, dtype=np.uint32)
-    sizes = random.integers(50, 150, 2_001)
-    rows = list(range(2_001))
-
-    def shards(left_out: int | None) -> set[tuple[int, ...]]:
-        kept = [row for row in rows if row != left_out]
-        ends = cuts([(identities[kept], sizes[kept])], 8_000)
-        return {tuple(kept[start:end]) for start, end in zip([0, *ends], ends, strict=False)}
-
-    whole = shards(None)
-    assert 20 < len(whole) < 35
-    changed = [len(whole - shards(row)) for row in rows[::7]]
-    assert min(changed) >= 1
-    assert np.mean(changed) < 2
-
-
-def test_row_hashes_are_the_first_bytes_of_identities() -> None:
-    import pyarrow as pa
-
-    identities = pa.array([bytes([number] * 16) for number in range(5)], pa.binary(16))
-    assert row_hashes(identities[2:]).tolist() == [0x02020202, 0x03030303, 0x04040404]
+        list(Memo(tmp_path / "memo", "key").map([("a", "a"), ("b", "b")], die, 2, stage.die_with_parent))

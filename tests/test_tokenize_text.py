@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -76,6 +75,7 @@ def write_marked(project: Path, *rows: tuple[str, list[tuple[str, bool, bool]]])
     ]
     with arrow.Writer(project / "data/marked/p/p_text", MARKED, batch_rows=2) as out:
         out.write(pa.Table.from_pylist(values, MARKED))
+        out.counts = {"segments_not_learned": sum(not learn for _, segments in rows for *_, learn in segments)}
 
 
 def test_the_worked_example_of_the_docstring(tmp_path: Path) -> None:
@@ -171,42 +171,41 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-class Shards:
-    """A source of 3 MB in shards of about 32 KB, tokenised in this process; `seen` counts the shards worked on."""
+class Source:
+    """A source of 3 MB in shards of 40 documents, tokenised in this process; `seen` counts the shards worked on."""
 
     def __init__(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.project, self.folder = project, project / "data/tokens/p/p_text"
         write_tokenizer(project / "models/tokenizers/p")
         tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
-        self.real, self.seen = tokenize_text.tokenised, 0
+        self.real, self.seen = tokenize_text.tokenise_shard, 0
         self.learn_of: dict[int, bool] = {}
-        self.rows = list(range(1000))
-
+        self.shards = [list(range(first, first + 40)) for first in range(0, 1000, 40)]
         monkeypatch.chdir(project)
-        monkeypatch.setattr(memo, "SHARD_BYTES", 2**15)
         monkeypatch.setattr(memo, "CHECKED", 0)
-        monkeypatch.setattr(tokenize_text, "cuts", functools.partial(memo.cuts, shard_bytes=2**15))
 
     def write(self) -> None:
-        """Write what add_bos_eos leaves for `rows`; the text of a row follows from its number."""
-        rows = [
-            {
-                "doc_id": hashlib.sha256(bytes([row % 256, row // 256])).digest()[:16],
-                "split": "eval" if row % 10 == 0 else "train",
-                "segments": [
-                    {"text": "<s>", "special": True, "learn": True},
+        """Write what add_bos_eos leaves for the rows of `shards`; the text of a row follows from its number."""
+        with arrow.Shards(self.project / "data/marked/p/p_text", MARKED) as out:
+            for shard in self.shards:
+                rows = [
                     {
-                        "text": f"row {row} 法律 " * (row % 200 + 1),
-                        "special": False,
-                        "learn": self.learn_of.get(row, True),
-                    },
-                    {"text": "</s>", "special": True, "learn": True},
-                ],
-            }
-            for row in self.rows
-        ]
-        with arrow.Writer(self.project / "data/marked/p/p_text", MARKED, batch_rows=64) as out:
-            out.write(pa.Table.from_pylist(rows, MARKED))
+                        "doc_id": hashlib.sha256(bytes([row % 256, row // 256])).digest()[:16],
+                        "split": "eval" if row % 10 == 0 else "train",
+                        "segments": [
+                            {"text": "<s>", "special": True, "learn": True},
+                            {
+                                "text": f"row {row} 法律 " * (row % 200 + 1),
+                                "special": False,
+                                "learn": self.learn_of.get(row, True),
+                            },
+                            {"text": "</s>", "special": True, "learn": True},
+                        ],
+                    }
+                    for row in shard
+                ]
+                out.add(arrow.encode(pa.Table.from_pylist(rows, MARKED), MARKED, 16), len(rows))
+            out.counts = {"segments_not_learned": len(self.learn_of)}
 
     def run(self, workers: int = 1) -> int:
         """Run the stage; return the number of shards that were worked on (known for one worker)."""
@@ -216,13 +215,13 @@ class Shards:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TERROIR_WORKERS", str(workers))
             if workers == 1:
-                patch.setattr(tokenize_text, "tokenised", self.counted)
+                patch.setattr(tokenize_text, "tokenise_shard", self.counted)
             tokenize_text.main("p_text")
         return self.seen
 
-    def counted(self, tokenizer: Path, content: bytes) -> bytes:
+    def counted(self, work: tokenize_text.Work) -> memo.Made:
         self.seen += 1
-        return self.real(tokenizer, content)
+        return self.real(work)
 
     def from_nothing(self, workers: int = 1) -> dict[str, bytes]:
         """Return what a run without memory writes."""
@@ -232,81 +231,101 @@ class Shards:
 
 
 @pytest.fixture
-def shards(project: Path, monkeypatch: pytest.MonkeyPatch) -> Shards:
-    return Shards(project, monkeypatch)
+def source(project: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    return Source(project, monkeypatch)
 
 
-def test_the_bytes_do_not_depend_on_the_workers_nor_on_the_shards(
-    shards: Shards, monkeypatch: pytest.MonkeyPatch
+def test_the_bytes_do_not_depend_on_the_workers_nor_on_the_parts(
+    source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = shards.from_nothing(1)
-    assert shards.seen > 20
-    assert [shards.from_nothing(workers) for workers in (2, 5)] == [first, first]
+    monkeypatch.setenv("TERROIR_ENCODER", "tiktoken")  # beside gigatoken, so little work has one worker
+    first = source.from_nothing(1)
+    assert source.seen == 25
+    assert [source.from_nothing(workers) for workers in (2, 5)] == [first, first]
+    source.learn_of[400] = False  # in one part of its shard alone
+    masked = source.from_nothing(1)
     monkeypatch.setattr(tokenize_text, "PART_BYTES", 100)
-    shards.learn_of[400] = False  # in one part of its shard alone
-    masked = shards.from_nothing(1)
-    monkeypatch.setattr(tokenize_text, "PART_BYTES", 2**20)
-    assert shards.from_nothing(1) == masked != first
-    del shards.learn_of[400]
-    monkeypatch.setattr(tokenize_text, "cuts", memo.cuts)
-    assert shards.from_nothing(1) == first
-    assert shards.seen == 1
+    assert source.from_nothing(1) == masked != first
 
 
-@pytest.mark.parametrize("place", [0, 500, 1000])
-def test_one_more_document_costs_its_own_shard(shards: Shards, place: int) -> None:
-    """The shard that it joins and, where it ends one, the next; the result is that of a run from nothing."""
-    shards.run()
-    assert shards.run() == 0
-    shards.rows.insert(place, 1001)
-    assert 1 <= shards.run() <= 2
-    found = contents(shards.folder)
-    assert found == shards.from_nothing()
-    shards.rows.remove(1001)
-    shards.run()
-    assert contents(shards.folder) != found
+def test_one_more_document_costs_its_own_shard(source: Source) -> None:
+    """The files of all others are the same; the result is that of a run from nothing."""
+    source.run()
+    before = contents(source.folder)
+    assert source.run() == 0
+    source.shards[12].insert(7, 1001)
+    assert source.run() == 1
+    found = contents(source.folder)
+    assert {name for name in found if found[name] != before[name]} == {
+        "data-00012.arrow",
+        "manifest.json",
+        "state.json",
+    }
+    assert found == source.from_nothing()
+    source.shards.insert(0, [1002])
+    assert source.run() == 1
+    found = contents(source.folder)
+    assert found["data-00001.arrow"] == before["data-00000.arrow"]
+    assert found == source.from_nothing()
 
 
-def test_a_document_of_the_same_id_with_other_marks_or_split_is_done_again(shards: Shards) -> None:
+def test_a_document_of_the_same_id_with_other_marks_or_split_is_done_again(source: Source) -> None:
     """What decides is the content of the rows, not doc_id: the chat template marks them, and dedup splits them."""
-    shards.run()
-    shards.learn_of[400] = False  # for the first time something is not learned: the column appears in each shard
-    assert shards.run() == 1
-    found = contents(shards.folder)
-    table = arrow.table(shards.folder)
-    assert [row for row in range(1000) if not all(table["learn"][row].as_py())] == [400]
+    source.learn_of[3] = False
+    source.run()
+    source.learn_of[400] = False
+    assert source.run() == 1
+    found = contents(source.folder)
+    table = arrow.table(source.folder)
+    assert [row for row in range(1000) if not all(table["learn"][row].as_py())] == [3, 400]
     assert table["learn"][399].as_py() == [True] * len(table["input_ids"][399])
-    counts = arrow.manifest(shards.folder)["counts"]
-    assert counts["train"] + counts["eval"] - counts["learned"] == len(table["input_ids"][400]) - 2
-    assert found == shards.from_nothing()
+    counts = arrow.manifest(source.folder)["counts"]
+    not_learned = sum(len(table["input_ids"][row]) - 2 for row in (3, 400))
+    assert counts["train"] + counts["eval"] - counts["learned"] == not_learned
+    assert found == source.from_nothing()
 
 
-def test_another_tokenizer_gets_nothing_from_memory(shards: Shards) -> None:
-    shards.run()
-    number = shards.run()
-    assert number == 0
-    path = shards.project / "models/tokenizers/p/tokenizer.json"
+def test_where_the_first_segment_is_not_learned_each_shard_has_the_column(source: Source) -> None:
+    source.run()
+    source.learn_of[400] = False
+    assert source.run() == 25
+    assert arrow.table(source.folder)["learn"].null_count == 0
+
+
+def test_marks_that_the_manifest_does_not_count_are_not_lost_in_silence(source: Source) -> None:
+    source.learn_of[400] = False
+    source.write()
+    path = source.project / "data/marked/p/p_text/manifest.json"
+    path.write_text(path.read_text().replace('"segments_not_learned": 1', '"segments_not_learned": 0'))
+    with pytest.raises(ValueError, match="segments that are not learned"):
+        tokenize_text.main("p_text")
+    assert not source.folder.exists()
+
+
+def test_another_tokenizer_gets_nothing_from_memory(source: Source) -> None:
+    source.run()
+    assert source.run() == 0
+    path = source.project / "models/tokenizers/p/tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    assert shards.run() > 20
+    assert source.run() == 25
 
 
-def test_what_was_tampered_with_is_computed_again(shards: Shards) -> None:
-    whole = shards.from_nothing()
-    entries = sorted((shards.project / ".memo").rglob("*"))
-    victims = [path for path in entries if path.is_file()][:3]
+def test_what_was_tampered_with_is_computed_again(source: Source) -> None:
+    whole = source.from_nothing()
+    victims = sorted((source.project / ".memo").rglob("*.tokens"))[:3]
     for number, path in enumerate(victims):
         content = bytearray(path.read_bytes())
         content[len(content) // 2 + number] ^= 1
         path.write_bytes(content if number else b"")
-    assert shards.run() == 3
-    assert contents(shards.folder) == whole
+    assert source.run() == 3
+    assert contents(source.folder) == whole
 
 
-def test_a_source_without_documents_gives_no_rows(shards: Shards) -> None:
-    shards.rows = []
-    assert shards.run() == 0
+def test_a_source_without_documents_gives_no_rows(source: Source) -> None:
+    source.shards = []
+    assert source.run() == 0
     counts = {"rows": 0, "train": 0, "eval": 0, "learned": 0}
-    assert arrow.manifest(shards.folder)["counts"] == counts
+    assert arrow.manifest(source.folder)["counts"] == counts
 
 
 def test_a_source_of_which_nothing_is_learned_is_refused(project: Path, run_stage: Runner) -> None:

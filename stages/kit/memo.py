@@ -1,34 +1,56 @@
-"""Work done before: results by shard, so that one new file among thousands costs its own shard only.
+"""Work done before: the files of each shard, so that one new file among thousands costs its own shard only.
 
     memo = Memo(Path(".memo/clean@laws"), key)         # key: digest of code, parameters and library versions
     for result in memo.map(shards, work, workers=2, initializer=die_with_parent):
-        ...                                            # bytes, in the order of the shards
-    memo.sweep()                                       # forget what this run did not need
+        out.add(result.files["documents"], ...)        # in the order of the shards
+    memo.sweep(stage.settled)                          # forget what this run did not need
 
-A shard is (digest of its content, what `work` needs); `work` is a pure function from that to bytes. The output of a
-stage is always put together anew from all results, so a stale row cannot survive, and deleting .memo/ is always safe.
-A result stands behind a SHA-256 over its name and itself: one that was tampered with is computed again. One hit in a
-hundred, others in each run, is computed anyway and compared, to find a stage whose result depends on something that its
-key does not name.
+A shard is (digest of its content, what `work` needs); `work` is a pure function from that to what shall stand in files.
+The worker writes them, and the stage copies them into its output as they are: a stale row cannot survive, and deleting
+.memo/ is always safe. index.jsonl holds the SHA-256 of each file. One that has not been written since it was seen whole
+is not read again; any other is, and where it was tampered with it is computed again. One shard in a hundred, others in
+each run, is computed anyway and compared, to find a stage whose result depends on something that its key does not name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 T = TypeVar("T")
+State = tuple[str, int, int, int, int, int]  # name, device, inode, size, mtime and ctime of a file, as in kit/stage.py
 CHECKED = 0.01  # share of the hits that are computed again
-SHARD_BYTES = 4 * 2**20
+INDEX = "index.jsonl"
+
+
+class Made(NamedTuple):
+    """What `work` made of a shard."""
+
+    parts: dict[str, Any]  # bytes or a buffer; each becomes a file
+    notes: dict[str, Any]  # what the stage wants to know without reading the files, as JSON can hold it
+    keep: bool = True  # whether it may be remembered
+
+
+class Result(NamedTuple):
+    """The files of a shard, by part. They stay where they are until the next result is asked for."""
+
+    files: dict[str, Path]
+    sha256: dict[str, str]
+    notes: dict[str, Any]
+
+
+class _Done(NamedTuple):
+    sha256: dict[str, str]
+    notes: dict[str, Any]
+    keep: bool
 
 
 class Memo:
@@ -37,145 +59,170 @@ class Memo:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         self.hits = self.misses = 0
+        self._index = dict(_read_index(folder / INDEX))
+        self._seen: dict[str, State] = {}  # of files that are whole, by name
         self._used: set[str] = set()
         self._salt = os.urandom(8)
 
     def map(
         self,
         shards: Iterable[tuple[str, T]],
-        work: Callable[[T], bytes],
+        work: Callable[[T], Made],
         workers: int,
         initializer: Callable[[], None],
-        keep: Callable[[bytes], bool] = lambda result: True,
-    ) -> Iterator[bytes]:
-        """Yield `work(what)` for each shard (digest, what), in order, from memory or from `workers` processes.
+    ) -> Iterator[Result]:
+        """Yield what `work` made of each shard (digest, what), in order, from memory or from `workers` processes.
 
-        A result that `keep` refuses is not remembered. At most two shards per worker are held at a time, one when there
-        is but one worker. Raises ValueError when a result computed again differs.
+        At most two shards per worker are under way at a time. Raises ValueError when a result computed again differs.
         """
         import multiprocessing  # with the pool, 25 ms that the start of other stages does not wait for
         from concurrent.futures import Future, ProcessPoolExecutor
 
         pool: Executor | None = None
-        waiting: deque[tuple[str, bytes | None, Future[bytes] | None]] = deque()
+        waiting: deque[tuple[str, Result | None, Future[_Done] | None]] = deque()
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for digest, what in shards:
-                name = hashlib.sha256(f"{self.key} {digest}".encode()).hexdigest()
-                known = self._read(name)
-                future: Future[bytes] | None = None
+                name = self._name(digest)
+                known = self.find(digest)
+                future: Future[_Done] | None = None
                 if known is None or self._is_checked(name):
+                    target = self.folder / name if known is None else None
                     if workers > 1:
                         pool = pool or ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer)
-                        future = pool.submit(work, what)
+                        future = pool.submit(_make, work, what, target)
                     else:
                         future = Future()
-                        future.set_result(work(what))
+                        future.set_result(_make(work, what, target))
                 waiting.append((name, known, future))
                 while len(waiting) >= (2 * workers if workers > 1 else 1):
-                    yield self._finish(*waiting.popleft(), keep)
+                    yield from self._finish(*waiting.popleft())
             while waiting:
-                yield self._finish(*waiting.popleft(), keep)
+                yield from self._finish(*waiting.popleft())
         finally:
             if pool:
                 pool.shutdown(cancel_futures=True)
 
-    def sweep(self) -> None:
-        """Remove the results that this run did not use."""
-        for path in self.folder.glob("*"):
-            if path.name not in self._used:
-                path.unlink()
+    def find(self, digest: str) -> Result | None:
+        """Return what is remembered of a shard, if its files are whole."""
+        name = self._name(digest)
+        entry = self._index.get(name)
+        if entry is None:
+            return None
+        result = Result({part: self._path(name, part) for part in entry["files"]}, {}, entry["notes"])
+        for part, path in result.files.items():
+            result.sha256[part], seen = entry["files"][part]
+            try:
+                now = _state(path)
+                if list(now[1:]) != seen and _digest(path) != result.sha256[part]:
+                    return None
+            except OSError:
+                return None
+            self._seen[path.name] = now
+        return result
 
-    def _finish(
-        self, name: str, known: bytes | None, future: Future[bytes] | None, keep: Callable[[bytes], bool]
-    ) -> bytes:
+    def notes(self) -> Iterator[dict[str, Any]]:
+        """Yield the notes of all that is remembered, also for other keys."""
+        return (entry["notes"] for entry in self._index.values())
+
+    def sweep(self, settled: Callable[[list[State]], list[State]]) -> None:
+        """Remove what this run did not use, and note the state of the files that `settled` lets through."""
+        for path in self.folder.glob("*"):
+            if path.name.split(".")[0] not in self._used and path.name != INDEX:
+                path.unlink()
+        states = [state for path, state in self._seen.items() if path.split(".")[0] in self._used]
+        quiet = {Path(state[0]).name: state[1:] for state in settled(states)}
+        lines = []
+        for name in sorted(self._used):
+            entry = self._index[name]
+            files = {part: [sha, quiet.get(self._path(name, part).name)] for part, (sha, _) in entry["files"].items()}
+            lines.append(_line(name, {**entry, "files": files}))
+        temporary = self.folder / f".tmp-{INDEX}"
+        temporary.write_bytes(b"".join(lines))
+        temporary.replace(self.folder / INDEX)
+
+    def _name(self, digest: str) -> str:
+        return hashlib.sha256(f"{self.key} {digest}".encode()).hexdigest()
+
+    def _path(self, name: str, part: str) -> Path:
+        return self.folder / f"{name}.{part}"
+
+    def _finish(self, name: str, known: Result | None, future: Future[_Done] | None) -> Iterator[Result]:
         from concurrent.futures import BrokenExecutor
 
-        self._used.add(name)
+        if known:
+            self._used.add(name)
+            self.hits += 1
         if future is None:
             assert known is not None
-            self.hits += 1
-            return known
+            yield known
+            return
         try:
-            result = future.result()
+            done = future.result()
         except BrokenExecutor:
             raise ValueError(
                 "a worker process was killed, most likely because memory ran out; free some, or take fewer workers "
                 "(TERROIR_WORKERS=1), and run again."
             ) from None
-        if known is None:
-            self.misses += 1
-            if keep(result):
-                self._write(name, result)
-        elif known != result:
-            raise ValueError(
-                f"{self.folder / name} was computed again and came out differently: the stage reads something that its "
-                "key does not name (this is a bug); delete .memo and run again."
-            )
+        if known:
+            if done.sha256 != known.sha256 or done.notes != known.notes:
+                raise ValueError(
+                    f"{self.folder / name} was computed again and came out differently: the stage reads something that "
+                    "its key does not name (this is a bug); delete .memo and run again."
+                )
+            yield known
+            return
+        self.misses += 1
+        result = Result({part: self._path(name, part) for part in done.sha256}, done.sha256, done.notes)
+        if done.keep:
+            self._used.add(name)
+            self._index[name] = {"files": {part: [sha, None] for part, sha in done.sha256.items()}, "notes": done.notes}
+            for path in result.files.values():
+                self._seen[path.name] = _state(path)
+            with (self.folder / INDEX).open("ab") as file:  # what a killed stage has finished stays remembered
+                file.write(_line(name, self._index[name]))
+            yield result
         else:
-            self.hits += 1
-        return result
+            yield result
+            for path in result.files.values():
+                path.unlink()
 
     def _is_checked(self, name: str) -> bool:
         draw = hashlib.sha256(self._salt + name.encode()).digest()[:4]
         return int.from_bytes(draw, "little") / 2**32 < CHECKED
 
-    def _read(self, name: str) -> bytes | None:
-        try:
-            with (self.folder / name).open("rb", buffering=0) as file:
-                digest, result = file.read(32), file.read()
-        except FileNotFoundError:
-            return None
-        return result if _checksum(name, result) == digest else None
 
-    def _write(self, name: str, result: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".tmp-{name}"
-        with temporary.open("wb") as file:
-            file.write(_checksum(name, result))
-            file.write(result)
-        temporary.replace(self.folder / name)
+def _make(work: Callable[[T], Made], what: T, target: Path | None) -> _Done:
+    """Do the work on a shard and write its parts, `target`.PART, unless it is None."""
+    made = work(what)
+    if target:
+        temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+        for part, content in made.parts.items():
+            with temporary.open("wb") as file:
+                file.write(content)
+            temporary.replace(target.with_name(f"{target.name}.{part}"))
+    digests = {part: hashlib.sha256(content).hexdigest() for part, content in made.parts.items()}
+    return _Done(digests, json.loads(json.dumps(made.notes)), made.keep)
 
 
-def _checksum(name: str, result: bytes) -> bytes:
-    """Return the SHA-256 of name and result: neither a damaged result nor that of another shard passes."""
-    digest = hashlib.sha256(name.encode())
-    digest.update(result)
-    return digest.digest()
+def _state(path: Path) -> State:
+    stat = path.stat()
+    return str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def cuts(batches: Iterable[tuple[np.ndarray, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> list[int]:
-    """Return where each shard ends, as row numbers, the last being the number of rows.
-
-    A batch is (identities, uint32 hash of each row's content; sizes, its bytes); how rows are batched decides nothing.
-    Three quarters of a shard are taken as they come; then a row ends it with probability size / (a quarter of
-    shard_bytes), decided by its own hash: a row that comes or goes moves the cuts beside it and seldom others. A shard
-    of two rows or more has at most twice `shard_bytes`.
-    """
-    spread = max(1, shard_bytes // 4)
-    result: list[int] = []
-    row = begin = taken = 0  # first row of the batch, of the shard in hand; bytes of the latter in earlier batches
-    for identities, sizes in batches:
-        ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread) + 1
-        reach = np.cumsum(sizes, dtype=np.int64)
-        at = 0
-        while at < len(sizes):
-            before = int(reach[at - 1] if at else 0) - taken
-            enough = max(at, int(np.searchsorted(reach, before + shard_bytes - spread)))
-            possible = ends[np.searchsorted(ends, enough, side="right") :][:1].tolist()
-            too_much = int(np.searchsorted(reach, before + 2 * shard_bytes, side="right"))
-            if too_much < len(sizes):
-                possible.append(max(too_much, at + 1 if begin == row + at else at))
-            if not possible:
-                taken = int(reach[-1]) - before
-                break
-            at, taken = min(possible), 0
-            begin = row + at
-            result.append(begin)
-        row += len(sizes)
-    return [*result, row] if begin < row else result
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def row_hashes(identities: Any) -> np.ndarray:
-    """Return the first 4 bytes of each of an Arrow array of 16-byte identities, uint32."""
-    flat = np.frombuffer(identities.buffers()[1], dtype=np.uint32)
-    return flat.reshape(-1, 4)[identities.offset : identities.offset + len(identities), 0]
+def _line(name: str, entry: dict[str, Any]) -> bytes:
+    content = json.dumps([name, entry], sort_keys=True)
+    return f"{hashlib.sha256(content.encode()).hexdigest()} {content}\n".encode()
+
+
+def _read_index(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the names and entries of an index; a line that was damaged is nothing that is known."""
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        digest, _, content = line.partition(b" ")
+        if hashlib.sha256(content).hexdigest().encode() == digest:
+            yield json.loads(content)

@@ -328,25 +328,25 @@ def _just_written(folder: Path) -> dict[Path, str]:
 def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
     """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
 
-    As good as reading it where `_settled` says so: there each write changes a time that no program can set.
+    As good as reading it where `settled` says so: there each write changes a time that no program can set.
     """
     known = _remembered()
     same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
     new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
-    settled = _settled(new)
+    quiet = settled(new)
     found = file_digests(path, same)
-    after = {now[0]: now for now in state(path)} if settled else {}
+    after = {now[0]: now for now in state(path)} if quiet else {}
     _remember(
         {
             now[0]: (now, found["" if now[0] == str(path) else Path(now[0]).relative_to(path).as_posix()])
-            for now in settled
+            for now in quiet
             if after.get(now[0]) == now
         }
     )
     return found
 
 
-def _settled(states: list[State]) -> list[State]:
+def settled(states: list[State]) -> list[State]:
     """Return those files whose next change cannot but give them another change time: the disk's clock has gone on.
 
     What another process has mapped is written out, so that its next store is a change that counts. A file system where
@@ -368,11 +368,11 @@ def _settled(states: list[State]) -> list[State]:
                     now = os.fstat(clock.fileno())
                     if now.st_ctime_ns > latest:
                         break
-        settled = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
-        for name, *_ in settled:
+        quiet = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
+        for name, *_ in quiet:
             with Path(name).open("rb") as file:
                 os.fsync(file.fileno())
-        return settled
+        return quiet
     return []
 
 
@@ -505,7 +505,7 @@ def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
     metrics, the time and the memory. Returns state and SHA-256 of the large new files by the name they will have.
     """
     script = STAGES / f"{current.stage}.py"
-    large = _settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
+    large = settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
     written: dict[str, tuple[State, str]] = {}
     outputs = []
     for target, temporary in zip(current.targets, current.outputs, strict=True):
