@@ -1036,7 +1036,9 @@ def check_marked(project: Project, source: Source, tokenizer: Tokenizer, report:
             part = batch.slice(begin, 256)
             _same_text(source, part, [next(kept, None) for _ in range(part.num_rows)], tokenizer)
             counts["rows"] += part.num_rows
-            counts["characters"] += pc.sum(pc.utf8_length(part["segments"].flatten().field("text"))).as_py() or 0
+            segments = part["segments"].flatten()
+            counts["characters"] += pc.sum(pc.utf8_length(segments.field("text"))).as_py() or 0
+            counts["segments_not_learned"] += len(segments) - (pc.sum(segments.field("learn")).as_py() or 0)
             encoded = ids(part.num_rows)
             for name in ("doc_id", "split"):
                 if not part[name].equals(encoded[name]):
@@ -1052,7 +1054,8 @@ def check_marked(project: Project, source: Source, tokenizer: Tokenizer, report:
         raise Wrong(f"{marked} lacks documents that {source.folder('dedup')} keeps")
     if ids(1).num_rows:
         raise Wrong(f"{tokens} holds more documents than {marked}")
-    for folder, names in ((marked, ("rows", "characters")), (tokens, ("rows", "train", "eval", "learned"))):
+    in_marked, in_tokens = ("rows", "characters", "segments_not_learned"), ("rows", "train", "eval", "learned")
+    for folder, names in ((marked, in_marked), (tokens, in_tokens)):
         manifest = project.manifest(folder)["counts"]
         if manifest != {name: counts[name] for name in names}:
             raise Wrong(f"the manifest of {folder} counts {manifest}, its rows say {dict(counts)}")

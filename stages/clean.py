@@ -273,6 +273,7 @@ class Account:
 
     def __init__(self, run: stage.Run, root: Path, params: Params) -> None:
         self.run, self.root, self.tiled = run, root, raw_params.unit(params) == "line"
+        self.states = set(run.states[str(root)])
         self.file, self.files = "", 0
         self.end = self.rows = self.bytes = 0  # of the file in hand
         self.before = 0  # rows of the file before the shard
@@ -306,7 +307,9 @@ class Account:
         """Check that a file was read to its end, where its size says where that is, and count its bytes."""
         path = self.root / file if (self.root / file).is_file() else self.root
         if self.tiled and file and path.suffix.lower() not in raw_records.COMPRESSIONS:
-            self.run.balance(f"bytes of {file}", path.stat().st_size, recorded=end)
+            (now,) = stage.state(path)
+            if now in self.states:  # else it was written meanwhile, and nothing will be published
+                self.run.balance(f"bytes of {file}", now[3], recorded=end)
         self.bytes += end
 
 
