@@ -300,7 +300,9 @@ class FastEncoder:
         total = int(reach[-1]) if len(reach) else 0
         # A text across a border begins a part.
         ends = np.unique([0, *np.searchsorted(reach, np.arange(PART, total, PART)), len(texts)]).tolist()
-        parts = [self._part(texts.slice(begin, end - begin), known[begin:end]) for begin, end in itertools.pairwise(ends)]
+        parts = [
+            self._part(texts.slice(begin, end - begin), known[begin:end]) for begin, end in itertools.pairwise(ends)
+        ]
         if len(parts) == 1:
             return parts[0]
         ids, lengths = zip((np.zeros(0, dtype=self.dtype), np.zeros(0, dtype=np.int64)), *parts, strict=True)

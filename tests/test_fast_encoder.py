@@ -197,7 +197,9 @@ def test_letters_of_unicode_17_are_left_to_tokenizers(case: str) -> None:
     found = encoder(case, "gigatoken")
     assert len(codes) == 4699
     assert found._reserved(texts).all()
-    assert found._fast(texts, np.full(len(texts), -1))[0].tolist() != [i for ids in reference(case, texts.to_pylist()) for i in ids]
+    assert found._fast(texts, np.full(len(texts), -1))[0].tolist() != [
+        i for ids in reference(case, texts.to_pylist()) for i in ids
+    ]
 
 
 def test_long_runs_are_encoded(engine: Callable[..., FastEncoder]) -> None:
