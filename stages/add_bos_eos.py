@@ -22,6 +22,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # before numpy is imported
+    from kit.start import lean
+
+    lean()
+
 import numpy as np
 import pyarrow as pa
 

@@ -29,6 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+if __name__ == "__main__":  # before numpy is imported
+    from kit.start import lean
+
+    lean()
+
 import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, Field

@@ -37,6 +37,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+if __name__ == "__main__":  # before numpy is imported
+    from kit.start import lean
+
+    lean()
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa

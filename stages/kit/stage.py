@@ -20,6 +20,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import itertools
@@ -74,6 +75,8 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
     # By name at run time: the check can only refuse and never changes a result, so it is no dependency of a stage.
     importlib.import_module("check_params").check()
     name = f"{Path(sys.argv[0]).stem}@{sys.argv[1]}"
+    gc.freeze()  # what the imports brought stays to the end: no search for garbage need go through it
+    gc.enable()
     try:
         main(sys.argv[1], **given)
     except Exception as error:
