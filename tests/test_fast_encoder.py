@@ -174,6 +174,24 @@ def test_the_ids_do_not_depend_on_how_much_is_encoded_at_once(name: str, texts: 
         assert rows(encoder("trained", name), texts) == reference("trained", texts)
 
 
+@pytest.mark.parametrize("name", [*FAST, "hf"])
+@given(segments=st.lists(TEXT | st.integers(0, 2), max_size=9), size=st.integers(1, 60))
+@example(segments=[0, 1, 2], size=60)
+@example(segments=["plain", "beside plain", 1, "", "", 0], size=60)
+@example(segments=[0, "\U000323b0", 1, 0, "plain", "\U000323b0", "plain", 1], size=60)
+def test_special_tokens_stand_where_they_are_known(name: str, segments: list[str | int], size: int) -> None:
+    """Whatever stands around them, also texts that only the reference may encode; their own text is not read."""
+    texts = pa.array(["<s>" if isinstance(segment, int) else segment for segment in segments], pa.string())
+    known = np.array([segment if isinstance(segment, int) else -1 for segment in segments], dtype=np.int64)
+    plain = iter(reference("trained", [segment for segment in segments if isinstance(segment, str)]))
+    wanted = [[segment] if isinstance(segment, int) else next(plain) for segment in segments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_encoder, "PART", size)
+        ids, lengths = encoder("trained", name).encode(texts, known)
+    assert ids.tolist() == [number for row in wanted for number in row]
+    assert lengths.tolist() == [len(row) for row in wanted]
+
+
 @pytest.mark.parametrize("case", SPLITS)
 def test_every_code_point_is_split_as_tokenizers_splits_it(case: str) -> None:
     """By gigatoken, which classes characters itself. Between the planes 3 and 14 no character is assigned."""
@@ -343,14 +361,19 @@ def test_a_tier_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found.name, found.reason) == ("tiktoken", "gigatoken: Panic('in Rust')")
 
 
-def test_tokens_that_lose_a_byte_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_lose_a_byte_or_a_text_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TERROIR_ENCODER", raising=False)
     found = FastEncoder(tokenizer(CASES["byte_level"]))
     real = found.engine
     assert real
-    found.engine = lambda joined: real(joined)[:-1]
-    with pytest.raises(ValueError, match=r"gigatoken made .* bytes of .*TERROIR_ENCODER=hf"):
-        rows(found, ["one text", "another one"])
+    last = len(found.bytes) - 1  # SEPARATOR's, which has no bytes
+    for wrong in (lambda n: n[:-1], lambda n: n[n != last], lambda n: np.append(n, n[:0].dtype.type(last))):
+        found.engine = lambda joined, wrong=wrong: wrong(real(joined))  # type: ignore[misc]
+        with pytest.raises(ValueError, match=r"gigatoken made .* bytes of .*TERROIR_ENCODER=hf"):
+            rows(found, ["one text", "another one"])
+    found.engine = lambda joined: np.append(real(joined), np.uint32(last + 1))
+    with pytest.raises(IndexError, match="out of bounds"):
+        rows(found, ["one text"])
 
 
 @pytest.mark.parametrize("name", ["tokenizers", *FAST])
