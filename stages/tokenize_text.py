@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before numpy is imported
 import numpy as np
 import pyarrow as pa
 
-from fast_encoder import FastEncoder, interleave
+from fast_encoder import FastEncoder
 from kit import arrow, stage
 from kit.arrow import compute as pc
 from kit.memo import Made, Memo
@@ -62,27 +62,31 @@ class Encoder:
         self.vocabulary = Vocabulary(folder)
         self.fast = FastEncoder(self.vocabulary.tokenizer)
         self.dtype = pa.from_numpy_dtype(self.fast.dtype)
-        self.is_special = np.zeros(self.vocabulary.size, dtype=bool)
-        self.is_special[[self.vocabulary.id(token) for token in self.vocabulary.special_texts]] = True
+        is_special = np.zeros(self.vocabulary.size, dtype=np.uint8)
+        is_special[[self.vocabulary.id(token) for token in self.vocabulary.special_texts]] = 1
+        self.is_special = pa.array(is_special)
 
     def encode(self, segments: pa.ListArray) -> tuple[pa.ListArray, pa.ListArray | None]:
         """Return the ids and the learn marks of each document, lists of equal length; None: all is learned."""
         flat, ends = segments.flatten(), segments.offsets.to_numpy() - segments.offsets[0].as_py()
-        special, learn = (flat.field(mark).to_numpy(zero_copy_only=False) for mark in ("special", "learn"))
-        names = flat.field("text").filter(pa.array(special)).dictionary_encode()
-        known = np.array([self.vocabulary.id(name) for name in names.dictionary.to_pylist()], dtype=self.fast.dtype)
-        marked = known[names.indices.to_numpy()]
-        plain = self.fast.encode(flat.field("text").filter(pa.array(~special)))
-        for wrong in (marked[~self.is_special[marked]], plain[0][self.is_special[plain[0]]]):
-            if len(wrong):
-                token = self.vocabulary.tokenizer.id_to_token(int(wrong[0]))
-                raise ValueError(
-                    f"{self.vocabulary.folder} is unfit: either plain text becomes its special token {token!r}, or it "
-                    f"names {token!r} as special while its tokenizer.json does not; choose another token or tokenizer."
-                )
-        ids, lengths = interleave(special, (marked, np.ones(len(marked), dtype=np.int64)), plain)
+        text, learn = flat.field("text"), flat.field("learn").to_numpy(zero_copy_only=False)
+        special = flat.field("special").to_numpy(zero_copy_only=False)
+        names = text.filter(pa.array(special)).dictionary_encode()
+        known = np.full(len(text), -1)
+        numbers = np.array([self.vocabulary.id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
+        known[special] = numbers[names.indices.to_numpy()]
+        ids, lengths = self.fast.encode(text, known)
+        reach = np.cumsum(lengths)
+        # Arrow takes by two bytes as they stand; numpy would make eight of each first.
+        found = np.flatnonzero(pc.take(self.is_special, pa.array(ids)).to_numpy())
+        if wrong := np.setxor1d(found, reach[special] - 1).tolist():
+            token = self.vocabulary.tokenizer.id_to_token(int(ids[wrong[0]]))
+            raise ValueError(
+                f"{self.vocabulary.folder} is unfit: either plain text becomes its special token {token!r}, or it "
+                f"names {token!r} as special while its tokenizer.json does not; choose another token or tokenizer."
+            )
         # Where each document ends among the ids.
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)])[ends].astype(np.int32))
+        offsets = pa.array(np.append(0, reach)[ends].astype(np.int32))
         lists = pa.ListArray.from_arrays(offsets, pa.array(ids))
         if learn.all():
             return lists, None
@@ -145,7 +149,7 @@ def give_memory_back() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's
         m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2 * 2**20)
+        libc.mallopt(m_mmap_threshold, 8 * 2**20)
         libc.mallopt(m_trim_threshold, 16 * 2**20)
 
 
