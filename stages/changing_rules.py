@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import cache
 from operator import ne
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
-from rule_base import BaseRule, Outcome, expression
+from rule_base import BaseRule, Joined, Outcome, expression
 
 
 class NewlinesRule(BaseRule):
@@ -25,6 +27,9 @@ class NewlinesRule(BaseRule):
         if "\r" not in text:
             return Outcome(text, 0, None)
         return Outcome(text.replace("\r\n", "\n").replace("\r", "\n"), text.count("\r"), None)
+
+    def is_idle(self, joined: Joined) -> bool:
+        return "\r" not in joined.text
 
 
 # A normal form never reaches over these: each run of other characters (with the ASCII letter or Han character that it
@@ -50,6 +55,10 @@ class UnicodeRule(BaseRule):
             return Outcome(text, 0, None)
         runs = NORMAL_RUN.findall(text)
         return Outcome(new, sum(unicodedata.normalize(form, run) != run for run in runs), None)
+
+    def is_idle(self, joined: Joined) -> bool:
+        form: Any = self.rule.upper()
+        return unicodedata.is_normalized(form, joined.text)
 
 
 SEPARATOR = "\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # they end a line or a page: deleting them would join two words
@@ -86,9 +95,27 @@ class ControlCharactersRule(BaseRule):
         changes = len(text) - len(new) + lines
         return Outcome(new if changes else text, changes, None)
 
+    def is_idle(self, joined: Joined) -> bool:
+        codes = joined.codes
+        if codes.dtype == np.uint8:  # modulo 256, what stands before the space comes out above 0x7f - 0x20
+            only_line_ends = np.count_nonzero(codes - 0x20 >= 0x7F - 0x20) == len(joined.line_ends)
+            if only_line_ends:
+                return True
+        return not _control_units()[codes].any()
+
+
+@cache
+def _control_units() -> np.ndarray:
+    """Return for each unit of UTF-16 whether it is, or begins, what CONTROL finds."""
+    every = np.arange(2**16, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    units = np.zeros(2**16, dtype=bool)
+    units[[match.start() for match in CONTROL.finditer(every)]] = True
+    units[0xDB40] = True  # begins U+E0000 to U+E03FF, the tags among them
+    return units
+
 
 HORIZONTAL_SPACE = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-SPACES = frozenset(HORIZONTAL_SPACE)
+SPACE_UNITS = np.isin(np.arange(2**16), [ord(space) for space in HORIZONTAL_SPACE])  # by unit of UTF-16
 
 
 class WhitespaceRule(BaseRule):
@@ -103,17 +130,19 @@ class WhitespaceRule(BaseRule):
 
     def apply(self, text: str) -> Outcome:
         most = "\n" * (self.max_blank_lines + 1)
-        lines = text.split("\n")
-        # Lines are fewer than characters: twice as fast as to search the text for each kind of space.
-        if {line[-1:] for line in lines}.isdisjoint(SPACES) and ("" not in lines or most + "\n" not in text):
-            return Outcome(text, 0, None)
+        lines = text.split("\n")  # fewer than characters: twice as fast as to search the text for each kind of space
         stripped = [line.rstrip(HORIZONTAL_SPACE) for line in lines]
-        changes = sum(map(ne, lines, stripped))
+        changes = 0 if stripped == lines else sum(map(ne, lines, stripped))
         new = "\n".join(stripped) if changes else text
         if most + "\n" in new:
             new, runs = re.subn(most + "\n+", most, new)
             changes += runs
         return Outcome(new, changes, None)
+
+    def is_idle(self, joined: Joined) -> bool:
+        ends, run = joined.line_ends, self.max_blank_lines + 1
+        before = joined.codes[ends - 1]  # of an LF at the very beginning: the one at the end
+        return not SPACE_UNITS[before].any() and not (ends[run:] - ends[:-run] == run).any()
 
 
 CHINESE_MARKS = "！＂＇（），－．／：；？［］｛｝～"
@@ -134,6 +163,9 @@ class FullWidthRule(BaseRule):
     def apply(self, text: str) -> Outcome:
         pattern = FULL_WIDTH if self.punctuation else FULL_WIDTH_SIGN
         return Outcome(*pattern.subn(lambda match: chr(ord(match[0]) - 0xFEE0), text), None)
+
+    def is_idle(self, joined: Joined) -> bool:
+        return joined.text.isascii()
 
 
 # Whole lines of web pages and scanned books. Short patterns that a sentence can start with ask for more of the line:

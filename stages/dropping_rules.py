@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from rule_base import UNITS, WORD, DroppingRule, Outcome
+from rule_base import UNITS, WORD, DroppingRule, Joined, Outcome
 
 
 class LengthRule(DroppingRule):
@@ -27,6 +27,10 @@ class LengthRule(DroppingRule):
 
     def apply(self, text: str) -> Outcome:
         return Outcome(text, 0, self._evidence(text))
+
+    def is_idle(self, joined: Joined) -> bool:
+        """What is not blank has a character and a line."""
+        return self.min_chars <= 1 and self.min_lines <= 1 and self.max_chars is None and self.max_lines is None
 
     def _evidence(self, text: str) -> str | None:
         if self.max_chars is not None or len("".join(text[: 4 * self.min_chars + 64].split())) < self.min_chars:
@@ -167,3 +171,6 @@ class ReplacementCharactersRule(DroppingRule):
         count = text.count("\ufffd")
         evidence = f"{count} > {self.max_count} replacement characters"
         return Outcome(text, 0, evidence if count > self.max_count else None)
+
+    def is_idle(self, joined: Joined) -> bool:
+        return "\ufffd" not in joined.text

@@ -70,7 +70,10 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     if params.record == "prompt_completion":
         for role, standard in (("user", "prompt"), ("assistant", "completion")):
             value, where = field(standard)
-            turns += _turns(value, where, "role", "content") if isinstance(value, list) else [turn(role, standard)]
+            if isinstance(value, list):
+                turns += _turns(value, where, "role", "content")
+            else:
+                turns.append({"role": role, "content": string_of(value, where)})
         return turns
     if field("system")[0]:
         turns.append(turn("system", "system"))
@@ -118,10 +121,11 @@ def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[st
 def string_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} is {_short(value)}, expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} holds half of a surrogate pair") from None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} holds half of a surrogate pair") from None
     return value
 
 

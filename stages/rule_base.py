@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 Span = tuple[int, int, str]  # start, end, and what takes the place
@@ -32,6 +34,25 @@ class Outcome(NamedTuple):
     drop: str | None  # the evidence, e.g. "0.41 > 0.3 of the characters"; None: kept
 
 
+class Joined:
+    """Texts that follow each other, an LF behind each, in the forms in which a rule can look at all of them at once."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.text = "\n".join([*texts, ""])
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """Of ASCII the characters, uint8; of other text the units of UTF-16, uint16."""
+        if self.text.isascii():
+            return np.frombuffer(self.text.encode(), np.uint8)
+        return np.frombuffer(self.text.encode("utf-16-le", "surrogatepass"), np.dtype("<u2"))
+
+    @cached_property
+    def line_ends(self) -> np.ndarray:
+        """Where LF stands in `codes`, int64."""
+        return np.flatnonzero(self.codes == ord("\n"))
+
+
 class BaseRule(BaseModel):
     """A rule with its parameters."""
 
@@ -48,6 +69,10 @@ class BaseRule(BaseModel):
 
     @abstractmethod
     def apply(self, text: str) -> Outcome: ...
+
+    def is_idle(self, joined: Joined) -> bool:
+        """Whether `apply` surely leaves and keeps each of the texts, none of them blank; False: not known."""
+        return False
 
 
 class DroppingRule(BaseRule):

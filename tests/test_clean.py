@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import compute, parquet
 from ruamel.yaml import YAML
@@ -180,6 +180,41 @@ def test_what_cannot_be_read_is_dropped_only_when_the_source_says_so() -> None:
         (2, "unreadable", "line 2: the field `body` is 1, expected a string"),
         (3, "unreadable", "byte 26 (line 3) is not UTF-8"),
     ]
+
+
+AWKWARD = st.lists(st.text(st.sampled_from("a\r\n \t\u0301é中\u3000\x00"), max_size=6), min_size=1, max_size=5)
+
+
+@given(texts=AWKWARD, rules=st.sampled_from([[], ["length"], clean_rules.DEFAULT_RULES, ["whitespace", "newlines"]]))
+@example(["a\x00\u0301"], clean_rules.DEFAULT_RULES)
+def test_a_record_is_judged_the_same_beside_any_others(texts: list[str], rules: list[Any]) -> None:
+    """What all records of a group spare a rule is what it would not have done to any of them."""
+    given = params("line", rules=rules)
+    idle = clean_rules.idle_rules(texts, given.rules)
+    turns = [{"role": "user", "content": text} for text in texts]
+    for content in [*texts, turns, turns[:1], turns[1:] or turns]:
+        assert clean.judge(content, given, idle) == clean.judge(content, given)
+
+
+@given(texts=AWKWARD, name=st.sampled_from(["line", "jsonl", "alpaca"]))
+def test_how_records_are_grouped_decides_nothing(texts: list[str], name: str) -> None:
+    lines = [json.dumps({"body": text, "instruction": text, "input": "", "output": "a" + text}) for text in texts]
+    data = "\n".join(texts if name == "line" else lines).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        rows = []
+        for group, batch in ((1, 1), (10, 40), (2**16, 2**20)):
+            patch.setattr(clean, "GROUP_BYTES", group)
+            patch.setattr(clean, "BATCH_BYTES", batch)
+            rows.append(cleaned(data, name)[1])
+    assert rows[0] == rows[1] == rows[2]
+
+
+@given(st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "tool"]), "content": st.text()})))
+@example([{"role": "user", "content": "".join(map(chr, (*range(0x3000), 0xFFFF, 0x1F30A)))}])
+def test_the_identity_of_a_conversation_is_that_of_its_json(messages: list[dict[str, str]]) -> None:
+    """As json.dumps writes it; exclusions and `.memo` of years ago name documents by it."""
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True)
+    assert doc_id(messages) == hashlib.sha256(text.encode()).digest()[:16]
 
 
 @given(

@@ -21,10 +21,11 @@ import language_rule
 import list_rules
 import pii_rule
 from changing_rules import ControlCharactersRule, FullWidthRule, UnicodeRule, WhitespaceRule
-from clean_rules import DEFAULT_RULES, RULES, Rule, apply_rules, apply_to_messages, files, parse
+from clean_rules import DEFAULT_RULES, RULES, Rule, apply_rules, apply_to_messages, files, idle_rules, parse
 from dropping_rules import LengthRule, RepeatedLinesRule, RepeatedNgramsRule
 from list_rules import BadWordsRule, RegularExpressionRule
 from pii_rule import PiiRule, is_bank_card, is_credit_code, is_id_card
+from rule_base import Joined
 
 MODULES = (changing_rules, clean_rules, dropping_rules, language_rule, list_rules, pii_rule)
 WORDS = "# bad words\n\n傻瓜\nass\nass hat\nAFFE\n笨\n"
@@ -47,6 +48,10 @@ PARAMS: list[dict[str, Any]] = [
     {"rule": "bad_words", "file": "words.txt", "action": "mask"},
     {"rule": "regular_expression", "file": "expressions.txt", "max_count": 1},
     {"rule": "regular_expression", "file": "expressions.txt", "action": "mask"},
+    {"rule": "length"},
+    {"rule": "length", "min_chars": 2},
+    {"rule": "length", "max_chars": 2},
+    {"rule": "length", "max_lines": 1},
     {"rule": "length", "min_chars": 3, "max_chars": 90, "min_lines": 1, "max_lines": 5},
     {"rule": "repeated_lines"},
     {"rule": "repeated_ngrams", "min_units": 4},
@@ -148,6 +153,44 @@ def test_default_rules_twice_are_once(text: str) -> None:
     assert (once is None) == (drop is not None)
     if once is not None:
         assert apply_rules(once, DEFAULTS) == (once, {}, None)
+
+
+@given(texts=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=4))
+@settings(max_examples=250)
+@example(["a", "\u0301"])
+@example(["a\n\n", "\n\nb"])
+@example(["\n\n\nb", "a"])
+@example(["\U0001f30a\U000e0041"])
+@example(["a\u3000", "b"])
+@example(["a", "b\x7f"])
+def test_an_idle_rule_does_nothing(rules: list[Rule], texts: list[str]) -> None:
+    """Neither to one of the texts nor to some of them joined, which is how a conversation is judged."""
+    joined = Joined(texts)
+    for rule in rules:
+        if rule.is_idle(joined):
+            for text in [*texts, "\n".join(texts[1:]), "\n".join(texts)]:
+                assert not text.strip() or rule.apply(text) == (text, 0, None), rule
+
+
+def test_idle_for_each_character() -> None:
+    """A rule of the default is idle beside just those characters that it leaves, but for a joiner and a tag."""
+    beside = ("joiners", *map(chr, (0x200C, 0x200D)), "tags", *map(chr, range(0xE0000, 0xE0400)))
+    unsure = []
+    for code in {*range(0x11000), *range(0x1F000, 0x1FB00), *range(0xE0000, 0xE0500)} - {*range(0xD800, 0xE000)}:
+        text = f"अ{chr(code)}अ\na{chr(code)}" if code > 0x7F else f"a{chr(code)}b\na{chr(code)}"
+        idle = idle_rules([text], DEFAULTS)
+        done = {number for number, rule in enumerate(DEFAULTS) if rule.apply(text) == (text, 0, None)}
+        assert idle <= done, hex(code)
+        if idle != done:
+            unsure.append(chr(code))
+    assert set(unsure) <= {*beside}
+    assert "\t" not in unsure
+
+
+@pytest.mark.parametrize("text", ["Line one,\tand\n\nline two.\n", "第一条　为了保护……\n\n👩‍👩‍👧 第二条", "Café\n"])
+def test_the_default_rules_are_idle_beside_clean_text(text: str) -> None:
+    """Else each would be applied to each record, at twice the cost."""
+    assert len(idle_rules([text, "x"], DEFAULTS)) >= len(DEFAULTS) - ("\u200d" in text)
 
 
 def test_rules_travel_to_worker_processes(rules: list[Rule]) -> None:
