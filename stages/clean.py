@@ -165,9 +165,9 @@ def judge(
     """
     new: Any
     if isinstance(content, str):
-        rules = [] if _is_blank(content) else params.rules
-        new, changes, drop = clean_rules.apply_rules(content, rules, idle)
-        blank = drop is None and _is_blank(new)
+        blank = _is_blank(content)
+        new, changes, drop = clean_rules.apply_rules(content, [] if blank else params.rules, idle)
+        blank = drop is None and (_is_blank(new) if changes else blank)
     else:
         blank = any(_is_blank(message["content"]) for message in content)
         new, changes, drop = clean_rules.apply_to_messages(content, params.rules, () if blank else idle)
@@ -221,12 +221,13 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
 
 
 def rows_of(group: list[Found], params: Params) -> list[tuple[Any, ...]]:
-    """Return for each record what `RECORDS` names, and its cleaned content, a text in UTF-8."""
+    """Return `row_of` each record, the rules looking at all of them first."""
     texts: list[str] = []
     for _, record, _ in group:
         content = record.content
         texts += [content] if isinstance(content, str) else [message["content"] for message in content]
-    idle = clean_rules.idle_rules(texts, params.rules)
+    # Such a look takes four times the memory of the texts, so a book of many megabytes goes without.
+    idle = clean_rules.idle_rules(texts, params.rules) if sum(map(len, texts)) < BATCH_BYTES else set()
     return [row_of(piece, record, error, params, idle) for piece, record, error in group]
 
 
