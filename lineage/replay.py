@@ -76,7 +76,7 @@ def _misjudged(source: Source, file: str, rows: list[Answer]) -> Iterator[str]:
         if found is None:
             yield f"{place}: there is no record in the raw file"
             return
-        judged = clean.row_of(Piece(file, path, 0, None), found, found.error, params)
+        judged = clean.row_of(Piece(file, path, 0, None), found, params)
         own = dict(zip(clean.RECORDS.names, judged, strict=False))
         kept = {**row, "doc_id": None}
         if row["document"] is not None:

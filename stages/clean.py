@@ -179,63 +179,55 @@ def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-# A record, the piece that it is of, and what an error in it is called.
-Found = tuple[Piece, raw_records.Record, str | None]
+Found = tuple[Piece, raw_records.Record]
 
 
 def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatch, bool]]:
     """Yield the ledger rows of pieces, with the text or messages of the kept ones, in batches of a few MB.
 
-    `start`, `end` and `number` count from the beginning of the piece. With each batch: whether it may be remembered,
-    which is not so when an error in it names a line of the whole file. Raises SystemExit for an error that is to stop.
+    `start`, `end` and `number` count from the beginning of the piece. With each batch: whether it is right for another
+    place in the file, too, which is not so when an error in it names a line. Raises SystemExit for an error that is to
+    stop.
     """
     rows: list[tuple[Any, ...]] = []
     group: list[Found] = []
-    size, group_size, portable = 0, 0, True
+    size, group_size, movable = 0, 0, True
     for piece in pieces:
-        part = None if piece.end is None else raw_records.Part(piece.start, piece.end, 1)
-        before = None
+        part = None if piece.end is None else raw_records.Part(piece.start, piece.end, piece.before + 1)
         for record in raw_formats.records(piece.path, params, part):
-            error = record.error
-            if error and piece.start:
-                before = _count_lines(piece.path, piece.start) if before is None else before
-                here = raw_records.Part(record.start or 0, record.end or 0, before + record.number)
-                error = next(raw_formats.records(piece.path, params, here)).error
-                portable = False
-            if error and params.on_error == "fail":
+            if record.error and params.on_error == "fail":
                 raise SystemExit(
-                    f"{piece.path}: {error}; mend the file, leave it out with `ignore`, "
+                    f"{piece.path}: {record.error}; mend the file, leave it out with `ignore`, "
                     "or drop what cannot be read with `on_error: drop`."
                 )
-            group.append((piece, record, error))
+            movable = movable and not (record.error and piece.start)
+            group.append((piece, record))
             group_size += len(record.raw)
             if group_size >= GROUP_BYTES:
                 rows += rows_of(group, params)
                 size += group_size
                 group, group_size = [], 0
                 if size >= BATCH_BYTES:
-                    yield _batch(rows, params), portable
-                    rows, size, portable = [], 0, True
+                    yield _batch(rows, params), movable
+                    rows, size, movable = [], 0, True
     if rows or group:
-        yield _batch(rows + rows_of(group, params), params), portable
+        yield _batch(rows + rows_of(group, params), params), movable
 
 
 def rows_of(group: list[Found], params: Params) -> list[tuple[Any, ...]]:
     """Return `row_of` each record, the rules looking at all of them first."""
     texts: list[str] = []
-    for _, record, _ in group:
+    for _, record in group:
         content = record.content
         texts += [content] if isinstance(content, str) else [message["content"] for message in content]
     # Such a look takes four times the memory of the texts, so a book of many megabytes goes without.
     idle = clean_rules.idle_rules(texts, params.rules) if sum(map(len, texts)) < BATCH_BYTES else set()
-    return [row_of(piece, record, error, params, idle) for piece, record, error in group]
+    return [row_of(piece, record, params, idle) for piece, record in group]
 
 
-def row_of(
-    piece: Piece, record: raw_records.Record, error: str | None, params: Params, idle: Collection[int] = ()
-) -> tuple[Any, ...]:
+def row_of(piece: Piece, record: raw_records.Record, params: Params, idle: Collection[int] = ()) -> tuple[Any, ...]:
     """Return what `RECORDS` names of a record, and its cleaned content: messages, or a text in UTF-8."""
-    start, end, number, raw, content, _, filled = record
+    start, end, number, raw, content, error, filled = record
     kept: Any
     kept, changes, drop = (None, {}, ("unreadable", error)) if error else judge(content, params, idle)
     if start == 0 and raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
@@ -243,6 +235,7 @@ def row_of(
     if filled:
         changes = {f"fill:{name}": filled.count(name) for name in params.fill if name in filled} | changes
     noted = ", ".join(f"{name} {count}" for name, count in changes.items()) if changes else None
+    number -= piece.before
     if start is not None and end is not None:
         start, end = start - piece.start, end - piece.start
     identity, rule, evidence = None, None, None
@@ -279,14 +272,6 @@ def _batch(rows: list[tuple[Any, ...]], params: Params) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _count_lines(path: Path, end: int) -> int:
-    count = 0
-    with path.open("rb") as file:
-        while end and (block := file.read(min(end, 2**20))):
-            count, end = count + block.count(b"\n"), end - len(block)
-    return count
-
-
 def clean_shard(work: Work) -> Made:
     """Return the files `documents` and `ledger` of a shard; in the latter places count from its beginning.
 
@@ -306,7 +291,7 @@ def clean_shard(work: Work) -> Made:
     rows = pa.Table.from_batches([batch for batch, _ in found])
     documents = moved(kept(rows, schema), first.start, first.before)
     keep = work.before == [state for piece in work.pieces for state in stage.state(piece.path)]
-    notes |= {"rows": documents.num_rows, "movable": all(portable for _, portable in found)}
+    notes |= {"rows": documents.num_rows, "movable": all(movable for _, movable in found)}
     ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
     return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes, keep)
 
