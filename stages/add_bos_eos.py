@@ -178,7 +178,7 @@ def main(name: str) -> None:
                 counts.update({name: result.notes[name] for name in counts})
             run.balance("documents", len(splits), kept=out.rows, dropped=dropped)
             out.counts = dict(counts)
-        memo.sweep(stage.settled)
+        memo.sweep()
         run.count(documents=len(splits), marked=out.rows, dropped=dropped, characters=counts["characters"])
 
 

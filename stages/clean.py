@@ -485,7 +485,7 @@ def main(name: str) -> None:
         about = params.model_dump(include=set(ABOUT))
         about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}
         arrow.write_json(folder / "source.json", about)
-        memo.sweep(stage.settled)
+        memo.sweep()
         run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits + moves)
 
 

@@ -182,7 +182,7 @@ def main(name: str) -> None:
                     f"answer of the role `assistant`; correct the roles in the raw files, or remove the source."
                 )
             out.counts = dict(counts)
-        memo.sweep(stage.settled)
+        memo.sweep()
         run.count(documents=out.rows, tokens=counts["train"] + counts["eval"], learned=counts["learned"])
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,11 +38,6 @@ def done(memo: Memo, texts: Iterable[str], workers: int = 1) -> list[bytes]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # for .work, where `settled` has its clock
-
-
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_order_and_are_remembered(tmp_path: Path, workers: int) -> None:
     """The second time nothing is worked out; what a run did not need is forgotten at its end."""
@@ -52,7 +48,7 @@ def test_results_come_in_order_and_are_remembered(tmp_path: Path, workers: int) 
     memo = Memo(tmp_path / "memo", "key")
     assert done(memo, [*texts[:10], "new", *texts[20:]], workers)[10] == b"NEW"
     assert (memo.hits, memo.misses) == (20, 1)
-    memo.sweep(stage.settled)
+    memo.sweep()
     assert len(list((tmp_path / "memo").iterdir())) == 2 * 21 + 1
     assert len(Memo(tmp_path / "memo", "key")._index) == 21
 
@@ -71,7 +67,7 @@ def test_a_damaged_result_is_worked_out_again(tmp_path: Path, damage: str, swept
     memo = Memo(tmp_path / "memo", "key")
     done(memo, ["a long text", "b"])
     if swept:
-        memo.sweep(stage.settled)
+        memo.sweep()
     paths = sorted((tmp_path / "memo").glob("*.loud"))
     (victim,) = (path for path in paths if path.read_bytes() == b"A LONG TEXT")
     (other,) = set(paths) - {victim}
@@ -92,30 +88,53 @@ def test_a_damaged_result_is_worked_out_again(tmp_path: Path, damage: str, swept
 def test_what_was_seen_whole_and_not_written_since_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where `settled` does not vouch for a file, it is read."""
+    """But for what was written in the moment of the end, or before the machine was started anew."""
     read: list[Path] = []
     digest = kit.memo._digest
     monkeypatch.setattr(kit.memo, "_digest", lambda path: (read.append(path), digest(path))[1])
     monkeypatch.setattr(kit.memo, "CHECKED", 0)
-    memo = Memo(tmp_path / "memo", "key")
-    done(memo, ["a", "b"])
-    memo.sweep(lambda states: states[:3])
-    for _ in range(2):
+
+    def files_read() -> int:
         read.clear()
         memo = Memo(tmp_path / "memo", "key")
         assert done(memo, ["a", "b"]) == [b"A", b"B"]
-        assert (memo.hits, len(read)) == (2, 1)
-    memo.sweep(lambda states: states)
-    read.clear()
-    assert done(Memo(tmp_path / "memo", "key"), ["a", "b"]) == [b"A", b"B"]
-    assert not read
+        memo.sweep()
+        return len(read)
+
+    done(memo := Memo(tmp_path / "memo", "key"), ["a", "b"])
+    time.sleep(0.05)
+    memo.sweep()
+    assert files_read() == 0
+    monkeypatch.setattr(kit.memo, "_started", lambda: "another start")
+    assert files_read() == 4
+    time.sleep(0.05)
+    assert files_read() == 0
+    monkeypatch.setattr(kit.memo, "_started", lambda: "")  # a system that tells none
+    assert [files_read(), files_read()] == [4, 4]
+
+
+def test_a_file_that_is_written_in_the_moment_of_the_end_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a tick of the disk's clock a second write leaves no trace."""
+    state = kit.memo._state
+    monkeypatch.setattr(kit.memo, "_state", lambda path: (*state(path)[:-1], 17))  # the clock stands still
+    done(memo := Memo(tmp_path / "memo", "key"), ["a"])
+    memo.sweep()
+    (victim,) = (tmp_path / "memo").glob("*.loud")
+    victim.write_bytes(b"B")
+    os.utime(victim, ns=(0, 0))
+    monkeypatch.setattr(kit.memo, "_state", lambda path: (*state(path)[:4], 0, 17))
+    memo = Memo(tmp_path / "memo", "key")
+    assert done(memo, ["a"]) == [b"A"]
+    assert memo.misses == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"x {}\n", None])
 def test_a_damaged_index_is_not_believed(tmp_path: Path, damage: bytes | None) -> None:
     memo = Memo(tmp_path / "memo", "key")
     done(memo, ["a", "b"])
-    memo.sweep(stage.settled)
+    memo.sweep()
     index = tmp_path / "memo/index.jsonl"
     lines = index.read_bytes().splitlines(keepends=True)
     changed = lines[0].replace(b'"text": "', b'"text": "c') if damage is None else damage

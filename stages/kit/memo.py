@@ -3,17 +3,19 @@
     memo = Memo(Path(".memo/clean@laws"), key)         # key: digest of code, parameters and library versions
     for result in memo.map(shards, work, workers=2, initializer=die_with_parent):
         out.add(result.files["documents"], ...)        # in the order of the shards
-    memo.sweep(stage.settled)                          # forget what this run did not need
+    memo.sweep()                                       # forget what this run did not need
 
 A shard is (digest of its content, what `work` needs); `work` is a pure function from that to what shall stand in files.
 The worker writes them, and the stage copies them into its output as they are: a stale row cannot survive, and deleting
-.memo/ is always safe. index.jsonl holds the SHA-256 of each file. One that has not been written since it was seen whole
-is not read again; any other is, and where it was tampered with it is computed again. One shard in a hundred, others in
-each run, is computed anyway and compared, to find a stage whose result depends on something that its key does not name.
+.memo/ is always safe. index.jsonl holds the SHA-256 of each file. One whose size, inode and times are those of when it
+was seen whole, since this machine was started, is not read again; any other is, and where it was tampered with it is
+computed again. One shard in a hundred, others in each run, is computed anyway and compared, to find a stage whose
+result depends on something that its key does not name.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
 T = TypeVar("T")
-State = tuple[str, int, int, int, int, int]  # name, device, inode, size, mtime and ctime of a file, as in kit/stage.py
+State = tuple[str, int, int, int, int, int]  # of a file: start of the machine, device, inode, size, mtime and ctime
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # what lies on the disk after a crash is another matter
 CHECKED = 0.01  # share of the hits that are computed again
 INDEX = "index.jsonl"
 
@@ -114,7 +117,7 @@ class Memo:
             result.sha256[part], seen = entry["files"][part]
             try:
                 now = _state(path)
-                if list(now[1:]) != seen and _digest(path) != result.sha256[part]:
+                if list(now) != seen and _digest(path) != result.sha256[part]:
                     return None
             except OSError:
                 return None
@@ -125,20 +128,20 @@ class Memo:
         """Yield the notes of all that is remembered, also for other keys."""
         return (entry["notes"] for entry in self._index.values())
 
-    def sweep(self, settled: Callable[[list[State]], list[State]]) -> None:
-        """Remove what this run did not use, and note the state of the files that `settled` lets through."""
+    def sweep(self) -> None:
+        """Remove what this run did not use, and note the states of the files that are whole."""
         for path in self.folder.glob("*"):
             if path.name.split(".")[0] not in self._used and path.name != INDEX:
                 path.unlink()
-        states = [state for path, state in self._seen.items() if path.split(".")[0] in self._used]
-        quiet = {Path(state[0]).name: state[1:] for state in settled(states)}
-        lines = []
-        for name in sorted(self._used):
-            entry = self._index[name]
-            files = {part: [sha, quiet.get(self._path(name, part).name)] for part, (sha, _) in entry["files"].items()}
-            lines.append(_line(name, {**entry, "files": files}))
         temporary = self.folder / f".tmp-{INDEX}"
-        temporary.write_bytes(b"".join(lines))
+        with temporary.open("wb") as file:
+            now = _state(temporary)[-1]  # a later write of a file that was last changed before has another ctime
+            for name in sorted(self._used):
+                files = self._index[name]["files"]
+                for part, (sha, _) in files.items():
+                    state = self._seen[self._path(name, part).name]
+                    files[part] = [sha, state if state[0] and state[-1] < now else None]
+                file.write(_line(name, self._index[name]))
         temporary.replace(self.folder / INDEX)
 
     def _name(self, digest: str) -> str:
@@ -207,7 +210,13 @@ def _make(work: Callable[[T], Made], what: T, target: Path | None) -> _Done:
 
 def _state(path: Path) -> State:
     stat = path.stat()
-    return str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return _started(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.cache
+def _started() -> str:
+    """Return a name of the last start of this machine; "" where there is none, and no state is noted."""
+    return BOOT.read_text().strip() if BOOT.is_file() else ""
 
 
 def _digest(path: Path) -> str:
