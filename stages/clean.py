@@ -210,19 +210,29 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
                 if size >= BATCH_BYTES:
                     yield _batch(rows, params), movable
                     rows, size, movable = [], 0, True
-    if rows or group:
-        yield _batch(rows + rows_of(group, params), params), movable
+    if group:
+        rows += rows_of(group, params)
+    if rows:
+        yield _batch(rows, params), movable
 
 
 def rows_of(group: list[Found], params: Params) -> list[tuple[Any, ...]]:
-    """Return `row_of` each record, the rules looking at all of them first."""
-    texts: list[str] = []
+    """Return `row_of` each record, the rules looking at all of them first: at those of ASCII, and at the others."""
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    kinds = []
     for _, record in group:
         content = record.content
-        texts += [content] if isinstance(content, str) else [message["content"] for message in content]
-    # Such a look takes four times the memory of the texts, so a book of many megabytes goes without.
-    idle = clean_rules.idle_rules(texts, params.rules) if sum(map(len, texts)) < BATCH_BYTES else set()
-    return [row_of(piece, record, params, idle) for piece, record in group]
+        if isinstance(content, str):
+            kind = content.isascii()
+            texts[kind].append(content)
+        else:
+            kind = all(message["content"].isascii() for message in content)
+            texts[kind] += [message["content"] for message in content]
+        kinds.append(kind)
+    # It takes four times the memory of the texts, so a book of megabytes, which can only be the last one, goes without.
+    look = len(group[-1][1].raw) < BATCH_BYTES
+    idle = {kind: clean_rules.idle_rules(texts[kind], params.rules) if look else () for kind in texts}
+    return [row_of(piece, record, params, idle[kind]) for (piece, record), kind in zip(group, kinds, strict=True)]
 
 
 def row_of(piece: Piece, record: raw_records.Record, params: Params, idle: Collection[int] = ()) -> tuple[Any, ...]:
