@@ -16,7 +16,6 @@ Example, a tokenizer with <s> = 0, each byte + 1, then 257 "ll", 258 "llo":
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kit.arrow import compute as pc
+from kit.stage import version
 
 # Equal ids were shown for these versions alone. With another one the tier is left out until tests/test_fast_encoder.py
 # has passed with it and the number here is changed.
@@ -161,10 +161,9 @@ def _check_proper(number: dict[str, int], merges: list[tuple[str, str]]) -> None
 
 
 def _check_version(name: str) -> None:
-    try:
-        found = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise UnfitError("not installed") from None
+    found = version(name)
+    if not found:
+        raise UnfitError("not installed")
     if found != COMPARED[name]:
         raise UnfitError(f"{name} {found} was not compared, {COMPARED[name]} was")
 

@@ -843,12 +843,12 @@ def test_small_files_are_not_noted_and_gone_ones_forgotten(
     """A hundred thousand small files would make the note longer to read than they are."""
     write(here / "input/large", "x" * stage.REMEMBERED)
     inputs_of_a_run()
-    assert set(stage._remembered()) == {"input/large"}
+    assert set(stage._remembered(stage.DIGESTS)) == {"input/large"}
     (here / "input/large").unlink()
     inputs_of_a_run(said="x" * stage.REMEMBERED)
-    assert set(stage._remembered()) == {"out/x/text"}
+    assert set(stage._remembered(stage.DIGESTS)) == {"out/x/text"}
     assert leftovers(here) == []
-    assert sorted(path.name for path in stage.WORK.iterdir()) == ["digests", "locks"]
+    assert sorted(path.name for path in stage.WORK.iterdir()) == ["digests", "imports", "locks"]
 
 
 def test_work_folder_follows_inputs_code_and_params(here: Path) -> None:
@@ -904,6 +904,56 @@ def test_versions_follow_from_the_code_alone(here: Path) -> None:
     write(here / "stages/three.py", "def f():\n    import torch\n")
     names = {"python", "torch", "accelerate", "bitsandbytes", "peft", "safetensors"}
     assert set(stage.versions(here / "stages/three.py")) == names
+
+
+def test_what_a_module_imports_is_remembered_by_its_text(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text is read anew, whatever size and times it has, and so is all where the note is damaged."""
+    script, note = here / "stages/one.py", here / ".work/imports/one.json"
+    write(script, "import two")
+    write(here / "stages/two.py", "")
+    write(here / "stages/six.py", "")
+    (here / ".work").mkdir(exist_ok=True)
+
+    def files() -> list[str]:
+        stage._imports.cache_clear()
+        return [path.name for path in stage.code_files(script)]
+
+    assert files() == ["one.py", "two.py"]
+    assert note.is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_imported", lambda text: pytest.fail("read again"))
+        assert files() == ["one.py", "two.py"]
+    before = script.stat()
+    write(script, "import six")
+    os.utime(script, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert files() == ["one.py", "six.py"]
+    content = note.read_bytes()
+    assert b'["six"]' in content
+    note.write_bytes(content.replace(b'["six"]', b'["two"]'))
+    assert files() == ["one.py", "six.py"]
+    note.write_bytes(b"no note at all")
+    assert files() == ["one.py", "six.py"]
+
+
+@pytest.mark.parametrize("name", [*stage.SHAPING, "not-installed", "ruamel.yaml"])
+def test_version_is_what_importlib_says(name: str) -> None:
+    import importlib.metadata
+
+    try:
+        wanted = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        wanted = None
+    assert stage.version(name) == wanted
+
+
+def test_version_of_two_installations_is_what_importlib_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first on the path counts, for it is the one that is imported."""
+    import importlib.metadata
+
+    for place, number in (("first", "1.2"), ("second", "3.4")):
+        write(tmp_path / place / f"twice-{number}.dist-info/METADATA", f"Name: twice\nVersion: {number}\n")
+        monkeypatch.syspath_prepend(tmp_path / place)
+    assert stage.version("twice") == importlib.metadata.version("twice") == "3.4"
 
 
 # --- the run record ----------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
 
     As good as reading it where `settled` says so: there each write changes a time that no program can set.
     """
-    known = _remembered()
+    known = _remembered(DIGESTS)
     same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
     new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
     quiet = settled(new)
@@ -379,10 +379,10 @@ def settled(states: list[State]) -> list[State]:
     return []
 
 
-def _remembered() -> dict[str, Any]:
-    """Return (state, SHA-256) of files by name; nothing when what was noted is damaged."""
+def _remembered(note: Path) -> dict[str, Any]:
+    """Return what `_note` wrote; nothing when it is damaged."""
     try:
-        digest, content = DIGESTS.read_bytes().split(b"\n", 1)
+        digest, content = note.read_bytes().split(b"\n", 1)
     except (OSError, ValueError):
         return {}
     return json.loads(content) if _noted(content) == digest else {}
@@ -392,16 +392,20 @@ def _noted(content: bytes) -> bytes:
     return hashlib.sha256(b"states and SHA-256, 1\n" + content).hexdigest().encode()  # another layout, another number
 
 
+def _note(note: Path, entries: dict[str, Any]) -> None:
+    content = json.dumps(entries, sort_keys=True).encode()
+    temporary = note.with_name(f".tmp-{note.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
+        note.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(_noted(content) + b"\n" + content)
+        temporary.replace(note)
+
+
 def _remember(new: dict[str, tuple[State, str]]) -> None:
     """Note states and SHA-256 of files beside those of others that are still there."""
-    if not new:
-        return
-    known = {name: entry for name, entry in (_remembered() | new).items() if Path(name).is_file()}
-    content = json.dumps(known, sort_keys=True).encode()
-    temporary = DIGESTS.with_name(f".tmp-{os.getpid()}")
-    with contextlib.suppress(OSError):  # the output stands already
-        temporary.write_bytes(_noted(content) + b"\n" + content)
-        temporary.replace(DIGESTS)
+    if new:
+        known = {name: entry for name, entry in (_remembered(DIGESTS) | new).items() if Path(name).is_file()}
+        _note(DIGESTS, known)
 
 
 def _file_digest(path: Path) -> str:
@@ -444,26 +448,39 @@ def _ignored(path: Path) -> bool:
 def _imports(script: Path) -> tuple[list[Path], set[str]]:
     """Return `script` and what it imports from stages/, at any depth, sorted, and the other packages they name.
 
-    Found out once in a run (50 ms): which modules they import changes only when one of them changes, and is then seen.
+    Found out once in a run: which modules they import changes only when one of them changes, and is then seen. What a
+    module names stands in .work/imports under the SHA-256 of its text, for to parse them all takes 20 to 60 ms.
     """
+    note = WORK / "imports" / f"{script.stem}.json"
+    known, names = _remembered(note), {}
+    code = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
     found: set[Path] = set()
-    packages: set[str] = set()
     waiting = [script.resolve()]
     while waiting:
         path = waiting.pop()
         if path in found:
             continue
         found.add(path)
-        for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            packages.update(name.split(".")[0] for name in names)
-            candidates = (STAGES / f"{name.replace('.', '/')}.py" for name in names)
-            waiting.extend(candidate for candidate in candidates if candidate.is_file())
-    return sorted(found), packages
+        text, key = path.read_bytes(), code.copy()
+        key.update(text)
+        name = key.hexdigest()
+        named = names[name] = known[name] if name in known else _imported(text)
+        candidates = (STAGES / f"{module.replace('.', '/')}.py" for module in named)
+        waiting.extend(candidate for candidate in candidates if candidate.is_file())
+    if names != known and WORK.is_dir():
+        _note(note, names)
+    return sorted(found), {module.split(".")[0] for named in names.values() for module in named}
+
+
+def _imported(text: bytes) -> list[str]:
+    """Return the names in the import statements of a module, sorted; of `from a import b` both a and a.b."""
+    names: set[str] = set()
+    for node in _statements(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return sorted(names)
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -490,15 +507,30 @@ def versions(script: Path) -> dict[str, str]:
 
     By the imports in its code, not by what happens to be imported so far: two runs must give the same answer.
     """
-    import importlib.metadata  # 17 ms that a start does not wait for
-
     packages = _imports(script)[1]
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in SHAPING:
-        if name in packages or ("torch" in packages and name in BESIDE_TORCH):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = importlib.metadata.version(name)
+        if (name in packages or ("torch" in packages and name in BESIDE_TORCH)) and (number := version(name)):
+            found[name] = number
     return found
+
+
+def version(name: str) -> str | None:
+    """Return the version of an installed library, None where there is none.
+
+    Read where `importlib.metadata` reads it, whose import takes 17 ms; what is not there in the one usual place is left
+    to it.
+    """
+    places = dict.fromkeys(sys.path)
+    found = [path for place in places for path in Path(place).glob(f"{name}-*.dist-info/METADATA")]
+    line = re.search(rb"^Version: (\S+)$", found[0].read_bytes(), re.MULTILINE) if len(found) == 1 else None
+    if line:
+        return line[1].decode()
+    import importlib.metadata
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
