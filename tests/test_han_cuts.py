@@ -84,6 +84,27 @@ def collides(tokens: list[bytes], left: str, right: str) -> None:
     raise AssertionError(f"no cut between {left} and {right}")
 
 
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("last", range(3))
+def test_a_token_that_begins_or_ends_within_a_character(first: int, last: int) -> None:
+    """It joins all characters that have the bytes which it holds, and no other."""
+    cuts = Cuts(["法律".encode()[first : 6 - last]])
+    alike = {0: "法", 1: "糕", 2: "敕"}[first] + {0: "律", 1: "徊", 2: "忀"}[last]
+    for text, n in (("法律", 0), (alike, 0), ("法一", 1), ("一律", 1)):
+        assert cuts.cut(text.encode())[1] == n, text
+
+
+def test_a_cut_that_changes_ids_is_found_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("TERROIR_ENCODER", "gigatoken")
+    a, b, c = (fast_encoder.SPELLED[byte] for byte in "法".encode())
+    content = model([(a, b), (a + b, c), (a + b + c, a + b + c)])
+    assert FastEncoder(tokenizer(content)).name == "gigatoken"
+    real = Cuts.__init__
+    monkeypatch.setattr(Cuts, "__init__", lambda self, tokens: real(self, []))
+    assert "gigatoken: other ids than tokenizers" in FastEncoder(tokenizer(content)).reason
+
+
 def test_a_vocabulary_of_too_many_pairs_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(han_cuts, "MOST", 10)
     assert Cuts(["河律".encode()[2:]]).cut("法法法".encode())[1] == 0
