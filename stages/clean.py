@@ -372,6 +372,12 @@ def placed(content: str, start: int, before: int) -> str:
     return hashlib.sha256(f"{content} {start} {before}".encode()).hexdigest() if start else content
 
 
+def cut_lines(work: tuple[Path, stage.State | None]) -> Made:
+    """Return where a file of lines is cut, as notes alone; not to be remembered when it was written since the start."""
+    path, before = work
+    return Made({}, {"lines": list(raw_shards.line_shards(path))}, [before] == stage.state(path))
+
+
 def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
     """Yield what became of each shard, in order; one that is too large to be a result as it came."""
     too_large: list[Work] = []
@@ -440,6 +446,15 @@ def main(name: str) -> None:
                 ]
             ),
         )
+        states = {state[0]: state for state in run.states[str(root)]}
+        # A large file that has not changed is not read to be cut again.
+        ends = Memo(Path(".memo") / f"{run.name}.lines", run.recipe("lines"))
+
+        def lines(path: Path, sha256: str | None) -> list[raw_shards.LineShard]:
+            work = [(str(sha256), (path, states.get(str(path))))]
+            (result,) = ends.map(work, cut_lines, 1, stage.die_with_parent)
+            return [(start, end, before, digest) for start, end, before, digest in result.notes["lines"]]
+
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
         changed = moves = 0
@@ -448,12 +463,11 @@ def main(name: str) -> None:
         documents = arrow.Shards(folder / "documents", schema)
         ledger = arrow.Writer(folder / "ledger", LEDGER, batch_rows=LEDGER_ROWS)
         size = sum(path.stat().st_size for file in files for path in paths(root, file))
-        states = {state[0]: state for state in run.states[str(root)]}
         places = {note["content"]: (note["start"], note["before"]) for note in memo.notes() if note.get("movable")}
 
         def work() -> Iterator[Work]:
             nonlocal moves
-            for content, pieces in shards(root, files, run.files[str(root)], params):
+            for content, pieces in shards(root, files, run.files[str(root)], params, lines):
                 before = [states.get(str(path)) for piece in pieces for path in paths(root, piece.file)]
                 elsewhere = None
                 if content in places and not memo.find(placed(content, pieces[0].start, pieces[0].before)):
@@ -496,6 +510,7 @@ def main(name: str) -> None:
         about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}
         arrow.write_json(folder / "source.json", about)
         memo.sweep()
+        ends.sweep()
         run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits + moves)
 
 

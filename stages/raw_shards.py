@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ import raw_params
 
 SHARD_BYTES = 4 * 2**20  # about; decides what stands in which file of `documents` and of all that is made of them
 WHOLE_BYTES = 8 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
+
+
+LineShard = tuple[int, int, int, str]  # as `line_shards` yields them
 
 
 class Piece(NamedTuple):
@@ -86,12 +89,17 @@ def _parents(name: str) -> list[str]:
 
 
 def shards(
-    root: Path, files: list[str], digests: dict[str, str], params: raw_params.Params
+    root: Path,
+    files: list[str],
+    digests: dict[str, str],
+    params: raw_params.Params,
+    lines: Callable[[Path, str | None], Iterable[LineShard]],
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Yield (digest of the content, pieces) of about 4 MB, in order; digest "": a file too large to be one result.
 
-    `digests`: SHA-256 of each file below `root`. Small files are put together and large ones cut where their content
-    says, so that a file or a line that comes or goes changes the shard that holds it and seldom a neighbour.
+    `digests`: SHA-256 of each file below `root`. lines: as `line_shards`, of a file with this SHA-256. Small files are
+    put together and large ones cut where their content says, so that a file or a line that comes or goes changes the
+    shard that holds it and seldom a neighbour.
     """
     small: list[tuple[Piece, str, int]] = []
     for file in files:
@@ -101,7 +109,7 @@ def shards(
         cuttable = raw_params.cuttable(path, params)
         if size <= (SHARD_BYTES if cuttable else WHOLE_BYTES):
             # One that has come since has none: the stage will refuse to publish.
-            known = [digests.get(one.relative_to(root).as_posix() if one != root else "") for one in inside]
+            known = [digests.get(_name(one, root)) for one in inside]
             identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
             small.append((Piece(file, path, 0, None), identity, size))
             continue
@@ -110,10 +118,14 @@ def shards(
         if not cuttable:
             yield "", [Piece(file, path, 0, None)]
             continue
-        for start, end, before, digest in line_shards(path):
+        for start, end, before, digest in lines(path, digests.get(_name(path, root))):
             identity = hashlib.sha256(json.dumps([file, start == 0, digest]).encode()).hexdigest()
             yield identity, [Piece(file, path, start, end, before)]
     yield from _grouped(small)
+
+
+def _name(path: Path, root: Path) -> str:
+    return "" if path == root else path.relative_to(root).as_posix()
 
 
 def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Piece]]]:
@@ -126,7 +138,7 @@ def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Pi
         begin = end
 
 
-def line_shards(path: Path) -> Iterator[tuple[int, int, int, str]]:
+def line_shards(path: Path) -> Iterator[LineShard]:
     """Yield start, end, number of lines before and SHA-256 of the shards of a file; each ends with a line.
 
     Three quarters of a shard are taken as they come; then a line ends it with a probability of its length / (a quarter

@@ -596,6 +596,27 @@ def test_a_changed_line_of_a_large_file_costs_its_shard(small_shards: Path, chan
     assert build(small_shards) == (digests, shards, shards)
 
 
+def test_where_a_large_file_is_cut_is_remembered_with_its_content(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unchanged it is not read again; another file gives other cuts."""
+    seen: list[str] = []
+    cut = raw_shards.line_shards
+    monkeypatch.setattr(raw_shards, "line_shards", lambda path: (seen.append(path.name), cut(path))[1])
+    write_files(small_shards / "data/raw/s", {"a.jsonl": b"".join(LINES), "b.jsonl": b"".join(LINES[::-1])})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    digests, *_ = build(small_shards)
+    assert seen == ["a.jsonl", "b.jsonl"]
+    monkeypatch.setattr("kit.memo.CHECKED", 0)
+    assert build(small_shards)[0] == digests
+    assert seen == ["a.jsonl", "b.jsonl"]
+    write_files(small_shards / "data/raw/s", {"b.jsonl": b"".join(LINES[1:])})
+    digests, *_ = build(small_shards)
+    assert seen == ["a.jsonl", "b.jsonl", "b.jsonl"]
+    shutil.rmtree(small_shards / ".memo")
+    assert build(small_shards)[0] == digests
+
+
 def test_a_new_or_removed_file_among_hundreds_costs_its_shard(small_shards: Path) -> None:
     """Nothing is remembered of a file that is gone; a renamed one is read again, for its name stands in each row."""
     raw = small_shards / "data/raw/s"

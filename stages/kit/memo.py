@@ -130,6 +130,7 @@ class Memo:
 
     def sweep(self) -> None:
         """Remove what this run did not use, and note the states of the files that are whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*"):
             if path.name.split(".")[0] not in self._used and path.name != INDEX:
                 path.unlink()

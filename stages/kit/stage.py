@@ -50,9 +50,8 @@ RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 # Libraries whose version can change a result; transformers calls the first four by itself.
 BESIDE_TORCH = ("accelerate", "bitsandbytes", "peft", "safetensors")
-SHAPING = sorted(
-    (*BESIDE_TORCH, "gguf", "gigatoken", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "torchao", "transformers")
-)
+OTHERS = "gguf gigatoken jinja2 numpy pyarrow pydantic_core tokenizers torch torchao transformers"
+SHAPING = sorted((*BESIDE_TORCH, *OTHERS.split()))
 T = TypeVar("T")
 # Name, device, inode, size, mtime and ctime of a file.
 State = tuple[str, int, int, int, int, int]
