@@ -3,7 +3,7 @@ r"""Encode texts to the ids that `tokenizers` gives, 10 to 100 times faster wher
 The reference is `encode_batch_fast(texts, add_special_tokens=False)` with `encode_special_tokens = True`: text that
 looks like a special token is text. Three tiers, MB of English (Chinese) per CPU second:
 
-    gigatoken   300 (60)     tiktoken   17 (13)     hf, the reference   3 (3.5)
+    gigatoken   300 (30 to 60)     tiktoken   17 (13)     hf, the reference   3 (3.5)
 
 A tier is taken when its library has the version that was compared, the tokenizer has a shape that `read_recipe` lets
 through, and `probes`, encoded with the real vocabulary, give the reference's ids. Even then some texts go to the

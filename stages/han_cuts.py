@@ -11,6 +11,9 @@ Why the tokens are the same: a merge across a place makes a token that holds the
 is no such token, what is left and what is right of it is merged independently. And Chinese characters are letters that
 the split patterns take with any letters before and after; a carriage return ends such a run and stands alone. That does
 not hold for the pattern of o200k, which tells upper from lower case: "a法律Bd" is "a法律" and "Bd", but "律Bd" is one.
+
+Per CPU second 57 MB instead of 24 of random words with 16,384 entries, 28 instead of 22 of laws whose own tokenizer has
+as many. With 100,000 entries most characters are joined by some token: no gain, and 3 % for having looked.
 """
 
 from __future__ import annotations
