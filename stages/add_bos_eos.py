@@ -12,6 +12,9 @@ it. Special tokens exist in no other way, so text that merely looks like one sta
 
 Neighbours with equal marks are one segment, so the prompt is tokenised in one piece, as it is when the model is used.
 Both kinds end with the tokenizer's `eos_token`, which under a template with a token of its own is that token.
+
+Each file of documents gives one of marked documents; what an earlier run has made of the same documents with the same
+splits is taken from .memo/.
 """
 
 from __future__ import annotations

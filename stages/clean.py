@@ -12,9 +12,9 @@ Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x8
     ledger:    those two with rule null, the first with changes "nfc 1"; bytes 8-9, line 2 with rule `empty`
 
 What a record is in each format, and its place, says raw_formats.py; what is done to it, clean_rules.py. A conversation
-becomes messages with role and content. Work goes by shards of about 4 MB that .memo/ remembers, so a new file costs its
-own shard; a csv, json, html, PDF, Word, Parquet or compressed file is never cut, and one of more than 32 MB is read
-as a stream and not remembered.
+becomes messages with role and content. Work goes by shards of about 4 MB, each a file of `documents`, that .memo/
+remembers, so a new file costs its own shard; a csv, json, html, PDF, Word, Parquet or compressed file is never cut, and
+one of more than 32 MB is read as a stream and not remembered.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Example, a tokenizer with <s> = 0, </s> = 1, <pad> = 2 and the bytes from 3 on (
     *+"<s>"  +"Hi"  *+"</s>"     ->  input_ids [0, 42, 75, 1]
 
 A plain segment is encoded with the parsing of special tokens off; a special segment is one id. That no id of a special
-token stands anywhere else is checked for every document before anything is published. The segments go through in shards
-of about 4 MB, cut by content: a shard that an earlier run has encoded is taken from .memo/.
+token stands anywhere else is checked for every document before anything is published. Each file of marked documents gives
+one of tokens, and what an earlier run has made of the same bytes is taken from .memo/.
 """
 
 from __future__ import annotations
