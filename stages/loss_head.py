@@ -131,9 +131,9 @@ def learned(labels: np.ndarray, shift: bool) -> np.ndarray:
 
 
 @contextmanager
-def _left_out(layer: nn.Module) -> Iterator[None]:
-    """Let `layer` return its input: what stands before it in a head can be computed without it."""
-    layer.forward = lambda given: given
+def _instead(layer: nn.Module, work: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let `layer` do `work` when it is called."""
+    layer.forward = work
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ class _Head:
         if self.whole is self.layer:
             return hidden
         assert self.whole is not None
-        with _left_out(self.layer):
+        with _instead(self.layer, lambda given: given):
             return self.whole(hidden)
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor, places: torch.Tensor | None, items: Any) -> torch.Tensor:
@@ -166,7 +166,10 @@ class _Head:
         places = places.to(hidden.device)
         chosen = hidden.flatten(0, 1).index_select(0, places)
         targets = labels.flatten().index_select(0, places + self.shift)
-        total = summed_loss(self.before_linear(chosen), self.linear.weight, targets, self.linear.bias)
+        linear = self.linear
+        # Called, not only read: DeepSpeed gathers the weights of a layer when it is called, and for its backward pass.
+        with _instead(linear, lambda given: summed_loss(given, linear.weight, targets, linear.bias)):
+            total = linear(self.before_linear(chosen))
         return total / (max(len(targets), 1) if items is None else items)
 
 

@@ -92,8 +92,7 @@ def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None
     model = model if quantization else model.to(device())
     if params.mask_documents:
         document_masks.check(model)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # it gathers weights only for a layer that is called
-        loss_head.install(model)
+    loss_head.install(model)
     if params.torch_compile:
         loss_head.bare(model).base_model.compile(dynamic=False)
     return model
