@@ -49,6 +49,20 @@ def wanted() -> bool:
     return worker() is None and (processes() > 1 or "ACCELERATE_CONFIG_FILE" in os.environ)
 
 
+def deepspeed() -> bool:
+    """Return whether this process is a worker of DeepSpeed's."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def as_one_process(config: dict[str, Any], bf16: bool) -> None:
+    """Change a configuration of DeepSpeed's so that it trains and publishes what one process would.
+
+    Its own bf16 would hold the weights in 16 bits and publish them so; small changes of them would be lost.
+    """
+    config["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # of 32 bits, as they are
+
+
 def accumulation(global_batch_size: int, rows: int, world: int) -> int:
     """Return how many batches of `rows` blocks each of `world` processes sums up to a step.
 

@@ -166,10 +166,10 @@ class _Head:
         places = places.to(hidden.device)
         chosen = hidden.flatten(0, 1).index_select(0, places)
         targets = labels.flatten().index_select(0, places + self.shift)
-        linear = self.linear
+        linear, given = self.linear, self.before_linear(chosen)
         # Called, not only read: DeepSpeed gathers the weights of a layer when it is called, and for its backward pass.
         with _instead(linear, lambda given: summed_loss(given, linear.weight, targets, linear.bias)):
-            total = linear(self.before_linear(chosen))
+            total = linear(given)
         return total / (max(len(targets), 1) if items is None else items)
 
 

@@ -203,7 +203,9 @@ class BlockTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         loss = loss_head.mean_loss if self.chunked else mean_loss
-        with self.accelerator.autocast():
+        # accelerate does not know of DeepSpeed's.
+        bf16 = torch.autocast(device().type, torch.bfloat16, enabled=self.params.bf16 and has_bf16())
+        with bf16 if distributed.deepspeed() else self.accelerator.autocast():
             metrics = {"eval_loss": loss(self.model, self.eval_dataset, self.args.per_device_eval_batch_size)}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -369,7 +371,7 @@ def arguments(
         notes["float32_instead_of_bf16"] = 1
     taken = {
         "optim": "adamw_torch_fused" if optim == "muon" else optim,
-        "bf16": bf16,
+        "bf16": bf16 and not distributed.deepspeed(),
         "gradient_accumulation_steps": times,
     }
     ours = {
@@ -377,7 +379,7 @@ def arguments(
         "gradient_checkpointing", "optim", "bf16", "load_best_model_at_end", "early_stopping_patience", "lora",
         "quantization", "mask_documents", "torch_compile",
     }  # fmt: skip
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         eval_strategy="steps",
@@ -392,7 +394,10 @@ def arguments(
         dataloader_pin_memory=device().type == "cuda",
         **taken,
         **params.model_dump(exclude=ours),
-    ), notes
+    )
+    if settings.deepspeed_plugin:
+        distributed.as_one_process(settings.deepspeed_plugin.deepspeed_config, bf16)
+    return settings, notes
 
 
 def train(
