@@ -258,7 +258,7 @@ class Reporter(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / RECEIPTS).write_bytes(receipts)
-            (folder / MARKER).touch()
+            (folder / MARKER).write_text(form(args))
 
 
 class KeepBest(TrainerCallback):
@@ -305,6 +305,23 @@ def best_weights(folder: str, step: int) -> Path:
     return Path(folder, f"best-{step}.pt")
 
 
+def form(settings: TrainingArguments) -> str:
+    """Return what a checkpoint of these settings is made of, where only the same can go on from it."""
+    if settings.deepspeed_plugin:
+        return f"DeepSpeed ZeRO {settings.deepspeed_plugin.zero_stage}, {distributed.processes()} processes"
+    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else ""
+
+
+def check_form(checkpoint: Path, settings: TrainingArguments) -> None:
+    """Raise SystemExit when `checkpoint` was written otherwise: Trainer would go on without the optimizer's state."""
+    theirs, ours = ((text or "whole models") for text in ((checkpoint / MARKER).read_text(), form(settings)))
+    if theirs != ours:
+        raise SystemExit(
+            f"the checkpoints of this training are those of {theirs}, from which {ours} cannot go on; "
+            f"start it as before, or remove {checkpoint.parent} to begin anew."
+        )
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """Return the newest whole checkpoint in `folder`, after removing those that a kill left half-written."""
     whole: list[Path] = []
@@ -344,6 +361,21 @@ def check(model: Any, blocks: Data, params: Params) -> None:
         )
     if params.fp16 and device().type == "cpu":
         raise SystemExit("fp16 needs a GPU: a CPU computes it slowly and has no loss scaling; use bf16, or neither.")
+
+
+def check_parts(params: Params, deepspeed: bool) -> None:
+    """Raise SystemExit when `params` ask for what cannot be had where each process holds a part of the weights."""
+    best = params.load_best_model_at_end or params.early_stopping_patience is not None
+    if best or params.optim == "muon" or (params.lora and (params.lora.adalora or params.lora.changes_the_base)):
+        raise SystemExit(
+            "muon, adalora, pissa, olora, load_best_model_at_end and early stopping need the whole weights in each "
+            "process; leave FSDP and DeepSpeed out, or these."
+        )
+    if deepspeed and (params.fp16 or params.optim == "adafactor" or "8bit" in params.optim):
+        raise SystemExit(
+            "DeepSpeed lays all weights end to end, from which adafactor and the 8-bit optimizers compute something "
+            "else, and for fp16 it holds them in 16 bits; take adamw_torch_fused and bf16, or leave DeepSpeed out."
+        )
 
 
 def has_bf16() -> bool:
@@ -434,16 +466,13 @@ def train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    sharded = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded and (
-        best or params.optim == "muon" or (params.lora and (params.lora.adalora or params.lora.changes_the_base))
-    ):
-        raise SystemExit(
-            f"{name}: muon, adalora, pissa, olora, load_best_model_at_end and early stopping need the whole weights in "
-            "each process; leave FSDP and DeepSpeed out, or these."
-        )
+    kind = trainer.accelerator.distributed_type
+    sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded:
+        check_parts(params, kind == DistributedType.DEEPSPEED)
     count = sizes(model)
     if checkpoint:
+        check_form(Path(checkpoint), settings)
         print(f"{name}: going on from step {checkpoint.rsplit('-', 1)[1]}", flush=True)
         receipts.steps = Path(checkpoint, RECEIPTS).read_bytes()
     trainer.train(resume_from_checkpoint=checkpoint)

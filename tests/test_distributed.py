@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import csv
 import doctest
+import importlib.util
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +25,23 @@ from safetensors.torch import load_file
 
 import distributed
 import tiny
+import train_loop
 from conftest import ROOT, Runner, copy_project, kill_at
+from train_model import Params
 
 CONFIGS = sorted((ROOT / "docs/accelerate").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "NUM_PROCESSES", "ACCELERATE_CONFIG_FILE", distributed.WORKER):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "NUM_PROCESSES",
+        "ACCELERATE_CONFIG_FILE",
+        "ACCELERATE_USE_FSDP",
+        distributed.WORKER,
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -146,58 +162,183 @@ def fsdp_over_gloo(site: Path) -> dict[str, str]:
     return {**environment, **seen, "ACCELERATE_USE_FSDP": "true", "NUM_PROCESSES": "2"}
 
 
+DEEPSPEED = ROOT / ".work/deepspeed"  # where .ci/run installs it
+
+
+def deepspeed_over_gloo(stage: str) -> dict[str, str]:
+    """Return the environment for two processes of DeepSpeed, as a user would start them: it takes a CPU as it is."""
+    found = {"PYTHONPATH": os.pathsep.join([str(DEEPSPEED), os.environ.get("PYTHONPATH", "")])}
+    config = str(ROOT / f"docs/accelerate/deepspeed_{stage}.yaml")
+    built = str(ROOT / ".work/torch_extensions")  # it compiles an operation when it starts on a CPU for the first time
+    return {**found, "ACCELERATE_CONFIG_FILE": config, "NUM_PROCESSES": "2", "TORCH_EXTENSIONS_DIR": built}
+
+
+def launch(how: str, site: Path) -> dict[str, str]:
+    """Return the environment of a stage that starts two processes."""
+    if how == "fsdp":
+        return fsdp_over_gloo(site)
+    return deepspeed_over_gloo(how) if how.startswith("zero") else {"NUM_PROCESSES": "2"}
+
+
+WAYS = {
+    "ddp": [],
+    "fsdp": [pytest.mark.slow],
+    "zero2": [
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not DEEPSPEED.is_dir() and importlib.util.find_spec("deepspeed") is None,
+            reason="there is no deepspeed; .ci/run installs it into .work/deepspeed",
+        ),
+    ],
+}
+WAYS["zero3"] = WAYS["zero2"]
+Alone = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def alone_trained(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """What one process trains, once for the tests that compare with it. To be read, never written."""
+    found: dict[str, Path] = {}
+
+    def train(**changes: Any) -> Path:
+        if str(changes) not in found:
+            folder = make(tmp_path_factory.mktemp("alone") / "one", **changes)
+            command = [sys.executable, "stages/train_model.py", "pretrain"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            found[str(changes)] = folder
+        return found[str(changes)]
+
+    return train
+
+
+WHOLE: dict[str, Any] = {}
+ADAPTER: dict[str, Any] = {"lora": LORA}
+BF16: dict[str, Any] = {"bf16": True}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
 @pytest.mark.parametrize(
-    ("how", "changes"),
+    ("how", "changes", "tolerance"),
     [
-        ("ddp", {}),
-        pytest.param("ddp", {"lora": LORA}, marks=pytest.mark.slow),
-        pytest.param("fsdp", {}, marks=pytest.mark.slow),
-        pytest.param("fsdp", {"lora": LORA}, marks=pytest.mark.slow),
+        pytest.param("ddp", WHOLE, 1e-4, marks=WAYS["ddp"], id="ddp-whole"),
+        pytest.param("ddp", ADAPTER, 1e-4, marks=pytest.mark.slow, id="ddp-lora"),
+        pytest.param("fsdp", WHOLE, 1e-4, marks=WAYS["fsdp"], id="fsdp-whole"),
+        pytest.param("fsdp", ADAPTER, 1e-4, marks=WAYS["fsdp"], id="fsdp-lora"),
+        pytest.param("zero2", WHOLE, 1e-4, marks=WAYS["zero2"], id="zero2-whole"),
+        pytest.param("zero2", ADAPTER, 1e-4, marks=WAYS["zero2"], id="zero2-lora"),
+        pytest.param("zero3", WHOLE, 1e-4, marks=WAYS["zero3"], id="zero3-whole"),
+        pytest.param("zero3", ADAPTER, 1e-4, marks=WAYS["zero3"], id="zero3-lora"),
+        pytest.param("zero3", BF16, 2e-3, marks=WAYS["zero3"], id="zero3-bf16"),
     ],
-    ids=["ddp-whole", "ddp-lora", "fsdp-whole", "fsdp-lora"],
 )
 def test_two_processes_train_the_model_of_one(
-    tmp_path: Path, run_stage: Runner, how: str, changes: dict[str, object]
+    tmp_path: Path, run_stage: Runner, alone_trained: Alone, how: str, changes: dict[str, Any], tolerance: float
 ) -> None:
-    """The same receipts, losses within 1e-4, one writer; the run record says what one process would have written."""
-    one, two = (make(tmp_path / name, **changes) for name in ("one", "two"))
-    several = fsdp_over_gloo(tmp_path / "site") if how == "fsdp" else {"NUM_PROCESSES": "2"}
-    for folder, environment in ((one, {}), (two, several)):
-        done = run_stage(folder, "train_model", "pretrain", **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("step 6 of 6, loss") == 1
-    assert how == "ddp" or (tmp_path / "site/seen").is_file()
+    """The same receipts, losses within 1e-4, one writer; the model is whole, with the dtypes of one process."""
+    if changes == BF16 and not train_loop.has_bf16():
+        pytest.skip("this CPU has no bfloat16")
+    one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
+    done = run_stage(two, "train_model", "pretrain", **launch(how, tmp_path / "site"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 6 of 6, loss") == 1
+    assert how != "fsdp" or (tmp_path / "site/seen").is_file()
+    assert how[:4] != "zero" or "DeepSpeed" in done.stdout
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
-    name = "adapter_model.safetensors" if changes else "model.safetensors"
+        assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
+        assert ours[1] == pytest.approx(theirs[1], abs=tolerance)
+    name = "adapter_model.safetensors" if "lora" in changes else "model.safetensors"
     weights = [load_file(trained(folder) / name) for folder in (one, two)]
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-3) for key in weights[0])
+    for key, weight in weights[0].items():
+        assert weight.dtype == weights[1][key].dtype
+        assert torch.allclose(weight, weights[1][key], atol=10 * tolerance)
     assert sorted(path.name for path in trained(one).iterdir()) == sorted(path.name for path in trained(two).iterdir())
     assert not (two / ".work/train_model@pretrain").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, how: str) -> None:
-    """None survives the stage that started them; the checkpoint is the one of all, and one process may go on."""
-    one, two = (make(tmp_path / name, max_steps=60, eval_steps=60) for name in ("one", "two"))
-    assert run_stage(one, "train_model", "pretrain").returncode == 0
-    environment = fsdp_over_gloo(tmp_path / "site") if how == "fsdp" else {"NUM_PROCESSES": "2"}
+@pytest.mark.parametrize("how", [pytest.param(how, marks=marks) for how, marks in WAYS.items()])
+def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, alone_trained: Alone, how: str) -> None:
+    """None survives the stage that started them; the checkpoint is the one of all."""
+    changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 60}
+    one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
+    environment = launch(how, tmp_path / "site")
     kill_at(two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **environment)
     deadline = time.monotonic() + 60
     while running(two):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not trained(two).exists()
+    if how != "ddp":
+        refused = run_stage(two, "train_model", "pretrain")
+        assert refused.returncode == 1 and "from which whole models cannot go on" in refused.stderr
     again = run_stage(two, "train_model", "pretrain", **environment)
     assert "going on from step" in again.stdout, again.stdout + again.stderr
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    tmp_path: Path, run_stage: Runner, alone_trained: Alone
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 60}
+    one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
+    kill_at(
+        two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **launch("ddp", tmp_path)
+    )
+    again = run_stage(two, "train_model", "pretrain")
+    assert "going on from step" in again.stdout, again.stdout + again.stderr
+    assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
+    for ours, theirs in zip(curve(one), curve(two), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_a_checkpoint_in_parts_is_for_the_same_launch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = SimpleNamespace(deepspeed_plugin=None)
+    zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    forms = {train_loop.form(plain): plain, train_loop.form(zero3): zero3}
+    assert list(forms) == ["", "DeepSpeed ZeRO 3, 2 processes"]
+    for written in forms:
+        (tmp_path / train_loop.MARKER).write_text(written)
+        for going_on, settings in forms.items():
+            if written == going_on:
+                train_loop.check_form(tmp_path, settings)
+            else:
+                with pytest.raises(SystemExit, match="start it as before, or remove"):
+                    train_loop.check_form(tmp_path, settings)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert train_loop.form(plain) == "FSDP"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fsdp"),
+    [
+        ({"optim": "adafactor"}, True),
+        ({"optim": "lion_8bit"}, True),
+        ({"fp16": True}, True),
+        ({"optim": "muon"}, False),
+    ],
+)
+def test_what_cannot_be_had_in_parts_is_refused(changes: dict[str, Any], fsdp: bool) -> None:
+    params = Params(**{**SETTINGS, **changes})
+    with pytest.raises(SystemExit, match=r"leave .*DeepSpeed out"):
+        train_loop.check_parts(params, deepspeed=True)
+    if fsdp:
+        train_loop.check_parts(params, deepspeed=False)
+    train_loop.check_parts(Params(**SETTINGS), deepspeed=True)
+
+
+def test_deepspeed_holds_32_bits_and_can_be_published() -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    distributed.as_one_process(config, bf16=True)
+    assert config["torch_autocast"]["enabled"] and "bf16" not in config
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
 def running(folder: Path) -> list[int]:
