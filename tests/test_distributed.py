@@ -167,10 +167,14 @@ DEEPSPEED = ROOT / ".work/deepspeed"  # where .ci/run installs it
 
 def deepspeed_over_gloo(stage: str) -> dict[str, str]:
     """Return the environment for two processes of DeepSpeed, as a user would start them: it takes a CPU as it is."""
-    found = {"PYTHONPATH": os.pathsep.join([str(DEEPSPEED), os.environ.get("PYTHONPATH", "")])}
-    config = str(ROOT / f"docs/accelerate/deepspeed_{stage}.yaml")
-    built = str(ROOT / ".work/torch_extensions")  # it compiles an operation when it starts on a CPU for the first time
-    return {**found, "ACCELERATE_CONFIG_FILE": config, "NUM_PROCESSES": "2", "TORCH_EXTENSIONS_DIR": built}
+    return {
+        "ACCELERATE_CONFIG_FILE": str(ROOT / f"docs/accelerate/deepspeed_{stage}.yaml"),
+        "NUM_PROCESSES": "2",
+        "PYTHONPATH": os.pathsep.join([str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]),
+        # It compiles an operation when it first starts on a CPU: with this ninja, into this folder.
+        "PATH": os.pathsep.join([str(DEEPSPEED / "bin"), os.environ["PATH"]]),
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".work/torch_extensions"),
+    }
 
 
 def launch(how: str, site: Path) -> dict[str, str]:
@@ -262,7 +266,7 @@ def test_two_processes_train_the_model_of_one(
 @pytest.mark.parametrize("how", [pytest.param(how, marks=marks) for how, marks in WAYS.items()])
 def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, alone_trained: Alone, how: str) -> None:
     """None survives the stage that started them; the checkpoint is the one of all."""
-    changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 60}
+    changes: dict[str, Any] = {"max_steps": 20, "eval_steps": 20}
     one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
     environment = launch(how, tmp_path / "site")
     kill_at(two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **environment)
@@ -271,14 +275,14 @@ def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, alo
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not trained(two).exists()
-    if how != "ddp":
+    if how == "zero3":
         refused = run_stage(two, "train_model", "pretrain")
         assert refused.returncode == 1 and "from which whole models cannot go on" in refused.stderr
     again = run_stage(two, "train_model", "pretrain", **environment)
     assert "going on from step" in again.stdout, again.stdout + again.stderr
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
@@ -286,7 +290,7 @@ def test_two_processes_go_on_after_a_kill(tmp_path: Path, run_stage: Runner, alo
 def test_one_process_goes_on_from_the_checkpoint_of_two(
     tmp_path: Path, run_stage: Runner, alone_trained: Alone
 ) -> None:
-    changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 60}
+    changes: dict[str, Any] = {"max_steps": 20, "eval_steps": 20}
     one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
     kill_at(
         two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **launch("ddp", tmp_path)
@@ -295,7 +299,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     assert "going on from step" in again.stdout, again.stdout + again.stderr
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_a_checkpoint_in_parts_is_for_the_same_launch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
