@@ -49,9 +49,10 @@ def wanted() -> bool:
     return worker() is None and (processes() > 1 or "ACCELERATE_CONFIG_FILE" in os.environ)
 
 
-def deepspeed() -> bool:
-    """Return whether this process is a worker of DeepSpeed's."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+def sharing() -> str:
+    """Return what shares the weights among the processes, "FSDP" or "DeepSpeed"; "" where each has all of them."""
+    names = ("FSDP", "DeepSpeed")
+    return next((name for name in names if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"), "")
 
 
 def as_one_process(config: dict[str, Any], bf16: bool) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -199,13 +200,16 @@ class BlockTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # Of accelerate, FSDP would return losses of 16 bits, and DeepSpeed hold weights of 16 bits.
+        bf16 = bool(distributed.sharing()) and self.params.bf16 and has_bf16()
+        return torch.autocast(device().type, torch.bfloat16) if bf16 else nullcontext()
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         loss = loss_head.mean_loss if self.chunked else mean_loss
-        # accelerate does not know of DeepSpeed's.
-        bf16 = torch.autocast(device().type, torch.bfloat16, enabled=self.params.bf16 and has_bf16())
-        with bf16 if distributed.deepspeed() else self.accelerator.autocast():
+        with self.autocast_smart_context_manager() if distributed.sharing() else self.accelerator.autocast():
             metrics = {"eval_loss": loss(self.model, self.eval_dataset, self.args.per_device_eval_batch_size)}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -309,7 +313,7 @@ def form(settings: TrainingArguments) -> str:
     """Return what a checkpoint of these settings is made of, where only the same can go on from it."""
     if settings.deepspeed_plugin:
         return f"DeepSpeed ZeRO {settings.deepspeed_plugin.zero_stage}, {distributed.processes()} processes"
-    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else ""
+    return distributed.sharing()
 
 
 def check_form(checkpoint: Path, settings: TrainingArguments) -> None:
@@ -363,18 +367,19 @@ def check(model: Any, blocks: Data, params: Params) -> None:
         raise SystemExit("fp16 needs a GPU: a CPU computes it slowly and has no loss scaling; use bf16, or neither.")
 
 
-def check_parts(params: Params, deepspeed: bool) -> None:
+def check_parts(params: Params) -> None:
     """Raise SystemExit when `params` ask for what cannot be had where each process holds a part of the weights."""
     best = params.load_best_model_at_end or params.early_stopping_patience is not None
-    if best or params.optim == "muon" or (params.lora and (params.lora.adalora or params.lora.changes_the_base)):
+    if best or (params.lora and (params.lora.adalora or params.lora.changes_the_base)):
         raise SystemExit(
-            "muon, adalora, pissa, olora, load_best_model_at_end and early stopping need the whole weights in each "
-            "process; leave FSDP and DeepSpeed out, or these."
+            "adalora, pissa, olora, load_best_model_at_end and early stopping need the whole weights in each process; "
+            "leave FSDP and DeepSpeed out, or these."
         )
-    if deepspeed and (params.fp16 or params.optim == "adafactor" or "8bit" in params.optim):
+    # Muon and Adafactor look at matrices, 8 bits at blocks of values; bitsandbytes does not know FSDP's tensors.
+    if params.fp16 or params.optim not in ("adamw_torch_fused", "adamw_torch", "sgd"):
         raise SystemExit(
-            "DeepSpeed lays all weights end to end, from which adafactor and the 8-bit optimizers compute something "
-            "else, and for fp16 it holds them in 16 bits; take adamw_torch_fused and bf16, or leave DeepSpeed out."
+            "FSDP and DeepSpeed train with optim adamw_torch_fused, adamw_torch or sgd here, and without fp16; "
+            "take one of these, and bf16, or leave FSDP and DeepSpeed out."
         )
 
 
@@ -403,7 +408,7 @@ def arguments(
         notes["float32_instead_of_bf16"] = 1
     taken = {
         "optim": "adamw_torch_fused" if optim == "muon" else optim,
-        "bf16": bf16 and not distributed.deepspeed(),
+        "bf16": bf16 and not distributed.sharing(),
         "gradient_accumulation_steps": times,
     }
     ours = {
@@ -466,10 +471,9 @@ def train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    kind = trainer.accelerator.distributed_type
-    sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    sharded = trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded:
-        check_parts(params, kind == DistributedType.DEEPSPEED)
+        check_parts(params)
     count = sizes(model)
     if checkpoint:
         check_form(Path(checkpoint), settings)

@@ -142,6 +142,8 @@ if "TERROIR_WORKER" in os.environ:
     def init(self, *arguments, fsdp_plugin=None, **options):
         original(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
         self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
+        if self._mixed_precision != "no":
+            self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.distributed_type = utils.DistributedType.FSDP
         open(os.environ["SEEN"], "a").write("fsdp ")
 
@@ -228,6 +230,7 @@ BF16: dict[str, Any] = {"bf16": True}
         pytest.param("ddp", ADAPTER, 1e-4, marks=pytest.mark.slow, id="ddp-lora"),
         pytest.param("fsdp", WHOLE, 1e-4, marks=WAYS["fsdp"], id="fsdp-whole"),
         pytest.param("fsdp", ADAPTER, 1e-4, marks=WAYS["fsdp"], id="fsdp-lora"),
+        pytest.param("fsdp", BF16, 2e-3, marks=WAYS["fsdp"], id="fsdp-bf16"),
         pytest.param("zero2", WHOLE, 1e-4, marks=WAYS["zero2"], id="zero2-whole"),
         pytest.param("zero2", ADAPTER, 1e-4, marks=WAYS["zero2"], id="zero2-lora"),
         pytest.param("zero3", WHOLE, 1e-4, marks=WAYS["zero3"], id="zero3-whole"),
@@ -321,21 +324,12 @@ def test_a_checkpoint_in_parts_is_for_the_same_launch_alone(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("changes", "fsdp"),
-    [
-        ({"optim": "adafactor"}, True),
-        ({"optim": "lion_8bit"}, True),
-        ({"fp16": True}, True),
-        ({"optim": "muon"}, False),
-    ],
+    "changes", [{"optim": "muon"}, {"optim": "adafactor"}, {"optim": "lion_8bit"}, {"fp16": True}], ids=str
 )
-def test_what_cannot_be_had_in_parts_is_refused(changes: dict[str, Any], fsdp: bool) -> None:
-    params = Params(**{**SETTINGS, **changes})
-    with pytest.raises(SystemExit, match=r"leave .*DeepSpeed out"):
-        train_loop.check_parts(params, deepspeed=True)
-    if fsdp:
-        train_loop.check_parts(params, deepspeed=False)
-    train_loop.check_parts(Params(**SETTINGS), deepspeed=True)
+def test_what_cannot_be_had_in_parts_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit, match="leave FSDP and DeepSpeed out"):
+        train_loop.check_parts(Params(**{**SETTINGS, **changes}))
+    train_loop.check_parts(Params(**SETTINGS))
 
 
 def test_deepspeed_holds_32_bits_and_can_be_published() -> None:
