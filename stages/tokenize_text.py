@@ -9,8 +9,8 @@ Example, a tokenizer with <s> = 0, </s> = 1, <pad> = 2 and the bytes from 3 on (
     *+"<s>"  +"Hi"  *+"</s>"     ->  input_ids [0, 42, 75, 1]
 
 A plain segment is encoded with the parsing of special tokens off; a special segment is one id. That no id of a special
-token stands anywhere else is checked for every document before anything is published. Each file of marked documents gives
-one of tokens, and what an earlier run has made of the same bytes is taken from .memo/.
+token stands anywhere else is checked for every document before anything is published. Each file of marked documents
+gives one of tokens, and what an earlier run has made of the same bytes is taken from .memo/.
 """
 
 from __future__ import annotations
@@ -162,9 +162,7 @@ def main(name: str) -> None:
         manifest = arrow.manifest(marked)
         masked = manifest["counts"]["segments_not_learned"] > 0
         memo = Memo(Path(".memo") / run.name, run.recipe([run.digests[str(tokenizer)], masked]))
-        paths = [
-            path for path, shard in zip(arrow.shard_paths(marked), manifest["shards"], strict=True) if shard["rows"]
-        ]
+        paths = [marked / shard["name"] for shard in manifest["shards"] if shard["rows"]]
         shards = ((run.files[str(marked)][path.name], Work(path, tokenizer, masked)) for path in paths)
         # Beside gigatoken a process is worth its start from some 64 MB on.
         worth = len(paths) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(paths)
