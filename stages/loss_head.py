@@ -167,7 +167,7 @@ class _Head:
         chosen = hidden.flatten(0, 1).index_select(0, places)
         targets = labels.flatten().index_select(0, places + self.shift)
         linear, given = self.linear, self.before_linear(chosen)
-        # Called, not only read: DeepSpeed gathers the weights of a layer when it is called, and for its backward pass.
+        # Called, not only read: so DeepSpeed gathers its weights, here and in the backward pass, as any layer's.
         with _instead(linear, lambda given: summed_loss(given, linear.weight, targets, linear.bias)):
             total = linear(given)
         return total / (max(len(targets), 1) if items is None else items)
