@@ -255,7 +255,7 @@ def test_two_processes_train_the_model_of_one(
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
-        assert ours[1] == pytest.approx(theirs[1], abs=tolerance)
+        assert ours[1] == pytest.approx(theirs[1], rel=tolerance)  # a norm of 9 here
     name = "adapter_model.safetensors" if "lora" in changes else "model.safetensors"
     weights = [load_file(trained(folder) / name) for folder in (one, two)]
     assert weights[0].keys() == weights[1].keys()
