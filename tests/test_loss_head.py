@@ -184,7 +184,7 @@ def test_chunks_sum_up_to_the_whole(rows: int, vocabulary: int, bias: bool, froz
     with mock.patch.object(loss_head, "chunk_rows", lambda vocabulary: 70):
         ours = loss_head.summed_loss(hidden, weight, targets, offset)
     theirs = functional.cross_entropy(functional.linear(hidden, weight, offset), targets, reduction="sum")
-    assert torch.isclose(ours, theirs, rtol=1e-5)
+    assert torch.isclose(ours, theirs, rtol=1e-5, atol=2e-6)  # a loss near 0 is the difference of two larger numbers
     for one, other in zip(
         torch.autograd.grad(0.5 * ours, leaves), torch.autograd.grad(0.5 * theirs, leaves), strict=True
     ):
