@@ -62,9 +62,11 @@ class Encoder:
         self.vocabulary = Vocabulary(folder)
         self.fast = FastEncoder(self.vocabulary.tokenizer)
         self.dtype = pa.from_numpy_dtype(self.fast.dtype)
-        is_special = np.zeros(self.vocabulary.size, dtype=np.uint8)
-        is_special[[self.vocabulary.id(token) for token in self.vocabulary.special_texts]] = 1
-        self.is_special = pa.array(is_special)
+        special = [self.vocabulary.id(token) for token in self.vocabulary.special_texts]
+        self.is_special = np.zeros(self.vocabulary.size, dtype=bool)
+        self.is_special[special] = True
+        # They stand together at one end of most vocabularies, so that most ids need no look into the table.
+        self.first, self.last = (self.fast.dtype(end) for end in (min(special), max(special)))
 
     def encode(self, segments: pa.ListArray) -> tuple[pa.ListArray, pa.ListArray | None]:
         """Return the ids and the learn marks of each document, lists of equal length; None: all is learned."""
@@ -77,8 +79,8 @@ class Encoder:
         known[special] = numbers[names.indices.to_numpy()]
         ids, lengths = self.fast.encode(text, known)
         reach = np.cumsum(lengths)
-        # Arrow takes by two bytes as they stand; numpy would make eight of each first.
-        found = np.flatnonzero(pc.take(self.is_special, pa.array(ids)).to_numpy())
+        near = np.flatnonzero(ids - self.first <= self.last - self.first)  # what is below wraps round
+        found = near[self.is_special[ids[near]]]
         if wrong := np.setxor1d(found, reach[special] - 1).tolist():
             token = self.vocabulary.tokenizer.id_to_token(int(ids[wrong[0]]))
             raise ValueError(
