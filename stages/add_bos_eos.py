@@ -107,6 +107,7 @@ class Work(NamedTuple):
     """A shard of documents, to be marked."""
 
     path: Path
+    guard: stage.Guard
     splits: np.ndarray  # as `split_codes` returns them
     tokenizer: Path
     digest: str  # of the tokenizer
@@ -149,6 +150,7 @@ def mark_shard(work: Work) -> Made:
         "characters": pc.sum(pc.utf8_length(text)).as_py() or 0,
         "segments_not_learned": len(learn) - (pc.sum(learn).as_py() or 0),
     }
+    work.guard.check([work.path])
     return Made({"marked": arrow.encode(rows, MARKED)}, notes)
 
 
@@ -169,8 +171,14 @@ def main(name: str) -> None:
         memo = Memo(Path(".memo") / run.name, run.recipe([digest, sorted(content)]))
         ends = np.cumsum([rows for _, rows, _ in found], dtype=np.int64)
         parts = np.split(splits, ends[:-1])
+        guard = run.guard(documents)
+        _marker(tokenizer, digest)  # workers inherit it
+        run.guard(tokenizer).check(stage.all_files(tokenizer))
         shards = (
-            (f"{ids} {hashlib.sha256(part.tobytes()).hexdigest()}", Work(path, part, tokenizer, digest))
+            (
+                f"{ids} {hashlib.sha256(part.tobytes()).hexdigest()}",
+                Work(path, guard.of([path]), part, tokenizer, digest),
+            )
             for (path, _, ids), part in zip(found, parts, strict=False)
         )
         done = memo.map(shards, mark_shard, stage.workers(), stage.die_with_parent)

@@ -120,7 +120,8 @@ class Work(NamedTuple):
     content: str  # digest of its bytes; "": a file too large to be one result
     pieces: list[Piece]
     params: Params
-    before: list[stage.State | None]  # of the files, when the stage began; None: a new one
+    files: list[Path]
+    guard: stage.Guard  # of them
     elsewhere: Result | None  # of the same bytes at another place in the file
 
 
@@ -183,7 +184,7 @@ Found = tuple[Piece, raw_records.Record]
 
 
 def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatch, bool]]:
-    """Yield the ledger rows of pieces, with the text or messages of the kept ones, in batches of a few MB.
+    """Yield the ledger rows of pieces, with the text or messages of the kept ones, in batches of about 1 MB.
 
     `start`, `end` and `number` count from the beginning of the piece. With each batch: whether it is right for another
     place in the file, too, which is not so when an error in it names a line. Raises SystemExit for an error that is to
@@ -283,11 +284,7 @@ def _batch(rows: list[tuple[Any, ...]], params: Params) -> pa.RecordBatch:
 
 
 def clean_shard(work: Work) -> Made:
-    """Return the files `documents` and `ledger` of a shard; in the latter places count from its beginning.
-
-    It may not be remembered when one of its raw files was written since it was digested: the stage will refuse to
-    publish, but the rows would come back under the digest of the old content once that is restored.
-    """
+    """Return the files `documents` and `ledger` of a shard; in the latter places count from its beginning."""
     first, params = work.pieces[0], work.params
     notes = {"content": work.content, "start": first.start, "before": first.before}
     schema = documents_schema(params)
@@ -300,10 +297,10 @@ def clean_shard(work: Work) -> Made:
     found = list(cleaned(work.pieces, params))
     rows = pa.Table.from_batches([batch for batch, _ in found])
     documents = moved(kept(rows, schema), first.start, first.before)
-    keep = work.before == [state for piece in work.pieces for state in stage.state(piece.path)]
+    work.guard.check(work.files)
     notes |= {"rows": documents.num_rows, "movable": all(movable for _, movable in found)}
     ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
-    return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes, keep)
+    return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes)
 
 
 def kept(rows: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -372,10 +369,12 @@ def placed(content: str, start: int, before: int) -> str:
     return hashlib.sha256(f"{content} {start} {before}".encode()).hexdigest() if start else content
 
 
-def cut_lines(work: tuple[Path, stage.State | None]) -> Made:
-    """Return where a file of lines is cut, as notes alone; not to be remembered when it was written since the start."""
-    path, before = work
-    return Made({}, {"lines": list(raw_shards.line_shards(path))}, [before] == stage.state(path))
+def cut_lines(work: tuple[Path, stage.Guard]) -> Made:
+    """Return where a file of lines is cut, as notes alone."""
+    path, guard = work
+    found = list(raw_shards.line_shards(path))
+    guard.check([path])
+    return Made({}, {"lines": found})
 
 
 def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
@@ -404,18 +403,24 @@ def streamed(work: Work, ledger: Callable[[pa.RecordBatch, int, bool], None]) ->
     ledger: is given the records, the byte where they begin to count, and whether they are the first of the file.
     """
     waiting: list[pa.Table] = []
+
+    def cut() -> list[pa.Table]:
+        """Return what waits in shards, of which the last one may go on."""
+        rows = pa.concat_tables(waiting).combine_chunks()
+        if not rows.num_rows:
+            return [rows]
+        identities = raw_shards.row_hashes(rows["doc_id"].chunk(0))
+        ends = raw_shards.cuts([(identities, text_bytes(rows[-1].chunk(0)))])
+        return [rows.slice(begin, end - begin) for begin, end in itertools.pairwise([0, *ends])]
+
     for number, (batch, _) in enumerate(cleaned(work.pieces, work.params)):
         ledger(batch, 0, number == 0)
         waiting.append(kept(pa.Table.from_batches([batch]), documents_schema(work.params)))
         if sum(rows.nbytes for rows in waiting) >= 3 * raw_shards.SHARD_BYTES:
-            rows = pa.concat_tables(waiting).combine_chunks()
-            *ends, _ = raw_shards.cuts(
-                [(raw_shards.row_hashes(rows["doc_id"].chunk(0)), text_bytes(rows[-1].chunk(0)))]
-            )
-            for begin, end in itertools.pairwise([0, *ends]):
-                yield rows.slice(begin, end - begin)
-            waiting = [rows.slice(ends[-1] if ends else 0)]
-    yield pa.concat_tables(waiting)
+            *whole, rest = cut()
+            yield from whole
+            waiting = [rest]
+    yield from cut()
 
 
 def text_bytes(content: pa.Array) -> np.ndarray:
@@ -434,6 +439,7 @@ def main(name: str) -> None:
         (folder,) = run.outputs
         for rule in params.rules:
             rule.load()
+        run.guard(list_rules.FOLDER).check(stage.all_files(list_rules.FOLDER))
         files = raw_files(root, params, params.ignore)
         lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
@@ -446,18 +452,18 @@ def main(name: str) -> None:
                 ]
             ),
         )
-        states = {state[0]: state for state in run.states[str(root)]}
+        guard = run.guard(root)
         # A large file that has not changed is not read to be cut again.
         ends = Memo(Path(".memo") / f"{run.name}.lines", run.recipe("lines"))
 
         def lines(path: Path, sha256: str | None) -> list[raw_shards.LineShard]:
-            work = [(str(sha256), (path, states.get(str(path))))]
+            work = [(str(sha256), (path, guard))]
             (result,) = ends.map(work, cut_lines, 1, stage.die_with_parent)
             return [(start, end, before, digest) for start, end, before, digest in result.notes["lines"]]
 
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
-        changed = moves = 0
+        changed = moves = streams = 0
         filled: set[str] = set()
         schema = documents_schema(params)
         documents = arrow.Shards(folder / "documents", schema)
@@ -468,12 +474,12 @@ def main(name: str) -> None:
         def work() -> Iterator[Work]:
             nonlocal moves
             for content, pieces in shards(root, files, run.files[str(root)], params, lines):
-                before = [states.get(str(path)) for piece in pieces for path in paths(root, piece.file)]
+                inside = [path for piece in pieces for path in paths(root, piece.file)]
                 elsewhere = None
                 if content in places and not memo.find(placed(content, pieces[0].start, pieces[0].before)):
                     elsewhere = memo.find(placed(content, *places[content]))
                     moves += elsewhere is not None
-                yield Work(content, pieces, params, before, elsewhere)
+                yield Work(content, pieces, params, inside, guard.of(inside), elsewhere)
 
         def note(records: pa.RecordBatch, start: int, is_first: bool) -> None:
             nonlocal changed
@@ -488,6 +494,8 @@ def main(name: str) -> None:
             if isinstance(result, Work):
                 for rows in streamed(result, note):
                     documents.add(arrow.encode(rows, schema), rows.num_rows)
+                    streams += 1
+                result.guard.check(result.files)
                 continue
             for number, batch in enumerate(pa.ipc.open_stream(result.files["ledger"].read_bytes())):
                 note(batch, result.notes["start"], number == 0)
@@ -511,7 +519,9 @@ def main(name: str) -> None:
         arrow.write_json(folder / "source.json", about)
         memo.sweep()
         ends.sweep()
-        run.count(**counts, changed=changed, shards=memo.hits + memo.misses, shards_remembered=memo.hits + moves)
+        run.count(
+            **counts, changed=changed, shards=memo.hits + memo.misses + streams, shards_remembered=memo.hits + moves
+        )
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Work(NamedTuple):
     """A shard of marked rows, to be encoded."""
 
     path: Path
+    guard: stage.Guard
     tokenizer: Path
     masked: bool  # whether any segment of the source is not to be learned
 
@@ -123,7 +124,9 @@ def tokenise_shard(work: Work) -> Made:
     if not work.masked:
         notes["learned"] = notes["train"] + notes["eval"]
     schema = tokens_schema(ids.type.value_type, work.masked)
-    return Made({"tokens": arrow.encode(pa.table(columns, schema=schema), schema)}, notes)
+    content = arrow.encode(pa.table(columns, schema=schema), schema)
+    work.guard.check([work.path])
+    return Made({"tokens": content}, notes)
 
 
 def parts_of(segments: pa.ListArray) -> Iterator[pa.ListArray]:
@@ -165,12 +168,16 @@ def main(name: str) -> None:
         masked = manifest["counts"]["segments_not_learned"] > 0
         memo = Memo(Path(".memo") / run.name, run.recipe([run.digests[str(tokenizer)], masked]))
         paths = [marked / shard["name"] for shard in manifest["shards"] if shard["rows"]]
-        shards = ((run.files[str(marked)][path.name], Work(path, tokenizer, masked)) for path in paths)
+        guard = run.guard(marked)
+        work = (Work(path, guard.of([path]), tokenizer, masked) for path in paths)
+        shards = ((run.files[str(marked)][one.path.name], one) for one in work)
+        dtype = encoder(tokenizer).dtype
+        run.guard(tokenizer).check(stage.all_files(tokenizer))
         # Beside gigatoken a process is worth its start from some 64 MB on.
         worth = len(paths) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(paths)
         workers = max(1, min(stage.workers(), worth))
         counts = Counter(train=0, eval=0, learned=0)
-        with arrow.Shards(folder, tokens_schema(encoder(tokenizer).dtype, masked)) as out:
+        with arrow.Shards(folder, tokens_schema(dtype, masked)) as out:
             done = memo.map(shards, tokenise_shard, workers, stage.die_with_parent)
             for result in run.progress(done, len(paths), "shards"):
                 out.add(result.files["tokens"], result.notes["rows"], result.sha256["tokens"])

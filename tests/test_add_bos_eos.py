@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from add_bos_eos import MARKED, segments_of_messages
 from chat_segments import Marker, Segment, merged
 from chat_templates import TEMPLATES
 from conftest import Runner, write
-from kit import arrow
+from kit import arrow, stage
 from tokenize_text import Encoder
 
 BOS, EOS = Segment("<s>", True, False), Segment("</s>", True, True)
@@ -242,8 +243,8 @@ def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_othe
     (project / "params.yaml").write_text(json.dumps(settings))
     write(project / "data/raw/x/a.txt", "one\ntwo\ntwo\nthree\n")
     tiny.tokenizer(project / "models/tokenizers/p")
-    for stage, name in (("clean", "p_text"), ("dedup", "p"), ("add_bos_eos", "p_text")):
-        finished = run_stage(project, stage, name)
+    for script, name in (("clean", "p_text"), ("dedup", "p"), ("add_bos_eos", "p_text")):
+        finished = run_stage(project, script, name)
         assert finished.returncode == 0, finished.stderr
     marked = arrow.table(project / "data/marked/p/p_text").to_pylist()
     assert ["".join(s["text"] for s in row["segments"]) for row in marked] == [
@@ -304,10 +305,48 @@ def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
     splits = np.array([0, 1, 2, 0] * 250, np.uint8)
     found = []
     for name, size in (("a", 256), ("b", batch_rows)):
-        (tmp_path / name).write_bytes(arrow.encode(rows, rows.schema, size))
-        found.append(add_bos_eos.mark_shard(add_bos_eos.Work(tmp_path / name, splits, folder, "")))
+        path = tmp_path / name
+        path.write_bytes(arrow.encode(rows, rows.schema, size))
+        guard = stage.Guard({str(path): stage.state(path)[0]}, "")
+        found.append(add_bos_eos.mark_shard(add_bos_eos.Work(path, guard, splits, folder, "")))
     assert found[0] == found[1]
     assert found[0].notes["rows"] == pa.ipc.open_stream(found[0].parts["marked"]).read_all().num_rows == 750
+
+
+@pytest.mark.parametrize("what", ["documents", "tokenizer"])
+def test_what_was_read_while_it_changed_does_not_come_back(
+    project: Path, run_stage: Runner, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Nothing is published; when the old input is back, so is what was made of it."""
+    chat_project(project, MANY[:300])
+    assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
+    whole = result(project)
+    shutil.rmtree(project / ".memo")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    add_bos_eos._marker.cache_clear()
+    shards = sorted((project / "data/clean/p/p_text/documents").glob("*.arrow"))
+    template = project / "models/tokenizers/p/chat_template.jinja"
+    victim, other, name = {
+        "documents": (shards[0], shards[1].read_bytes(), "mark_shard"),
+        "tokenizer": (template, TEMPLATES["default"].encode(), "Marker"),
+    }[what]
+    before, real = victim.read_bytes(), getattr(add_bos_eos, name)
+
+    def swapped(*given: Any) -> Any:
+        victim.write_bytes(other)
+        try:
+            return real(*given)
+        finally:
+            victim.write_bytes(before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(add_bos_eos, name, swapped)
+        with pytest.raises(SystemExit, match="changed while the stage ran; nothing was published"):
+            add_bos_eos.main("p_text")
+    add_bos_eos._marker.cache_clear()
+    add_bos_eos.main("p_text")
+    assert result(project) == whole
 
 
 def test_of_many_conversations_one_new_costs_its_shard_and_gives_the_bytes_of_a_build_from_nothing(

@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 
 import clean
 import clean_rules
+import list_rules
 import raw_shards
 import tiny
 from clean import Params, Piece, doc_id
@@ -553,8 +554,10 @@ def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monke
     write_sources(small_shards, s={"format": "csv", "columns": {"text": "body"}})
     digests, _, _ = build(small_shards)
     found = content(small_shards)
-    monkeypatch.setattr(clean, "BATCH_BYTES", 700)
-    assert build(small_shards)[0] == digests
+    for size in (1, 700, 5_000, 2**20):
+        monkeypatch.setattr(clean, "BATCH_BYTES", size)
+        assert build(small_shards)[0] == digests
+    assert all(sum(map(len, texts)) <= 2 * 2_000 for texts in texts_of_shards(small_shards))
     before = ids_of_shards(small_shards)
     source = small_shards / "data/raw/s/b.csv"
     source.write_bytes(source.read_bytes().replace(b'5,"a\nb 5"\r\n', b'5,"a\nb 5"\r\n5,"new"\r\n', 1))
@@ -568,6 +571,11 @@ def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monke
     build(small_shards)
     assert content(small_shards) == found
     assert len(found[0]) == 902
+
+
+def texts_of_shards(project: Path) -> list[list[str]]:
+    paths = arrow.shard_paths(project / "data/clean/p/s/documents")
+    return [[i.as_py() for b in arrow.shard_batches(path) for i in b["text"]] for path in paths]
 
 
 def ids_of_shards(project: Path) -> list[tuple[bytes, ...]]:
@@ -707,6 +715,31 @@ def test_a_tampered_memory_is_worked_out_again(small_shards: Path) -> None:
     data[-100] ^= 1
     victim.write_bytes(data)
     assert build(small_shards) == (digests, shards, 1)
+
+
+def test_a_list_that_is_written_while_it_is_read_is_not_believed(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = small_shards / "data/rules/words.txt"
+    words.write_text("word")
+    write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
+    group = {**FORMATS["jsonl"], "rules": [{"rule": "bad_words", "file": "words.txt", "action": "mask"}]}
+    write_sources(small_shards, s=group)
+    load = list_rules.ListRule.load
+
+    def other_list(rule: Any) -> None:
+        words.write_text("line")
+        load(rule)
+        words.write_text("word")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(list_rules.ListRule, "load", other_list)
+        with pytest.raises(SystemExit, match="data/rules changed while the stage ran; nothing was published"):
+            build(small_shards)
+    digests, shards, new = build(small_shards)
+    assert shards == new
+    shutil.rmtree(small_shards / ".memo")
+    assert build(small_shards)[0] == digests
 
 
 @pytest.mark.parametrize("lines", [LINES[:9], LINES], ids=["whole files", "a cut file"])

@@ -310,6 +310,44 @@ def test_another_tokenizer_gets_nothing_from_memory(source: Source) -> None:
     assert source.run() == 25
 
 
+@pytest.mark.parametrize("what", ["shard", "tokenizer"])
+def test_what_was_read_while_it_changed_does_not_come_back(
+    source: Source, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Nothing is published; when the old input is back, so are its tokens and not those of the other one."""
+    whole = source.from_nothing()
+    shutil.rmtree(source.project / ".memo")
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    tokenize_text.encoder.cache_clear()
+    tokenizer = source.project / "models/tokenizers/p/tokenizer.json"
+    marked = sorted((source.project / "data/marked/p/p_text").glob("*.arrow"))
+    victim, other = {
+        "shard": (marked[3], marked[4].read_bytes()),
+        "tokenizer": (tokenizer, tokenizer.read_bytes().replace(b"\n", b"\n ")),
+    }[what]
+    before = victim.read_bytes()
+
+    def swapped(real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            victim.write_bytes(other)
+            try:
+                return real(*given)
+            finally:
+                victim.write_bytes(before)
+
+        return call
+
+    name = "tokenise_shard" if what == "shard" else "Encoder"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_text, name, swapped(getattr(tokenize_text, name)))
+        with pytest.raises(SystemExit, match="changed while the stage ran; nothing was published"):
+            tokenize_text.main("p_text")
+        assert contents(source.folder) == whole
+    tokenize_text.encoder.cache_clear()
+    tokenize_text.main("p_text")
+    assert contents(source.folder) == whole
+
+
 def test_what_was_tampered_with_is_computed_again(source: Source) -> None:
     whole = source.from_nothing()
     victims = sorted((source.project / ".memo").rglob("*.tokens"))[:3]

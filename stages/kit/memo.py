@@ -8,13 +8,14 @@
 A shard is (digest of its content, what `work` needs); `work` is a pure function from that to what shall stand in files.
 The worker writes them, and the stage copies them into its output as they are: a stale row cannot survive, and deleting
 .memo/ is always safe. index.jsonl holds the SHA-256 of each file. One whose size, inode and times are those of when it
-was seen whole, since this machine was started, is not read again; any other is, and where it was tampered with it is
-computed again. One shard in a hundred, others in each run, is computed anyway and compared, to find a stage whose
-result depends on something that its key does not name.
+was seen whole, since this machine was started, is not read again (decay of the disk is left to `lineage verify`); any
+other is, and where it was tampered with it is computed again. One shard in a hundred, others in each run, is computed
+anyway and compared, to find a stage whose result depends on something that its key does not name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,11 +40,10 @@ class Made(NamedTuple):
 
     parts: dict[str, Any]  # bytes or a buffer; each becomes a file
     notes: dict[str, Any]  # what the stage wants to know without reading the files, as JSON can hold it
-    keep: bool = True  # whether it may be remembered
 
 
 class Result(NamedTuple):
-    """The files of a shard, by part. They stay where they are until the next result is asked for."""
+    """The files of a shard, by part."""
 
     files: dict[str, Path]
     sha256: dict[str, str]
@@ -53,7 +53,6 @@ class Result(NamedTuple):
 class _Done(NamedTuple):
     sha256: dict[str, str]
     notes: dict[str, Any]
-    keep: bool
 
 
 class Memo:
@@ -76,14 +75,18 @@ class Memo:
     ) -> Iterator[Result]:
         """Yield what `work` made of each shard (digest, what), in order, from memory or from `workers` processes.
 
-        At most two shards per worker are under way at a time. Raises ValueError when a result computed again differs.
+        At most two shards per worker are under way at a time, one when there is but one worker. Raises ValueError when
+        a result computed again differs.
         """
         import multiprocessing  # with the pool, 25 ms that the start of other stages does not wait for
         from concurrent.futures import Future, ProcessPoolExecutor
 
         pool: Executor | None = None
         waiting: deque[tuple[str, Result | None, Future[_Done] | None]] = deque()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{self.folder} cannot be made ({error.strerror}); remove what stands there.") from None
         try:
             for digest, what in shards:
                 name = self._name(digest)
@@ -99,9 +102,9 @@ class Memo:
                         future.set_result(_make(work, what, target))
                 waiting.append((name, known, future))
                 while len(waiting) >= (2 * workers if workers > 1 else 1):
-                    yield from self._finish(*waiting.popleft())
+                    yield self._finish(*waiting.popleft())
             while waiting:
-                yield from self._finish(*waiting.popleft())
+                yield self._finish(*waiting.popleft())
         finally:
             if pool:
                 pool.shutdown(cancel_futures=True)
@@ -129,10 +132,14 @@ class Memo:
         return (entry["notes"] for entry in self._index.values())
 
     def sweep(self) -> None:
-        """Remove what this run did not use, and note the states of the files that are whole."""
+        """Remove what this run did not use, and note the states of files that are whole, as far as it can be done."""
+        with contextlib.suppress(OSError):
+            self._sweep()
+
+    def _sweep(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*"):
-            if path.name.split(".")[0] not in self._used and path.name != INDEX:
+            if path.is_file() and path.name.split(".")[0] not in self._used and path.name != INDEX:
                 path.unlink()
         temporary = self.folder / f".tmp-{INDEX}"
         with temporary.open("wb") as file:
@@ -151,16 +158,14 @@ class Memo:
     def _path(self, name: str, part: str) -> Path:
         return self.folder / f"{name}.{part}"
 
-    def _finish(self, name: str, known: Result | None, future: Future[_Done] | None) -> Iterator[Result]:
+    def _finish(self, name: str, known: Result | None, future: Future[_Done] | None) -> Result:
         from concurrent.futures import BrokenExecutor
 
-        if known:
-            self._used.add(name)
-            self.hits += 1
+        self._used.add(name)
+        self.hits += known is not None
         if future is None:
             assert known is not None
-            yield known
-            return
+            return known
         try:
             done = future.result()
         except BrokenExecutor:
@@ -169,27 +174,20 @@ class Memo:
                 "(TERROIR_WORKERS=1), and run again."
             ) from None
         if known:
-            if done.sha256 != known.sha256 or done.notes != known.notes:
+            if (done.sha256, done.notes) != (known.sha256, known.notes):
                 raise ValueError(
                     f"{self.folder / name} was computed again and came out differently: the stage reads something that "
                     "its key does not name (this is a bug); delete .memo and run again."
                 )
-            yield known
-            return
+            return known
         self.misses += 1
         result = Result({part: self._path(name, part) for part in done.sha256}, done.sha256, done.notes)
-        if done.keep:
-            self._used.add(name)
-            self._index[name] = {"files": {part: [sha, None] for part, sha in done.sha256.items()}, "notes": done.notes}
-            for path in result.files.values():
-                self._seen[path.name] = _state(path)
-            with (self.folder / INDEX).open("ab") as file:  # what a killed stage has finished stays remembered
-                file.write(_line(name, self._index[name]))
-            yield result
-        else:
-            yield result
-            for path in result.files.values():
-                path.unlink()
+        self._index[name] = {"files": {part: [sha, None] for part, sha in done.sha256.items()}, "notes": done.notes}
+        for path in result.files.values():
+            self._seen[path.name] = _state(path)
+        with (self.folder / INDEX).open("ab") as file:  # what a killed stage has finished stays remembered
+            file.write(_line(name, self._index[name]))
+        return result
 
     def _is_checked(self, name: str) -> bool:
         draw = hashlib.sha256(self._salt + name.encode()).digest()[:4]
@@ -197,7 +195,10 @@ class Memo:
 
 
 def _make(work: Callable[[T], Made], what: T, target: Path | None) -> _Done:
-    """Do the work on a shard and write its parts, `target`.PART, unless it is None."""
+    """Do the work on a shard and write its parts, `target`.PART, unless it is None.
+
+    One after the other: they count once their line stands in the index, which is written behind them.
+    """
     made = work(what)
     if target:
         temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -206,7 +207,7 @@ def _make(work: Callable[[T], Made], what: T, target: Path | None) -> _Done:
                 file.write(content)
             temporary.replace(target.with_name(f"{target.name}.{part}"))
     digests = {part: hashlib.sha256(content).hexdigest() for part, content in made.parts.items()}
-    return _Done(digests, json.loads(json.dumps(made.notes)), made.keep)
+    return _Done(digests, json.loads(json.dumps(made.notes)))
 
 
 def _state(path: Path) -> State:

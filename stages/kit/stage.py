@@ -40,7 +40,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 STAGES = Path(__file__).resolve().parents[1]
 WORK = Path(".work")
@@ -82,7 +82,7 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
         if _disk_is_full(error):
             raise SystemExit(
                 f"{name}: no space left on the disk while writing; the previous output is unchanged: "
-                "free some space (`dvc gc --workspace` drops unused cache) and run again."
+                "free some space (`dvc gc --workspace` drops unused cache, .memo may be deleted) and run again."
             ) from None
         if not _is_mistake(error):
             raise
@@ -152,6 +152,27 @@ def workers() -> int:
     return int(text) if text else len(os.sched_getaffinity(0))
 
 
+class Guard(NamedTuple):
+    """Says whether the files of an input were written since the stage began; goes to the workers with their work.
+
+    What was read of them then belongs to other bytes than the digests say. At the end they may have the old content
+    again, and nobody would notice.
+    """
+
+    states: dict[str, State]
+    refusal: str
+
+    def of(self, paths: Iterable[Path]) -> Guard:
+        """Return the same for some of the files."""
+        return Guard({name: self.states[name] for name in map(str, paths) if name in self.states}, self.refusal)
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Raise SystemExit when one of these, just read, is not as it was; the sentence is that of `run`."""
+        for path in paths:
+            if state(path) != [self.states.get(str(path))]:
+                raise SystemExit(self.refusal)
+
+
 class Run:
     """What a stage holds while it works: temporary outputs, the key of its inputs, counts for the record."""
 
@@ -195,6 +216,17 @@ class Run:
         """Return a digest of code, library versions and `params`: what decides the result for a part of the inputs."""
         parts = [code_digest(STAGES / f"{self.stage}.py"), versions(STAGES / f"{self.stage}.py"), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def guard(self, path: Path) -> Guard:
+        """Return what knows the files of an input as they were when the stage began."""
+        return Guard({state[0]: state for state in self.states[str(path)]}, self.refusal(str(path)))
+
+    def refusal(self, what: str) -> str:
+        """Return the sentence about an input, a module or a parameter that changed."""
+        return (
+            f"{self.name}: {what} changed while the stage ran; nothing was published: "
+            "let the change finish and run again."
+        )
 
     def changed(self) -> str | None:
         """Return the first input, module or parameter that is no longer what the stage read, or None.
@@ -274,10 +306,7 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             written = _record(current, time.monotonic() - started)
             # Last, for DVC hashes the inputs soon after: an edit between the two is not seen.
             if changed := current.changed():
-                raise SystemExit(
-                    f"{current.name}: {changed} changed while the stage ran; nothing was published: "
-                    "let the change finish and run again."
-                )
+                raise SystemExit(current.refusal(changed))
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
@@ -306,7 +335,7 @@ def file_digests(path: Path, known: dict[Path, str] | None = None) -> dict[str, 
     Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
     when the path is missing or the folder holds no file, or one that may not be read.
     """
-    files = [path] if path.is_file() else _files(path)
+    files = [path] if path.is_file() else all_files(path)
     if not files:
         state = "is empty" if path.is_dir() else "does not exist"
         raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
@@ -423,13 +452,13 @@ def _combined(files: dict[str, str]) -> str:
 def state(path: Path) -> list[State]:
     """Return the state of a file, or of each file that `digest` reads in a folder."""
     found = []
-    for file in [path] if path.is_file() else _files(path):
+    for file in [path] if path.is_file() else all_files(path):
         stat = file.stat()
         found.append((str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def all_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
 
 
