@@ -5,8 +5,8 @@
     bytes of a token on the disk                              2.05 at most
 
 Quiet, they are 24x, 13x and 250x, less where other programs run; docs/decisions.md says what keeps English from the
-40x that were planned. For information: the same without clean and dedup, and grouping with SHA-256 (the time of a second
-pass over the same bytes), which the peer does not do.
+40x that were planned. For information: the same without clean and dedup, and grouping with SHA-256 (the time of a
+second pass over the same bytes), which the peer does not do.
 
 The peer tokenises in batches of 1,000 with the same tokenizer.json and puts BOS and EOS around each document; it cleans
 and deduplicates nothing. Both work in one process, start from the same jsonl files and end with blocks of 1,024 on the
