@@ -150,7 +150,7 @@ def mark_shard(work: Work) -> Made:
         "characters": pc.sum(pc.utf8_length(text)).as_py() or 0,
         "segments_not_learned": len(learn) - (pc.sum(learn).as_py() or 0),
     }
-    work.guard.check([work.path])
+    work.guard.check()
     return Made({"marked": arrow.encode(rows, MARKED)}, notes)
 
 
@@ -173,7 +173,7 @@ def main(name: str) -> None:
         parts = np.split(splits, ends[:-1])
         guard = run.guard(documents)
         _marker(tokenizer, digest)  # workers inherit it
-        run.guard(tokenizer).check(stage.all_files(tokenizer))
+        run.guard(tokenizer).check()
         shards = (
             (
                 f"{ids} {hashlib.sha256(part.tobytes()).hexdigest()}",

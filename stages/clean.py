@@ -49,6 +49,7 @@ from kit.arrow import compute as pc
 from kit.memo import Made, Memo, Result
 from kit.params import Source, read_params
 from raw_shards import Piece, paths, raw_files, shards
+from record_places import Account, moved, shard_key
 
 PLACE = [
     pa.field("file", pa.string()),  # relative to the source's path; the file's own name when that is a file
@@ -120,8 +121,7 @@ class Work(NamedTuple):
     content: str  # digest of its bytes; "": a file too large to be one result
     pieces: list[Piece]
     params: Params
-    files: list[Path]
-    guard: stage.Guard  # of them
+    guard: stage.Guard  # of their files
     elsewhere: Result | None  # of the same bytes at another place in the file
 
 
@@ -297,7 +297,7 @@ def clean_shard(work: Work) -> Made:
     found = list(cleaned(work.pieces, params))
     rows = pa.Table.from_batches([batch for batch, _ in found])
     documents = moved(kept(rows, schema), first.start, first.before)
-    work.guard.check(work.files)
+    work.guard.check()
     notes |= {"rows": documents.num_rows, "movable": all(movable for _, movable in found)}
     ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
     return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes)
@@ -309,71 +309,11 @@ def kept(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return documents.select(schema.names)
 
 
-def moved(documents: pa.Table, start: int, number: int) -> pa.Table:
-    """Return documents whose places are `start` bytes and `number` lines further on."""
-    if start or number:
-        for name, further in (("start", start), ("end", start), ("number", number)):
-            column = documents[name]
-            there = pc.add(column, pa.scalar(further, column.type))
-            documents = documents.set_column(documents.schema.get_field_index(name), documents.field(name), there)
-    return documents
-
-
-class Account:
-    """Puts rows in their place in the file, checking that those of a file tile it and that no file is missing."""
-
-    def __init__(self, run: stage.Run, root: Path, params: Params) -> None:
-        self.run, self.root, self.tiled = run, root, raw_params.unit(params) == "line"
-        self.states = set(run.states[str(root)])
-        self.file, self.files = "", 0
-        self.end = self.rows = self.bytes = 0  # of the file in hand
-        self.before = 0  # rows of the file before the shard
-
-    def place(self, rows: pa.RecordBatch, start: int, is_first: bool) -> pa.RecordBatch:
-        """Return rows of a shard that begins at byte `start` of its file with places in the file."""
-        if is_first:
-            self.before = self.rows if start else 0
-        names = rows["file"]
-        is_new = np.ones(rows.num_rows, dtype=bool)
-        is_new[0] = names[0].as_py() != self.file
-        is_new[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
-        new = np.flatnonzero(is_new)
-        self.files += len(new)
-        if self.tiled:
-            begins, ends = (rows.column(name).to_numpy() + start for name in ("start", "end"))
-            previous = np.concatenate([[self.end], ends[:-1]])
-            for at in new.tolist():
-                self.close(names[at - 1].as_py() if at else self.file, int(previous[at]))
-            gaps = int(np.abs(np.where(is_new, 0, previous) - begins).sum())
-            self.run.balance(f"bytes of {names[0].as_py()} between records", gaps)
-            numbers = rows["number"].to_numpy() + np.int32(self.before)
-            placed = [names, pa.array(begins), pa.array(ends), pa.array(numbers, pa.int32())]
-            rows = pa.RecordBatch.from_arrays([*placed, *rows.columns[4:]], schema=rows.schema)
-            self.end = int(ends[-1])
-        self.rows = rows.num_rows - int(new[-1]) if len(new) else self.rows + rows.num_rows
-        self.file = names[-1].as_py()
-        return rows
-
-    def close(self, file: str, end: int) -> None:
-        """Check that a file was read to its end, where its size says where that is, and count its bytes."""
-        path = self.root / file if (self.root / file).is_file() else self.root
-        if self.tiled and file and path.suffix.lower() not in raw_records.COMPRESSIONS:
-            (now,) = stage.state(path)
-            if now in self.states:  # else it was written meanwhile, and nothing will be published
-                self.run.balance(f"bytes of {file}", now[3], recorded=end)
-        self.bytes += end
-
-
-def placed(content: str, start: int, before: int) -> str:
-    """Return the digest of a shard with its place in the file, which stands in its documents."""
-    return hashlib.sha256(f"{content} {start} {before}".encode()).hexdigest() if start else content
-
-
 def cut_lines(work: tuple[Path, stage.Guard]) -> Made:
     """Return where a file of lines is cut, as notes alone."""
     path, guard = work
     found = list(raw_shards.line_shards(path))
-    guard.check([path])
+    guard.check()
     return Made({}, {"lines": found})
 
 
@@ -387,7 +327,7 @@ def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
             if not shard.content:
                 too_large.append(shard)
                 return
-            yield placed(shard.content, shard.pieces[0].start, shard.pieces[0].before), shard
+            yield shard_key(shard.content, shard.pieces[0].start, shard.pieces[0].before), shard
 
     more = True
     while more:
@@ -397,10 +337,10 @@ def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
             yield too_large.pop()
 
 
-def streamed(work: Work, ledger: Callable[[pa.RecordBatch, int, bool], None]) -> Iterator[pa.Table]:
+def streamed(work: Work, ledger: Callable[[pa.RecordBatch], None]) -> Iterator[pa.Table]:
     """Yield the documents of a file that is too large to be one result, a shard at a time, cut by content.
 
-    ledger: is given the records, the byte where they begin to count, and whether they are the first of the file.
+    ledger: is given the records.
     """
     waiting: list[pa.Table] = []
 
@@ -410,11 +350,11 @@ def streamed(work: Work, ledger: Callable[[pa.RecordBatch, int, bool], None]) ->
         if not rows.num_rows:
             return [rows]
         identities = raw_shards.row_hashes(rows["doc_id"].chunk(0))
-        ends = raw_shards.cuts([(identities, text_bytes(rows[-1].chunk(0)))])
+        ends = raw_shards.cuts(identities, text_bytes(rows[-1].chunk(0)), raw_shards.SHARD_BYTES)
         return [rows.slice(begin, end - begin) for begin, end in itertools.pairwise([0, *ends])]
 
-    for number, (batch, _) in enumerate(cleaned(work.pieces, work.params)):
-        ledger(batch, 0, number == 0)
+    for batch, _ in cleaned(work.pieces, work.params):
+        ledger(batch)
         waiting.append(kept(pa.Table.from_batches([batch]), documents_schema(work.params)))
         if sum(rows.nbytes for rows in waiting) >= 3 * raw_shards.SHARD_BYTES:
             *whole, rest = cut()
@@ -439,7 +379,7 @@ def main(name: str) -> None:
         (folder,) = run.outputs
         for rule in params.rules:
             rule.load()
-        run.guard(list_rules.FOLDER).check(stage.all_files(list_rules.FOLDER))
+        run.guard(list_rules.FOLDER).check()
         files = raw_files(root, params, params.ignore)
         lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
@@ -457,7 +397,7 @@ def main(name: str) -> None:
         ends = Memo(Path(".memo") / f"{run.name}.lines", run.recipe("lines"))
 
         def lines(path: Path, sha256: str | None) -> list[raw_shards.LineShard]:
-            work = [(str(sha256), (path, guard))]
+            work = [(str(sha256), (path, guard.of([path])))]
             (result,) = ends.map(work, cut_lines, 1, stage.die_with_parent)
             return [(start, end, before, digest) for start, end, before, digest in result.notes["lines"]]
 
@@ -476,14 +416,14 @@ def main(name: str) -> None:
             for content, pieces in shards(root, files, run.files[str(root)], params, lines):
                 inside = [path for piece in pieces for path in paths(root, piece.file)]
                 elsewhere = None
-                if content in places and not memo.find(placed(content, pieces[0].start, pieces[0].before)):
-                    elsewhere = memo.find(placed(content, *places[content]))
+                if content in places and not memo.find(shard_key(content, pieces[0].start, pieces[0].before)):
+                    elsewhere = memo.find(shard_key(content, *places[content]))
                     moves += elsewhere is not None
-                yield Work(content, pieces, params, inside, guard.of(inside), elsewhere)
+                yield Work(content, pieces, params, guard.of(inside), elsewhere)
 
-        def note(records: pa.RecordBatch, start: int, is_first: bool) -> None:
+        def note(records: pa.RecordBatch, start: int = 0, before: int = 0) -> None:
             nonlocal changed
-            rows = account.place(records, start, is_first)
+            rows = account.place(records, start, before)
             ledger.write(rows.select(LEDGER.names))
             dropped.update(rule for rule in rows["rule"].to_pylist() if rule)
             changed += rows.num_rows - rows["changes"].null_count
@@ -495,10 +435,10 @@ def main(name: str) -> None:
                 for rows in streamed(result, note):
                     documents.add(arrow.encode(rows, schema), rows.num_rows)
                     streams += 1
-                result.guard.check(result.files)
+                result.guard.check()
                 continue
-            for number, batch in enumerate(pa.ipc.open_stream(result.files["ledger"].read_bytes())):
-                note(batch, result.notes["start"], number == 0)
+            for batch in pa.ipc.open_stream(result.files["ledger"].read_bytes()):
+                note(batch, result.notes["start"], result.notes["before"])
             documents.add(result.files["documents"], result.notes["rows"], result.sha256["documents"])
         account.close(account.file, account.end)
         if idle := [name for name in params.fill if name not in filled]:

@@ -20,8 +20,6 @@ import raw_params
 
 SHARD_BYTES = 4 * 2**20  # about; decides what stands in which file of `documents` and of all that is made of them
 WHOLE_BYTES = 8 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
-
-
 LineShard = tuple[int, int, int, str]  # as `line_shards` yields them
 
 
@@ -131,7 +129,7 @@ def _name(path: Path, root: Path) -> str:
 def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Piece]]]:
     identities = np.array([int(identity[:8], 16) for _, identity, _ in small], dtype=np.uint32)
     begin = 0
-    for end in cuts([(identities, np.array([size for *_, size in small], dtype=np.int64))]):
+    for end in cuts(identities, np.array([size for *_, size in small], dtype=np.int64), SHARD_BYTES):
         group = small[begin:end]
         digest = hashlib.sha256("".join(identity for _, identity, _ in group).encode()).hexdigest()
         yield digest, [piece for piece, *_ in group]
@@ -159,36 +157,26 @@ def line_shards(path: Path) -> Iterator[LineShard]:
             start, before = start + size, before + head.count(b"\n") + number
 
 
-def cuts(batches: Iterable[tuple[np.ndarray, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> list[int]:
+def cuts(identities: np.ndarray, sizes: np.ndarray, shard_bytes: int) -> list[int]:
     """Return where each shard ends, as row numbers, the last being the number of rows.
 
-    A batch is (identities, uint32 hash of each row's content; sizes, its bytes); how rows are batched decides nothing.
-    Three quarters of a shard are taken as they come; then a row ends it with probability size / (a quarter of
-    shard_bytes), decided by its own hash: a row that comes or goes moves the cuts beside it and seldom others. A shard
-    of two rows or more has at most twice `shard_bytes`.
+    identities: uint32, a hash of each row's content. sizes: int64, its bytes. Three quarters of a shard are taken as
+    they come; then a row ends it with probability size / (a quarter of shard_bytes), decided by its own hash: a row
+    that comes or goes moves the cuts beside it and seldom others. A shard of two rows or more has at most twice
+    `shard_bytes`.
     """
     spread = max(1, shard_bytes // 4)
-    result: list[int] = []
-    row = begin = taken = 0  # first row of the batch, of the shard in hand; bytes of the latter in earlier batches
-    for identities, sizes in batches:
-        ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread) + 1
-        reach = np.cumsum(sizes, dtype=np.int64)
-        at = 0
-        while at < len(sizes):
-            before = int(reach[at - 1] if at else 0) - taken
-            enough = max(at, int(np.searchsorted(reach, before + shard_bytes - spread)))
-            possible = ends[np.searchsorted(ends, enough, side="right") :][:1].tolist()
-            too_much = int(np.searchsorted(reach, before + 2 * shard_bytes, side="right"))
-            if too_much < len(sizes):
-                possible.append(max(too_much, at + 1 if begin == row + at else at))
-            if not possible:
-                taken = int(reach[-1]) - before
-                break
-            at, taken = min(possible), 0
-            begin = row + at
-            result.append(begin)
-        row += len(sizes)
-    return [*result, row] if begin < row else result
+    ends = np.flatnonzero(identities.astype(np.float64) / 2**32 < sizes / spread) + 1
+    reach = np.cumsum(sizes, dtype=np.int64)
+    found = [0]
+    while found[-1] < len(sizes):
+        begin = found[-1]
+        before = int(reach[begin - 1]) if begin else 0
+        enough = max(begin, int(np.searchsorted(reach, before + shard_bytes - spread)))
+        chosen = ends[np.searchsorted(ends, enough, side="right") :][:1].tolist()
+        too_much = int(np.searchsorted(reach, before + 2 * shard_bytes, side="right"))
+        found.append(min(*chosen, max(too_much, begin + 1), len(sizes)))
+    return found[1:]
 
 
 def row_hashes(identities: Any) -> np.ndarray:

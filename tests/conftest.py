@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -150,6 +151,20 @@ def write(path: Path, text: str) -> None:
     """Write `text` as UTF-8 without touching its line ends, and the folders above."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode("utf-8"))
+
+
+def with_other_content(path: Path, content: bytes, real: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `real`, made to find other content in a file, which has its own again afterwards."""
+    own = path.read_bytes()
+
+    def call(*given: Any) -> Any:
+        path.write_bytes(content)
+        try:
+            return real(*given)
+        finally:
+            path.write_bytes(own)
+
+    return call
 
 
 def finish(folder: Path, **environment: str) -> Path:

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ import tiny
 from add_bos_eos import MARKED, segments_of_messages
 from chat_segments import Marker, Segment, merged
 from chat_templates import TEMPLATES
-from conftest import Runner, write
+from conftest import Runner, with_other_content, write
 from kit import arrow, stage
 from tokenize_text import Encoder
 
@@ -307,7 +306,7 @@ def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
     for name, size in (("a", 256), ("b", batch_rows)):
         path = tmp_path / name
         path.write_bytes(arrow.encode(rows, rows.schema, size))
-        guard = stage.Guard({str(path): stage.state(path)[0]}, "")
+        guard = stage.Guard([path], {str(path): stage.state(path)[0]}, "")
         found.append(add_bos_eos.mark_shard(add_bos_eos.Work(path, guard, splits, folder, "")))
     assert found[0] == found[1]
     assert found[0].notes["rows"] == pa.ipc.open_stream(found[0].parts["marked"]).read_all().num_rows == 750
@@ -331,17 +330,8 @@ def test_what_was_read_while_it_changed_does_not_come_back(
         "documents": (shards[0], shards[1].read_bytes(), "mark_shard"),
         "tokenizer": (template, TEMPLATES["default"].encode(), "Marker"),
     }[what]
-    before, real = victim.read_bytes(), getattr(add_bos_eos, name)
-
-    def swapped(*given: Any) -> Any:
-        victim.write_bytes(other)
-        try:
-            return real(*given)
-        finally:
-            victim.write_bytes(before)
-
     with monkeypatch.context() as patch:
-        patch.setattr(add_bos_eos, name, swapped)
+        patch.setattr(add_bos_eos, name, with_other_content(victim, other, getattr(add_bos_eos, name)))
         with pytest.raises(SystemExit, match="changed while the stage ran; nothing was published"):
             add_bos_eos.main("p_text")
     add_bos_eos._marker.cache_clear()

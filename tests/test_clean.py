@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import io
@@ -496,7 +495,6 @@ def small_shards(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
     monkeypatch.setattr(raw_shards, "SHARD_BYTES", 2_000)
     monkeypatch.setattr(raw_shards, "WHOLE_BYTES", 8_000)
-    monkeypatch.setattr(raw_shards, "cuts", functools.partial(raw_shards.cuts, shard_bytes=2_000))
     monkeypatch.setattr(clean, "BATCH_BYTES", 1_000)
     return project
 

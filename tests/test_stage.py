@@ -751,7 +751,7 @@ def inputs_of_a_run(inputs: tuple[str, ...] = ("input",), out: str = "out/x", sa
 
 @pytest.fixture
 def noting(here: Path) -> None:
-    if not stage.settled(stage.state(Path("input"))):
+    if not stage._settled(stage.state(Path("input"))):
         pytest.skip("a store through a mapping changes no time here (tmpfs), so nothing is noted")
 
 
@@ -808,7 +808,7 @@ def test_an_edit_in_the_same_moment_is_seen(here: Path, read: list[str]) -> None
     for number in range(100):
         Path("input/a.txt").write_text(f"{number:3}")
         states = stage.state(Path("input"))
-        settled = stage.settled(states)
+        settled = stage._settled(states)
         Path("input/a.txt").write_text(f"{number:3}"[::-1])
         assert not set(settled) & set(stage.state(Path("input/a.txt")))
 
@@ -817,14 +817,14 @@ def test_what_could_not_be_written_out_is_not_noted(
     here: Path, read: list[str], noting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = stage.state(Path("input"))
-    assert stage.settled(states) == states
+    assert stage._settled(states) == states
 
     def refused(descriptor: int) -> None:
         if Path(f"/proc/self/fd/{descriptor}").readlink() == Path("input/a.txt").resolve():
             raise OSError("no fsync here")
 
     monkeypatch.setattr(stage.os, "fsync", refused)
-    assert stage.settled(states) == []
+    assert stage._settled(states) == []
 
 
 def test_a_damaged_note_is_not_believed(here: Path, read: list[str], noting: None) -> None:

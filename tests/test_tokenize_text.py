@@ -19,7 +19,7 @@ import tokenize_text
 import train_tokenizer
 from add_bos_eos import MARKED
 from chat_segments import Marker
-from conftest import Runner, write
+from conftest import Runner, with_other_content, write
 from kit import arrow, memo
 from tokenize_text import Encoder
 
@@ -325,21 +325,9 @@ def test_what_was_read_while_it_changed_does_not_come_back(
         "shard": (marked[3], marked[4].read_bytes()),
         "tokenizer": (tokenizer, tokenizer.read_bytes().replace(b"\n", b"\n ")),
     }[what]
-    before = victim.read_bytes()
-
-    def swapped(real: Any) -> Any:
-        def call(*given: Any) -> Any:
-            victim.write_bytes(other)
-            try:
-                return real(*given)
-            finally:
-                victim.write_bytes(before)
-
-        return call
-
     name = "tokenise_shard" if what == "shard" else "Encoder"
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_text, name, swapped(getattr(tokenize_text, name)))
+        patch.setattr(tokenize_text, name, with_other_content(victim, other, getattr(tokenize_text, name)))
         with pytest.raises(SystemExit, match="changed while the stage ran; nothing was published"):
             tokenize_text.main("p_text")
         assert contents(source.folder) == whole

@@ -153,24 +153,24 @@ def workers() -> int:
 
 
 class Guard(NamedTuple):
-    """Says whether the files of an input were written since the stage began; goes to the workers with their work.
+    """Says whether files of an input were written since the stage began; goes to the workers with their work.
 
     What was read of them then belongs to other bytes than the digests say. At the end they may have the old content
     again, and nobody would notice.
     """
 
-    states: dict[str, State]
+    paths: list[Path]
+    states: dict[str, State]  # of the files there, when the stage began
     refusal: str
 
-    def of(self, paths: Iterable[Path]) -> Guard:
-        """Return the same for some of the files."""
-        return Guard({name: self.states[name] for name in map(str, paths) if name in self.states}, self.refusal)
+    def of(self, paths: list[Path]) -> Guard:
+        """Return a guard of some of the files."""
+        return Guard(paths, {name: self.states[name] for name in map(str, paths) if name in self.states}, self.refusal)
 
-    def check(self, paths: Iterable[Path]) -> None:
-        """Raise SystemExit when one of these, just read, is not as it was; the sentence is that of `run`."""
-        for path in paths:
-            if state(path) != [self.states.get(str(path))]:
-                raise SystemExit(self.refusal)
+    def check(self) -> None:
+        """Raise SystemExit when the files, just read, are not as they were; the sentence is that of `run`."""
+        if {now[0]: now for path in self.paths for now in state(path)} != self.states:
+            raise SystemExit(self.refusal)
 
 
 class Run:
@@ -219,7 +219,7 @@ class Run:
 
     def guard(self, path: Path) -> Guard:
         """Return what knows the files of an input as they were when the stage began."""
-        return Guard({state[0]: state for state in self.states[str(path)]}, self.refusal(str(path)))
+        return Guard([path], {state[0]: state for state in self.states[str(path)]}, self.refusal(str(path)))
 
     def refusal(self, what: str) -> str:
         """Return the sentence about an input, a module or a parameter that changed."""
@@ -335,7 +335,7 @@ def file_digests(path: Path, known: dict[Path, str] | None = None) -> dict[str, 
     Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
     when the path is missing or the folder holds no file, or one that may not be read.
     """
-    files = [path] if path.is_file() else all_files(path)
+    files = [path] if path.is_file() else _all_files(path)
     if not files:
         state = "is empty" if path.is_dir() else "does not exist"
         raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
@@ -359,12 +359,12 @@ def _just_written(folder: Path) -> dict[Path, str]:
 def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
     """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
 
-    As good as reading it where `settled` says so: there each write changes a time that no program can set.
+    As good as reading it where `_settled` says so: there each write changes a time that no program can set.
     """
     known = _remembered(DIGESTS)
     same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
     new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
-    quiet = settled(new)
+    quiet = _settled(new)
     found = file_digests(path, same)
     after = {now[0]: now for now in state(path)} if quiet else {}
     _remember(
@@ -377,7 +377,7 @@ def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
     return found
 
 
-def settled(states: list[State]) -> list[State]:
+def _settled(states: list[State]) -> list[State]:
     """Return those files whose next change cannot but give them another change time: the disk's clock has gone on.
 
     What another process has mapped is written out, so that its next store is a change that counts. A file system where
@@ -452,13 +452,13 @@ def _combined(files: dict[str, str]) -> str:
 def state(path: Path) -> list[State]:
     """Return the state of a file, or of each file that `digest` reads in a folder."""
     found = []
-    for file in [path] if path.is_file() else all_files(path):
+    for file in [path] if path.is_file() else _all_files(path):
         stat = file.stat()
         found.append((str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return found
 
 
-def all_files(folder: Path) -> list[Path]:
+def _all_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
 
 
@@ -568,7 +568,7 @@ def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
     metrics, the time and the memory. Returns state and SHA-256 of the large new files by the name they will have.
     """
     script = STAGES / f"{current.stage}.py"
-    large = settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
+    large = _settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
     written: dict[str, tuple[State, str]] = {}
     outputs = []
     for target, temporary in zip(current.targets, current.outputs, strict=True):
