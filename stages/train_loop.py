@@ -71,8 +71,23 @@ def keep_memory() -> None:
         library.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def why_not_compiled() -> str | None:
+    """Return why torch.compile would fail here, at the first step and with pages of a compiler's messages, or None.
+
+    On a CPU it writes C++; torch 2.13 names its own libraries to the linker without quotes.
+    """
+    if device().type != "cpu":
+        return None
+    compiler, place = os.environ.get("CXX", "g++"), str(Path(torch.__file__).parent)
+    if not shutil.which(compiler):
+        return f"on a CPU it needs the C++ compiler {compiler}, which is not installed"
+    return f"on a CPU it cannot use a PyTorch whose path has a space ({place})" if " " in place else None
+
+
 def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None = None) -> Any:
     """Return the model to train: all weights trainable, or a frozen base with an adapter for `steps` steps."""
+    if params.torch_compile and (reason := why_not_compiled()):
+        raise SystemExit(f"torch_compile: {reason}; mend that, or set it to false.")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     keep_memory()

@@ -829,7 +829,7 @@ def test_documents_of_a_block_are_trained_as_if_each_stood_alone(base: Path, tmp
 
 
 @pytest.mark.slow  # compiling takes half a minute
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(train_loop.why_not_compiled() is not None, reason=str(train_loop.why_not_compiled()))
 @pytest.mark.parametrize("changes", [{}, {"lora": ALL}], ids=["whole", "lora"])
 def test_compiled_layers_learn_the_same(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     losses = []
@@ -841,6 +841,19 @@ def test_compiled_layers_learn_the_same(base: Path, tmp_path: Path, changes: dic
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     saved = [load_file(next((tmp_path / f"{name}/saved").glob("*.safetensors"))) for name in (False, True)]
     assert saved[0].keys() == saved[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "place", "message"),
+    [("no-compiler", "/a", "the C\\+\\+ compiler no-compiler"), ("sh", "/a b", r"path has a space \(/a b/torch\)")],
+)
+def test_what_cannot_be_compiled_is_said_before_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, place: str, message: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(torch, "__file__", f"{place}/torch/__init__.py")
+    with pytest.raises(SystemExit, match=f"torch_compile: .*{message}"):
+        train_loop.prepare_model(base, tmp_path / "tokenizer", params(torch_compile=True))
 
 
 def test_the_learning_rate_has_a_plot_of_its_own(tmp_path: Path) -> None:
