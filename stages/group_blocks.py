@@ -244,7 +244,8 @@ def main(phase: str) -> None:
         pad = vocabulary.id(vocabulary.special.get("pad_token", vocabulary.special["eos_token"]))
         manifests = [arrow.manifest(path) for path in folders]
         learn = any("learn" in manifest["schema"] for manifest in manifests)
-        ids = next(arrow.batches(folders[0])).schema.field("input_ids").type.value_type
+        first = next(batch for path in folders for batch in arrow.batches(path))  # dedup may have left a source nothing
+        ids = first.schema.field("input_ids").type.value_type
         schema = blocks_schema(ids, params.block_size, learn, starts=params.mode != "concat")
         grouping: dict[str, Any] = params.model_dump()
         listed = arrow.Writer(folder / "left_out", LEFT_OUT) if params.long_documents != "split" else None

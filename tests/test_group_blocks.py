@@ -393,6 +393,21 @@ def test_the_command_writes_both_splits_and_stops_when_a_token_is_lost(
     assert (project / "data/blocks/p/train/manifest.json").read_bytes() == before
 
 
+def test_a_source_without_documents_gives_nothing(project: Path, run_stage: Runner) -> None:
+    """Its first one in the order of names, all copies of what another source holds."""
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": {"block_size": 16}})
+    params = json.loads((project / "params.yaml").read_text())
+    params["sources"]["empty"] = params["sources"]["p_text"]
+    (project / "params.yaml").write_text(json.dumps(params))
+    tiny.tokenizer(project / "models/tokenizers/p")
+    write_tokens(project / "data/tokens/p/empty", [])
+    write_tokens(project / "data/tokens/p/p_text", [("train", [(5, True)] * 20), ("eval", [(6, True)] * 9)])
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 0, finished.stderr
+    shown = arrow.read_json(project / "data/blocks/p/grouping.json")["train"]
+    assert (shown["empty"]["tokens"], shown["p_text"]["tokens"]) == (0, 20)
+
+
 def test_the_command_writes_what_places_and_counts_follow_from(project: Path, run_stage: Runner) -> None:
     """Parameters, and for each source of each split its weight, documents and tokens; the run record counts them."""
     group = {"block_size": 16, "mode": "best_fit", "long_documents": "truncate", "weights": {"p_text": 2}}
