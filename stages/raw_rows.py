@@ -113,7 +113,7 @@ def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[st
             text = "".join(string_of(part, f"{here} part {at}") for at, part in enumerate(parts, start=1))
         if calls := message.get("tool_calls") or message.get("function_call"):
             said = string_of("" if text is None else text, f"{here} `{text_key}`")
-            text = "\n".join(filter(None, (said, json.dumps(calls, ensure_ascii=False))))
+            text = "\n".join(filter(None, (said, json.dumps(calls, ensure_ascii=False, default=str))))
         turns.append({"role": ROLES[role], "content": string_of(text, f"{here} `{text_key}`")})
     return turns
 

@@ -63,7 +63,7 @@ def _rows(batches: Iterable[pa.RecordBatch], params: Params) -> Iterator[Record]
             rows = batch.slice(start, ROWS)
             try:
                 values = _values(rows)
-            except (ValueError, pa.ArrowException):  # in one of them; find out in which
+            except (ValueError, OverflowError, pa.ArrowException):  # in one of them; find out in which
                 values = [_value(rows.slice(at, 1)) for at in range(rows.num_rows)]
             for value in values:
                 raw = b"" if isinstance(value, ValueError) else CANONICAL(value).encode("utf-8", "surrogatepass")
@@ -79,7 +79,7 @@ def _values(rows: pa.RecordBatch) -> list[Any]:
 def _value(row: pa.RecordBatch) -> Any:
     try:
         return _values(row)[0]
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # Overflow: a date beyond the year 9999
         return ValueError(f"the row cannot be read ({error})")
 
 

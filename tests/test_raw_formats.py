@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -389,6 +390,28 @@ def test_a_row_is_told_by_the_columns_that_are_read() -> None:
     rows = [{"id": 1, "body": "é\ud7ff", "when": "now"}]
     found = read(table_bytes(rows, "parquet"), "parquet", columns={"text": "body"})
     assert found == [Record(None, None, 1, '{"body": "é\ud7ff"}'.encode(), "é\ud7ff", None)]
+
+
+def test_times_and_bytes_beside_the_text_are_no_traceback(tmp_path: Path) -> None:
+    """A date that Python cannot hold is an error of its row; in a tool call a time is written as it is printed."""
+    path = tmp_path / "a.arrow"
+
+    def found(kind: str, column: pa.Array) -> list[Record]:
+        table = pa.table({kind: column})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+        return list(records(path, params("arrow", record=kind)))
+
+    for kind, far in (
+        (pa.date32(), pa.array([2**30, 5], pa.int32())),
+        (pa.duration("s"), pa.array([2**62, 5], pa.int64())),
+    ):
+        bad, other = found("text", far.view(kind))
+        assert "the row cannot be read" in str(bad.error) and "expected a string" in str(other.error)
+    calls = [{"id": "1", "at": datetime.datetime(2026, 1, 2), "key": b"k"}]
+    rows = [[{"role": "assistant", "content": None, "tool_calls": calls}]]
+    (record,) = found("messages", pa.array(rows))
+    assert record.content == turns(("assistant", '[{"id": "1", "at": "2026-01-02 00:00:00", "key": "b\'k\'"}]'))
 
 
 def test_a_folder_of_save_to_disk_is_read_as_one_table(tmp_path: Path) -> None:
