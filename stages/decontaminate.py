@@ -77,7 +77,8 @@ def read(name: str, params: Params) -> Iterator[Item]:
         try:
             line = raw.decode("utf-8-sig").strip()
             row = json.loads(line) if line and paths[0].suffix == ".jsonl" else line
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair has no units
+        except (ValueError, RecursionError) as error:
             raise SystemExit(f"{place} cannot be read ({error}); mend the line.") from None
         for text in [row] if isinstance(row, str) else _texts(row, params.fields, place, name):
             units, _ = near_duplicates.spans(text)

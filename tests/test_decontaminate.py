@@ -141,6 +141,8 @@ def test_a_jsonl_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("quiz.csv", "a", r"the benchmark `quiz` is data/benchmarks/quiz.jsonl or .txt; there is neither"),
         ("quiz.jsonl", '{"text": "a"}\n{"text"', r"quiz.jsonl line 2 cannot be read \(.*\); mend the line"),
+        ("quiz.jsonl", '{"text": "\\ud83d a"}', r"quiz.jsonl line 1 cannot be read \(.*surrogates.*\); mend the line"),
+        ("quiz.jsonl", "[" * 100_000, r"quiz.jsonl line 1 cannot be read \(.*recursion.*\); mend the line"),
         ("quiz.jsonl", "[1]", r"quiz.jsonl line 1 is JSON but not an object with named fields"),
         ("quiz.jsonl", '{"question": "a"}', r"line 1 has no text in the field `text`; its fields are question: name"),
         ("quiz.jsonl", '{"text": 1}', r"line 1 has no text in the field `text`"),
