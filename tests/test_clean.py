@@ -153,6 +153,12 @@ def test_rules_of_the_source_are_applied_in_order() -> None:
     (row,) = cleaned(b"\xef\xbb\xbf" + text.encode(), "document")[1]
     changes = {"byte_order_mark": 1, "newlines": 1, "control_characters": 1, "nfc": 1, "whitespace": 1}
     assert row["changes"] == ", ".join(f"{name} {count}" for name, count in changes.items())
+    for codec in ("gb18030", "utf-16-le", "utf-16-be"):
+        data = "\ufeff第一条".encode(codec)
+        (row,) = cleaned(data, "document", rules=[], encoding=codec.removesuffix("-le").removesuffix("-be"))[1]
+        assert (row["text"], row["changes"]) == ("第一条", "byte_order_mark 1")
+    (row,) = cleaned("锘挎".encode("gb18030"), "document", rules=[], encoding="gb18030")[1]  # EF BB BF E6
+    assert (row["text"], row["changes"]) == ("锘挎", None)
     (row,) = cleaned(b"ab", "document", rules=[{"rule": "length", "min_chars": 3}])[1]
     assert (row["rule"], row["evidence"], row["doc_id"]) == ("length", "2 < 3 characters", None)
 
