@@ -101,7 +101,7 @@ class Params(raw_params.Params):
         description="applied in order; a name, or {rule: name, ...}: see stages/*_rules.py",
     )
     license: str = Field(
-        min_length=1, description="SPDX identifier or name of the licence; `unknown` says so explicitly"
+        min_length=1, pattern=r"\S", description="SPDX identifier or name of the licence; `unknown` says so explicitly"
     )
     owner: str = Field("unknown", description="who holds the rights")
     origin: str = Field("unknown", description="where the text was taken from")

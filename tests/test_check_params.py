@@ -113,6 +113,7 @@ MISTAKES = {
         "",
         r"line 8: the key `sources\.laws\.clean\.license` is missing; add it",
     ),
+    "a blank licence": ("license: CC0-1.0", "license: ' '", "line 10: .*license` is ' ': string should match pattern"),
     "an empty licence": ("license: CC0-1.0", "license: ''", "line 10: .* should have at least 1 character"),
     "a list for a mapping": ("sources:\n", "sources: []\nx:\n", "unknown key `x`"),
     "nothing for a mapping": (
