@@ -80,7 +80,11 @@ BATCH_BYTES = 2**20  # of text, held as Python values at a time
 GROUP_BYTES = 2**16  # of raw records that the rules look at together: more would only leave the processor's cache
 
 # By encoding: in GB18030 the three bytes of UTF-8's mark begin a Chinese character or two.
-BYTE_ORDER_MARKS = {"utf-8": b"\xef\xbb\xbf", "gb18030": b"\x84\x31\x95\x33", "utf-16": (b"\xff\xfe", b"\xfe\xff")}
+BYTE_ORDER_MARKS = {
+    "utf-8": (b"\xef\xbb\xbf",),
+    "gb18030": (b"\x84\x31\x95\x33",),
+    "utf-16": (b"\xff\xfe", b"\xfe\xff"),
+}
 
 # YAML reads 2026-11-21 as a date and 2026 as a number.
 Day = Annotated[str, BeforeValidator(lambda day: str(day) if isinstance(day, datetime.date | int) else day)]
