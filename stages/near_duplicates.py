@@ -385,6 +385,11 @@ def estimates(signatures: Signatures, left: Array, right: Array) -> npt.NDArray[
     return share
 
 
+def doubt(params: Params) -> float:
+    """Return how far from the threshold t an estimate decides nothing: 2 errors of sqrt(t (1 - t) / num_perm)."""
+    return float(2 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5)
+
+
 class Company(NamedTuple):
     """The documents that share their cluster with another; all others are alone."""
 
@@ -395,8 +400,9 @@ class Company(NamedTuple):
 def clusters(signatures: Signatures, params: Params, folder: Path | None = None) -> Company:
     """Return the clusters of two documents and more.
 
-    Pairs that share a band and whose estimate reaches the threshold connect; the order of the documents decides nothing
-    but the name. A document without units stays alone. Keys of bands wait in nameless files in `folder`.
+    Pairs that share a band and whose estimate reaches the threshold connect; with `exact`, those in doubt, too: of a
+    pair at the threshold it is below half of the time. The order of the documents decides nothing but the name.
+    A document without units stays alone. Keys of bands wait in nameless files in `folder`.
     """
     # First who shares a band with whom, for only these have to be kept in mind; few do.
     keys, empty = _band_keys(signatures, params, folder)
@@ -464,7 +470,7 @@ def _connect(keys: Array, rows: Array, parent: Array, members: Array, signatures
         leader = np.repeat(np.cumsum(sizes) - sizes + place, sizes)
         later = np.flatnonzero((np.arange(len(rows)) > leader) & (roots != roots[leader]))
         left, right = rows[leader[later]], rows[later]
-        near = estimates(signatures, members[left], members[right]) >= params.threshold
+        near = estimates(signatures, members[left], members[right]) >= params.threshold - params.exact * doubt(params)
         _unite(parent, left[near], right[near])
 
 
@@ -514,20 +520,19 @@ def near_twins(
     Those that are `gone`, bool (c,), are kept by nobody and no one's twin.
 
     `texts`: those of the signatures, of `company` alone at least; needed when params.exact. Similarities are estimates,
-    but exact where the estimate lies within 2 standard errors, sqrt(t (1 - t) / num_perm) each, of the threshold t.
+    but exact where the estimate lies within the `doubt` of the threshold.
     """
     if params.exact and texts is None:
         raise ValueError(
             "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
         )
-    doubt = 2 * (params.threshold * (1 - params.threshold) / params.num_perm) ** 0.5
     rows = company.rows
     twin, similarity = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
 
     def alike(left: Array, right: Array) -> Array:
         found = estimates(signatures, rows[left], rows[right])
         if params.exact:
-            open_ = np.flatnonzero(np.abs(found - params.threshold) <= doubt)
+            open_ = np.flatnonzero(np.abs(found - params.threshold) <= doubt(params))
             found[open_] = jaccard(texts, rows[left[open_]], rows[right[open_]], params)
         near = found >= params.threshold
         twin[right[near]], similarity[right[near]] = rows[left[near]], found[near]

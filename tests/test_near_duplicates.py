@@ -155,6 +155,25 @@ def test_planted_twins_are_found_and_nothing_else(make: Maker) -> None:
     assert all(cluster[row] == (row if twin[row] < 0 else twin[row]) for row in range(len(texts)))
 
 
+@pytest.mark.parametrize("make", [english, chinese])
+def test_twins_little_above_the_threshold_are_found(make: Maker) -> None:
+    """Of 200 pairs at similarity 0.81 to 0.85 at least 0.95 are found, though many have an estimate below 0.8."""
+    rng = random.Random(5)
+    texts, exact = [], []
+    while len(exact) < 200:
+        words = make(rng.randint(300, 500), rng)
+        twin = twin_of(words, 0.83, make, rng)
+        similarity = jaccard(runs(join(words), 5), runs(join(twin), 5))
+        if 0.81 < similarity < 0.85:
+            texts += [join(words), join(twin)]
+            exact.append(similarity)
+    twin = find(texts)[1]
+    assert sum(twin[row + 1] == row for row in range(0, len(texts), 2)) >= 190
+    rows = np.arange(0, len(texts), 2)
+    estimates = nd.estimates(nd.signatures(pa.array(texts), PARAMS), rows, rows + 1)
+    assert np.count_nonzero(estimates < PARAMS.threshold) > 20
+
+
 @pytest.fixture(scope="module")
 def mixed() -> list[str | None]:
     """Documents of all lengths and kinds, and their signatures in one batch."""
@@ -309,7 +328,7 @@ def test_clusters_are_connected(picks: list[int], seed: int) -> None:
         reached = {int(name)}
         for _ in members:
             pairs = [(a, b) for a in reached for b in members]
-            near = nd.estimates(signatures, *np.array(pairs).T) >= PARAMS.threshold
+            near = nd.estimates(signatures, *np.array(pairs).T) >= PARAMS.threshold - nd.doubt(PARAMS)
             reached |= {int(b) for (_, b), true in zip(pairs, near, strict=True) if true}
         assert reached == set(members.tolist())
     for pick in set(picks):
