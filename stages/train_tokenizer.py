@@ -185,11 +185,11 @@ def main(phase: str) -> None:
                 raise SystemExit(
                     f"{base} has no tokenizer.json to {params.mode}; set phases.{phase}.train_tokenizer.mode to train."
                 )
+            Vocabulary(base)  # refuses what cannot be read, by its own name
             for name in FILES:
                 if (base / name).is_file():
                     shutil.copyfile(base / name, folder / name)
         if params.new_tokens:
-            Vocabulary(folder)  # refuses what cannot be read
             extended, new_tokens = bpe_training.extend(
                 (base / "tokenizer.json").read_text(encoding="utf-8"),
                 documents,

@@ -289,7 +289,11 @@ BAD_BASES = {
     ),
     "a Git LFS pointer": (
         {"tokenizer.json": "version https://git-lfs", "tokenizer_config.json": '{"eos_token": "</s>"}'},
-        "holds no tokenizer that can be read",
+        "models/base/b holds no tokenizer that can be read",
+    ),
+    "settings that are a list": (
+        {"tokenizer.json": TOKENIZER.to_str(), "tokenizer_config.json": "[1]"},
+        "models/base/b holds no tokenizer that can be read",
     ),
 }
 

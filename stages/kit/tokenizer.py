@@ -28,7 +28,7 @@ class Vocabulary:
                 raise SystemExit(f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one).")
         self.folder = folder
         try:
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            settings = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise SystemExit(
