@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -76,6 +76,10 @@ class RepeatedLinesRule(DroppingRule):
         return Outcome(text, 0, drop or _over(chars, self.max_chars, "characters in lines"))
 
 
+# n: share; of one unit there are no runs.
+Shares = dict[Annotated[int, Field(ge=2, le=64)], Annotated[float, Field(ge=0, le=1)]]
+
+
 class RepeatedNgramsRule(DroppingRule):
     """Runs of n units that repeat: as shares of the characters of all units (punctuation and space not counted).
 
@@ -90,11 +94,11 @@ class RepeatedNgramsRule(DroppingRule):
     """
 
     rule: Literal["repeated_ngrams"] = "repeated_ngrams"
-    top_words: dict[int, float] = Field({2: 0.20, 3: 0.18, 4: 0.16}, description="n: share of the commonest run")
-    words: dict[int, float] = Field(
+    top_words: Shares = Field({2: 0.20, 3: 0.18, 4: 0.16}, description="n: share of the commonest run")
+    words: Shares = Field(
         {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}, description="n: share of repeated runs of words"
     )
-    characters: dict[int, float] = Field({10: 0.70, 20: 0.60}, description="n: share of repeated runs of characters")
+    characters: Shares = Field({10: 0.70, 20: 0.60}, description="n: share of repeated runs of characters")
     min_units: int = Field(50, ge=2, description="shorter records are kept; Gopher asks for 50 words, too")
 
     def apply(self, text: str) -> Outcome:

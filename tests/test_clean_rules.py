@@ -458,6 +458,8 @@ def test_files_are_named_for_the_cache_key(rules: list[Rule]) -> None:
         ("nfcc", "there is no rule `nfcc`; did you mean `nfc`?"),
         (["nfc"], "there is no rule `None`; the rules are newlines, nfc, nfkc"),
         ({"rule": "length", "min_chars": "x"}, "min_chars"),
+        ({"rule": "repeated_ngrams", "words": {1: 0.2}}, "greater than or equal to 2"),
+        ({"rule": "repeated_ngrams", "characters": {10: 70}}, "less than or equal to 1"),
     ],
 )
 def test_misspelt_rules_are_refused(rule: Any, complaint: str) -> None:
