@@ -42,11 +42,21 @@ class Marker:
         self._skeletons: dict[tuple[str, ...], list[str]] = {}
         self._template = None
         if (template := chat_template(tokenizer)) is not None:
-            from jinja2 import TemplateError  # 22 ms that a source of plain text does not wait for
+            from jinja2 import TemplateError, nodes  # 22 ms that a source of plain text does not wait for
+            from jinja2.ext import Extension
             from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+            class Generation(Extension):
+                """{% generation %} ... {% endgeneration %}, with which some templates mark answers."""
+
+                tags = {"generation"}  # noqa: RUF012
+
+                def parse(self, parser: Any) -> Any:
+                    line = next(parser.stream).lineno
+                    return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
             # The options with which `transformers` renders a template; anything else moves line breaks.
-            extensions = ["jinja2.ext.loopcontrols"]
+            extensions = ["jinja2.ext.loopcontrols", Generation]
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
             environment.filters["tojson"] = _to_json
             environment.globals["raise_exception"] = _refuse
@@ -135,7 +145,13 @@ def chat_template(tokenizer: Path) -> str | None:
     given = arrow.read_json(tokenizer / "tokenizer_config.json").get("chat_template")
     if not isinstance(given, list):
         return given
-    named = {template["name"]: template["template"] for template in given}
+    try:
+        named = {template["name"]: template["template"] for template in given}
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{tokenizer}/tokenizer_config.json: chat_template is a list, not of objects with `name` and `template`; "
+            "write the template that counts into chat_template.jinja."
+        ) from None
     if "default" not in named:
         raise ValueError(
             f"{tokenizer}/tokenizer_config.json names the chat templates {', '.join(named)} but no default; "

@@ -196,6 +196,24 @@ def test_a_template_that_cannot_be_parsed_is_refused_with_its_file(own: Path) ->
         with_template(own, "{% for message in messages %}{{")
 
 
+def test_a_template_may_mark_what_the_assistant_says(own: Path) -> None:
+    """As that of SmolLM3 does, and as transformers renders it."""
+    turn = "{{ '<s>' + message.role + ':' }}{% generation %}{{ message.content + eos_token }}{% endgeneration %}\n"
+    marker = with_template(own, "{% for message in messages %}" + turn + "{% endfor %}")
+    said = turns("2+2?", "4")
+    theirs = AutoTokenizer.from_pretrained(own).apply_chat_template(said, tokenize=False)
+    assert "".join(segment.text for segment in marker.conversation(said)) == theirs
+    assert [segment.text for segment in marker.conversation(said) if segment.learn] == ["4", "</s>"]
+
+
+def test_a_list_of_templates_without_names_is_refused(own: Path) -> None:
+    (own / "chat_template.jinja").unlink()
+    config = arrow.read_json(own / "tokenizer_config.json")
+    arrow.write_json(own / "tokenizer_config.json", {**config, "chat_template": [{"name": "default"}]})
+    with pytest.raises(ValueError, match="not of objects with `name` and `template`"):
+        Marker(own)
+
+
 def test_a_missing_template_is_refused_with_what_to_set(own: Path) -> None:
     (own / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"has no chat template.*set chat_template in the phase's train_tokenizer"):
