@@ -128,13 +128,14 @@ def _cost(lineage: Lineage, phases: set[str]) -> tuple[list[str], float]:
 
 
 def apply(lineage: Lineage, identity: str) -> Answer:
-    """Exclude a document and its twins: see `exclude`."""
-    ids = {source.decisions.row(row)["doc_id"] for source, row in cluster(lineage, identity)}
+    """Exclude a document and its twins, and their records, which other rules leave what they are: see `exclude`."""
+    members = cluster(lineage, identity)
+    ids = {source.decisions.row(row)["doc_id"] for source, row in members} | {_raw_id(*one) for one in members}
     return {**exclude(lineage.root, ids), "next": "dvc repro, then erase prove"}
 
 
 def exclude(root: Path, ids: set[bytes]) -> Answer:
-    """Add documents to data/exclusions.txt; those that stand there stay as they are. The first one makes the key."""
+    """Add ids to data/exclusions.txt; those that stand there stay as they are. The first one makes the key."""
     path, key_path = root / exclusions.FILE, root / exclusions.KEY
     there = exclusions.read(path)
     text = path.read_text(encoding="utf-8-sig")
@@ -183,7 +184,8 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
     kept = [f"{source.phase}: {source.name}/{row}" for source, row in members if _is_kept(source, row)]
     runs = [run for run in trace(lineage, text) if "dropped" not in run["status"]]
     most, where = _containment(lineage, text)
-    is_listed = doc_id in exclusions.read(lineage.root / exclusions.FILE)
+    listed = exclusions.read(lineage.root / exclusions.FILE)
+    is_listed = doc_id in listed or any(_raw_id(*one) in listed for one in members)
     return {
         "absent": is_listed and not (kept or runs),
         "exact": "no kept document has this id" if not kept else f"kept: {', '.join(kept)}",
@@ -193,6 +195,11 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
         "excluded": f"it stands {'' if is_listed else 'not '}in {exclusions.FILE}",
         "limits": LIMITS,
     }  # fmt: skip
+
+
+def _raw_id(source: Source, row: int) -> bytes:
+    raw_id: bytes = source.ledger.row(source.kept_records.row(row))["raw_id"]
+    return raw_id
 
 
 def _is_kept(source: Source, row: int) -> bool:

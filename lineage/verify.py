@@ -944,8 +944,10 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
     for source in sources:
         folder, counts = source.folder("dedup"), Counter[str]()
         documents = _rows(project.batches(source.folder("documents"), ["doc_id"]))
+        ledger = _rows(project.batches(source.folder("ledger"), ["raw_id", "rule"]))
+        records = (row["raw_id"] for row in ledger if row["rule"] is None)
         for number, row in enumerate(_rows(project.batches(folder))):
-            document = next(documents, None)
+            document, raw_id = next(documents, None), next(records, b"")
             where = f"{source.name}/{number}"
             if document is None or document["doc_id"] != row["doc_id"]:
                 raise Wrong(f"{where} decides about another document than the one that stands there")
@@ -960,8 +962,10 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
                 if row["twin"] is not None:
                     twins.append((where, row))
                 continue
-            if excluded and hmac.digest(excluded[0], row["doc_id"], "sha256").hex() in excluded[1]:
-                raise Wrong(f"{where} is kept although {EXCLUSIONS} names it")
+            if excluded:
+                marks = {hmac.digest(excluded[0], one, "sha256").hex() for one in (row["doc_id"], raw_id)}
+                if marks & excluded[1]:
+                    raise Wrong(f"{where} is kept although {EXCLUSIONS} names it")
             if row["doc_id"] in kept:
                 raise Wrong(f"{where} is kept although {kept[row['doc_id']]} has the same text")
             kept[row["doc_id"]] = where

@@ -182,10 +182,10 @@ def decide(
     copies: Copies,
     params: Params,
     near: Near | None = None,
-    excluded: Exclusions | frozenset[bytes] = frozenset(),
+    excluded: frozenset[bytes] = frozenset(),
     contaminated: Iterable[int] = (),
 ) -> Decisions:
-    """Return what becomes of each document. contaminated: rows, without copies.
+    """Return what becomes of each document. excluded: their ids. contaminated: rows, without copies.
 
     No split stays empty: when no cluster falls into the eval share, the one nearest to it is held out; when all do, the
     last one is trained on. Raises ValueError when there are fewer than two clusters to choose from.
@@ -250,6 +250,20 @@ def _draw(ids: Ids, drawn: Array, params: Params) -> None:
         drawn[nearest[1]] = True
     elif drawn.sum() == before:
         drawn[last[1]] = False
+
+
+def taken_out(clean: Path, sources: list[str], ids: Ids, excluded: Exclusions) -> tuple[frozenset[bytes], int]:
+    """Return the ids of the documents that an entry names, by doc_id or by the raw_id in the ledger; entries found."""
+    documents, found, row = set(), set(), 0
+    for source in sources if excluded else ():
+        for batch in arrow.batches(clean / source / "ledger", ["raw_id", "rule"]):
+            kept = batch["raw_id"].filter(batch["rule"].is_null()).to_pylist()
+            for doc_id, raw_id in zip((one.tobytes() for one in ids[row : row + len(kept)]), kept, strict=True):
+                if marked := {one for one in (doc_id, raw_id) if one in excluded}:
+                    documents.add(doc_id)
+                    found |= marked
+            row += len(kept)
+    return frozenset(documents), len(found)
 
 
 def read_ids(folders: dict[str, Path], work: Path) -> Rows:
@@ -369,7 +383,8 @@ def main(phase: str) -> None:
         ids = read_ids(folders, folder)
         copies = identify(ids, folder)
         near, hits = search(folders, copies, params, items, folder)
-        decisions = decide(ids, copies, params, near, excluded, hits)
+        gone, here = taken_out(clean, sources, ids, excluded)
+        decisions = decide(ids, copies, params, near, gone, hits)
         if hits:  # copies share them
             pairs = zip(copies.rows.tolist(), copies.first.tolist(), strict=True)
             hits |= {row: hits[first] for row, first in pairs if first in hits}
@@ -392,10 +407,7 @@ def main(phase: str) -> None:
         run.count(documents=sum(sizes), train=total["train"], eval=total["eval"])
         run.count(**{rule: total[rule] for rule in RULES.values()})
         # An id of another phase is in order; one that no phase has is a slip of the pen or the proof of an erasure.
-        here = (
-            {key for _, part in _parts(ids) for one in part if (key := one.tobytes()) in excluded} if excluded else ()
-        )
-        run.count(exclusions=len(excluded), exclusions_not_here=len(excluded) - len(here))
+        run.count(exclusions=len(excluded), exclusions_not_here=len(excluded) - here)
         for name in sorted(params.decontaminate):
             mine = [item for item in items if item.benchmark == name]
             short = sum(item.run == 0 for item in mine)

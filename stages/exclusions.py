@@ -1,9 +1,11 @@
 """data/exclusions.txt: documents that no phase may use, named so that only who has the project's key can tell which.
 
     key 3fd54e1a9c0b7d22                                                which key it is
-    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08    HMAC-SHA-256 of a doc_id; `#` begins a comment
+    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08    HMAC-SHA-256 of a doc_id or raw_id; `#` begins a
+                                                                        comment
 
-A doc_id is a hash of a text: in its place, whoever has a text could see that it was taken out. The key lies beside the
+A doc_id follows the rules of `clean`, so `lineage erase apply` names the record, too: its raw_id is that of its bytes in
+the file. Both are hashes of a text: in their place, whoever has a text could see that it was taken out. The key lies beside the
 file in data/exclusions.key (64 hexadecimal digits), which Git ignores: `lineage erase apply` makes it with the first
 entry. Give it to those who run the pipeline. A file without entries needs none.
 """
@@ -18,25 +20,25 @@ FILE, KEY = "data/exclusions.txt", "data/exclusions.key"
 
 
 class Exclusions:
-    """What a file excludes: `doc_id in exclusions`, and how many."""
+    """What a file excludes: `doc_id in exclusions`, `raw_id in exclusions`, and how many."""
 
     def __init__(self, key: bytes, marks: frozenset[str]) -> None:
         self.key, self.marks = key, marks
 
-    def __contains__(self, doc_id: bytes) -> bool:
-        return bool(self.marks) and mark(self.key, doc_id) in self.marks
+    def __contains__(self, identity: bytes) -> bool:
+        return bool(self.marks) and mark(self.key, identity) in self.marks
 
     def __len__(self) -> int:
         return len(self.marks)
 
 
-def mark(key: bytes, doc_id: bytes) -> str:
-    """Return what stands in the file for a document.
+def mark(key: bytes, identity: bytes) -> str:
+    """Return what stands in the file for a document or a record.
 
     >>> mark(bytes(32), bytes(16))[:16], mark(bytes([1] * 32), bytes(16))[:16]
     ('853c7403937d8b62', '4445762421861c5c')
     """
-    return hmac.digest(key, doc_id, "sha256").hex()
+    return hmac.digest(key, identity, "sha256").hex()
 
 
 def key_id(key: bytes) -> str:

@@ -387,6 +387,30 @@ def test_an_excluded_id_that_no_document_has_is_counted(project: Path, run_stage
     assert (counts["exclusions"], counts["exclusions_not_here"], counts["excluded"]) == (2, 1, 1)
 
 
+def test_an_excluded_record_stays_out_whatever_the_rules_make_of_it(project: Path, run_stage: Runner) -> None:
+    """With its copies: the same text, also from another record."""
+    content = phase_of_lines(project, {"a": [*OTHERS[:4], "a\u00a0secret "], "b": ["a\u00a0secret"]}, run_stage)
+    raw_id = arrow.table(project / "data/clean/p/a/ledger").to_pylist()[4]["raw_id"]
+    exclude(project, {raw_id})
+    for rules, documents in (([], 1), (["full_width"], 1), (["nfkc", "whitespace"], 2)):
+        for source in content["sources"].values():
+            source["clean"]["rules"] = rules
+        (project / "params.yaml").write_text(json.dumps(content))
+        for name in content["sources"]:
+            assert run_stage(project, "clean", name).returncode == 0
+        found = decided(project, run_stage, "a") + decided(project, run_stage, "b")
+        taken = [row["doc_id"] for row in found if row["rule"] == "excluded"]
+        texts = {row["doc_id"]: row["text"] for n in "ab" for row in rows_of(project, n)}
+        assert ["secret" in texts[one] for one in taken] == [True] * documents, rules
+        counts = arrow.read_json(project / "metrics/runs/dedup@p.json")["counts"][0]
+        assert (counts["exclusions"], counts["exclusions_not_here"]) == (1, 0)
+
+
+def rows_of(project: Path, source: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = arrow.table(project / f"data/clean/p/{source}/documents").to_pylist()
+    return rows
+
+
 def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
     said = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]] * 2
     place = {"file": "f", "start": 0, "end": 1, "line": 1}
