@@ -373,8 +373,12 @@ def test_an_excluded_document_that_is_kept_is_found_another_key_too_and_a_missin
     assert "is kept although data/exclusions.txt names it" in str(failures(altered))
     ledger = arrow.table(altered / "data/clean/pretrain/tiny_text/ledger").to_pylist()
     place = [row["doc_id"] for row in decisions].index(kept)
-    (altered / "data/exclusions.txt").write_text("")
-    forge(altered, lambda: exclude(altered, {[row["raw_id"] for row in ledger if row["rule"] is None][place]}))
+
+    def name_the_record() -> None:
+        (altered / "data/exclusions.txt").write_text("")
+        exclude(altered, {[row["raw_id"] for row in ledger if row["rule"] is None][place]})
+
+    forge(altered, name_the_record)
     assert "is kept although data/exclusions.txt names it" in str(failures(altered))
     key = altered / "data/exclusions.key"
     key.write_text("00" * 32)
