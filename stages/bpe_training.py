@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from kit.tokenizer import BYTE_TO_UNICODE, UNICODE_TO_BYTE
+
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # `byte_level` is GPT-2's, the other two are published with their models: digits in threes, line breaks by themselves,
 # and one mark before a word belongs to it.
@@ -37,7 +39,7 @@ PATTERNS = {
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes in the order of their ids
+ALPHABET = sorted(UNICODE_TO_BYTE)  # the 256 bytes in the order of their ids
 # A character in place of each _: beside letters, a digit, marks, spaces, itself, and where a contraction may stand.
 PROBE = "a_b A_B 1_2 !_! __  _ \n_\n '_ '_e 'r_ 'l_"
 
@@ -51,13 +53,6 @@ def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     split = pre_tokenizers.Split(Regex(PATTERNS[name]), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def byte_characters() -> dict[int, str]:
-    """Return the character that stands for each byte in a byte-level vocabulary: itself if it can be seen."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
 
 
 def count_words(documents: Iterable[str], name: str) -> Counter[str]:
@@ -146,7 +141,7 @@ def train(words: Counter[str], vocab_size: int, min_frequency: int, specials: li
     texts = [*names, *ALPHABET]
     ids = {text: number for number, text in enumerate(texts)}
     byte_ids = np.zeros(256, np.int32)
-    for byte, character in byte_characters().items():
+    for byte, character in BYTE_TO_UNICODE.items():
         byte_ids[byte] = ids[character]
     encoded = [word.encode("utf-8") for word in words]
     symbols = byte_ids[np.frombuffer(b"".join(encoded), np.uint8)]

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from han_cuts import MARK, Cuts
 from kit.arrow import compute as pc
 from kit.stage import version
+from kit.tokenizer import BYTE_TO_UNICODE
 
 # Equal ids were shown for these versions alone. With another one the tier is left out until tests/test_fast_encoder.py
 # has passed with it and the number here is changed.
@@ -63,11 +64,7 @@ SEPARATOR = "\U0010ffff"
 RENEW_AFTER = 64 * 2**20  # bytes of text at most
 PART = 2**20  # bytes of text encoded at once: it stays in the processor's cache; `tokenizers` takes 130 bytes per token
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# How a byte-level vocabulary spells the byte: as Latin-1 where that is printable, else with the letters from U+0100.
-SPELLED = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
-_TO_LATIN_1 = {ord(letter): byte for byte, letter in SPELLED.items()}
+_TO_LATIN_1 = {ord(character): byte for byte, character in BYTE_TO_UNICODE.items()}
 
 Engine = Callable[[bytes], np.ndarray]  # texts joined by SEPARATOR -> the own numbers of their tokens, uint32
 
@@ -125,7 +122,7 @@ def read_recipe(tokenizer: Tokenizer) -> Recipe:
     _require("ByteLevel.add_prefix_space", pre["add_prefix_space"], False)
     _require("ByteLevel.use_regex", pre["use_regex"], pattern == BYTE_LEVEL)
 
-    number, merges = {spelling: byte for byte, spelling in sorted(SPELLED.items())}, []
+    number, merges = {spelling: byte for byte, spelling in sorted(BYTE_TO_UNICODE.items())}, []
     for left, right in model["merges"]:
         if left not in number or right not in number:
             raise UnfitError(f"the merges do not stand in the order of their tokens ({left!r} with {right!r})")

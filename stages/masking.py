@@ -24,7 +24,7 @@ import unicodedata
 import numpy as np
 import numpy.typing as npt
 
-from kit.tokenizer import Vocabulary
+from kit.tokenizer import UNICODE_TO_BYTE, Vocabulary
 
 Array = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -92,7 +92,7 @@ class Masking:
 def _kinds(vocabulary: Vocabulary, special: Bools) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Return the kind of the first and of the last character of each token."""
     first, last = np.full(vocabulary.size, SPECIAL, np.uint8), np.full(vocabulary.size, SPECIAL, np.uint8)
-    alphabet = _byte_alphabet() if "ByteLevel" in vocabulary.tokenizer.to_str() else {}
+    alphabet = UNICODE_TO_BYTE if "ByteLevel" in vocabulary.tokenizer.to_str() else {}
     for piece, number in vocabulary.tokenizer.get_vocab().items():
         if not special[number]:
             first[number], last[number] = _ends(piece, alphabet)
@@ -132,10 +132,3 @@ def _kind(sign: str) -> int:
         return HAN
     category = unicodedata.category(sign)[0]
     return LETTER if category in "LM" else DIGIT if category == "N" else OTHER
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the signs in which a byte-level tokenizer writes the 256 bytes: printable ones as themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import bpe_training
 from bpe_training import ALPHABET, PATTERNS, count_words, extend, learn, pre_tokenizer, train
@@ -36,7 +36,7 @@ def of_peer(documents: list[str], vocab_size: int, min_frequency: int, name: str
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=specials,
-        initial_alphabet=ALPHABET,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)

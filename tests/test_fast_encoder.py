@@ -21,6 +21,7 @@ import fast_encoder
 import train_tokenizer
 from conftest import ROOT
 from fast_encoder import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2, SEPARATOR, FastEncoder, UnfitError, read_recipe
+from kit.tokenizer import BYTE_TO_UNICODE
 
 FAST = ["gigatoken", "tiktoken"]
 CORPUS = [
@@ -106,14 +107,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastEncoder]:
 
 def model(merges: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
     """Return a tokenizer.json of the bytes and some merges, without special tokens."""
-    entries = [*fast_encoder.SPELLED.values(), *dict.fromkeys(left + right for left, right in merges)]
+    entries = [*BYTE_TO_UNICODE.values(), *dict.fromkeys(left + right for left, right in merges)]
     content = config(added_tokens=[], post_processor=None)
     vocab = {spelling: number for number, spelling in enumerate(entries)}
     return {**content, "model": {**content["model"], "vocab": vocab, "merges": merges}, **changes}
 
 
 # Each pair of bytes but two of other characters than ASCII is a token: ids then tell of each place where text is split.
-PAIRS = [(a, b) for (x, a), (y, b) in itertools.product(fast_encoder.SPELLED.items(), repeat=2) if min(x, y) < 128]
+PAIRS = [(a, b) for (x, a), (y, b) in itertools.product(BYTE_TO_UNICODE.items(), repeat=2) if min(x, y) < 128]
 TOOL = {"content": "<tool>", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
 CASES = {
     **{name: model(PAIRS, pre_tokenizer=pre_tokenizer(regex)) for name, regex in SPLITS.items()},
@@ -136,7 +137,7 @@ def encoder(case: str, name: str) -> FastEncoder:
 
 
 def test_the_worked_example_of_the_docstring() -> None:
-    vocab = {spelling: byte + 1 for byte, spelling in fast_encoder.SPELLED.items()}
+    vocab = {spelling: byte + 1 for byte, spelling in BYTE_TO_UNICODE.items()}
     vocab = {"<s>": 0, **dict(sorted(vocab.items(), key=lambda item: item[1])), "ll": 257, "llo": 258}
     content = config()
     content["model"] |= {"vocab": vocab, "merges": [["l", "l"], ["ll", "o"]]}

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import fast_encoder
 import han_cuts
 from fast_encoder import FastEncoder
 from han_cuts import Cuts
+from kit.tokenizer import BYTE_TO_UNICODE
 from test_fast_encoder import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2, model, pre_tokenizer, reference, rows, tokenizer
 
 # Characters that share their first bytes, their last ones, both or none; the first and the last of the block.
@@ -97,7 +97,7 @@ def test_a_token_that_begins_or_ends_within_a_character(first: int, last: int) -
 def test_a_cut_that_changes_ids_is_found_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("TERROIR_ENCODER", "gigatoken")
-    a, b, c = (fast_encoder.SPELLED[byte] for byte in "法".encode())
+    a, b, c = (BYTE_TO_UNICODE[byte] for byte in "法".encode())
     content = model([(a, b), (a + b, c), (a + b + c, a + b + c)])
     assert FastEncoder(tokenizer(content)).name == "gigatoken"
     real = Cuts.__init__
@@ -115,9 +115,9 @@ def merges() -> st.SearchStrategy[list[tuple[str, str]]]:
 
     def made(picks: list[tuple[str, int, int]]) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
-        known = set(fast_encoder.SPELLED.values())
+        known = set(BYTE_TO_UNICODE.values())
         for text, first, length in picks:
-            spelling = "".join(fast_encoder.SPELLED[byte] for byte in text.encode())[first : first + length]
+            spelling = "".join(BYTE_TO_UNICODE[byte] for byte in text.encode())[first : first + length]
             for end in range(2, len(spelling) + 1):  # each token of the one before and a byte
                 if spelling[:end] not in known:
                     found.append((spelling[: end - 1], spelling[end - 1]))

@@ -3,6 +3,7 @@
 vocabulary = Vocabulary(Path("models/tokenizers/pretrain"))
 vocabulary.special    ->  {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 vocabulary.id("<s>")  ->  0
+BYTE_TO_UNICODE[0x20]  ->  "Ġ"     " the" is "Ġthe" in a byte-level vocabulary
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from tokenizers import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ROLES = ("bos_token", "eos_token", "pad_token")
+# The character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode): itself where it is
+# printable in Latin-1, else the next one from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
+UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
 class Vocabulary:
