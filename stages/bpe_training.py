@@ -26,19 +26,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from kit.tokenizer import BYTE_TO_UNICODE, UNICODE_TO_BYTE
+from split_patterns import BYTE_LEVEL, LLAMA_3, O200K
 
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# `byte_level` is GPT-2's, the other two are published with their models: digits in threes, line breaks by themselves,
-# and one mark before a word belongs to it.
-PATTERNS = {
-    "byte_level": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "o200k": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTION + r"?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTION + r"?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
+PATTERNS = {"byte_level": BYTE_LEVEL, "llama3": LLAMA_3, "o200k": O200K}
 ALPHABET = sorted(UNICODE_TO_BYTE)  # the 256 bytes in the order of their ids
 # A character in place of each _: beside letters, a digit, marks, spaces, itself, and where a contraction may stand.
 PROBE = "a_b A_B 1_2 !_! __  _ \n_\n '_ '_e 'r_ 'l_"

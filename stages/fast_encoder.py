@@ -33,22 +33,15 @@ from han_cuts import MARK, Cuts
 from kit.arrow import compute as pc
 from kit.stage import version
 from kit.tokenizer import BYTE_TO_UNICODE
+from split_patterns import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2
 
 # Equal ids were shown for these versions alone. With another one the tier is left out until tests/test_fast_encoder.py
 # has passed with it and the number here is changed.
 COMPARED = {"tokenizers": "0.23.3", "gigatoken": "0.10.0", "tiktoken": "0.14.0"}
 
-# The split patterns of ByteLevel, and of Llama 3, Qwen 2 and 3, o200k (gpt-oss). cl100k is not among them: Oniguruma
-# reads its {1,3}+ as a repeated group, the others as a possessive quantifier ("1234" differs).
-_ENDS, _TAIL = r"'s|'t|'re|'ve|'m|'ll|'d", r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER, _LEAD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[^\r\n\p{L}\p{N}]?"
-BYTE_LEVEL = _ENDS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA_3 = rf"(?i:{_ENDS})|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_TAIL}"
-QWEN_2 = rf"(?i:{_ENDS})|{_LEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_TAIL}"
-O200K = (
-    rf"{_LEAD}{_UPPER}*{_LOWER}+(?i:{_ENDS})?|{_LEAD}{_UPPER}+{_LOWER}*(?i:{_ENDS})?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_TAIL}"
-)
+# Of the split patterns that were compared, too. cl100k is not among them: Oniguruma reads its {1,3}+ as a repeated
+# group, the others as a possessive quantifier ("1234" differs).
+SPLITS = (LLAMA_3, QWEN_2, O200K)
 # gigatoken classes letters by Unicode 17, tokenizers and tiktoken by 16: of all code points these 4,699 split otherwise
 # (a test goes through every one). Rare names are written with some of them, the Han from 323B0.
 UNICODE_17 = (
@@ -115,7 +108,7 @@ def read_recipe(tokenizer: Tokenizer) -> Recipe:
         # gigatoken looks at the pattern alone: it takes each behaviour for Isolated, and invert for false.
         _require("Split.behavior", first["behavior"], "Isolated")
         _require("Split.invert", first["invert"], False)
-        _require("Split.pattern", first["pattern"], *({"Regex": known} for known in (LLAMA_3, QWEN_2, O200K)))
+        _require("Split.pattern", first["pattern"], *({"Regex": known} for known in SPLITS))
         pattern = first["pattern"]["Regex"]
     # gigatoken takes no pre-tokenizer at all for ByteLevel, and never splits twice.
     _require("pre_tokenizer", pre["type"], "ByteLevel")

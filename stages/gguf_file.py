@@ -18,9 +18,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fast_encoder import BYTE_LEVEL, LLAMA_3, QWEN_2
 from kit import arrow
 from kit.tokenizer import Vocabulary
+from split_patterns import BYTE_LEVEL, LLAMA_3, QWEN_2
 
 if TYPE_CHECKING:
     import torch

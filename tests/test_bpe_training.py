@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import bpe_training
 from bpe_training import ALPHABET, PATTERNS, count_words, extend, learn, pre_tokenizer, train
@@ -287,11 +287,3 @@ def test_no_character_class_is_missing() -> None:
     for name in PATTERNS:
         cut = {character: count_words([bpe_training.PROBE.replace("_", character)], name) for character in "a1 \n,é中"}
         assert len({tuple(sorted(words)) for words in cut.values()}) == 7
-
-
-def test_split_patterns_are_the_ones_that_fast_encoders_know() -> None:
-    for name in ("llama3", "o200k"):
-        steps = json.loads(pre_tokenizer(name).__getstate__())["pretokenizers"]
-        assert [step["type"] for step in steps] == ["Split", "ByteLevel"]
-        assert (steps[0]["behavior"], steps[0]["invert"], steps[1]["use_regex"]) == ("Isolated", False, False)
-        assert Regex(steps[0]["pattern"]["Regex"])

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 import fast_encoder
 import train_tokenizer
 from conftest import ROOT
-from fast_encoder import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2, SEPARATOR, FastEncoder, UnfitError, read_recipe
+from fast_encoder import SEPARATOR, FastEncoder, UnfitError, read_recipe
 from kit.tokenizer import BYTE_TO_UNICODE
+from split_patterns import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2
 
 FAST = ["gigatoken", "tiktoken"]
 CORPUS = [
@@ -415,11 +416,12 @@ def test_an_unknown_tier_is_refused(engine: Callable[..., FastEncoder]) -> None:
 @given(
     texts=st.lists(st.text(alphabet="ab c法", min_size=1, max_size=40), min_size=1, max_size=30),
     size=st.integers(259, 340),
+    split=st.sampled_from(["byte_level", "llama3", "o200k"]),
 )
 @settings(max_examples=30)
-def test_the_tokenizers_of_train_tokenizer_qualify(texts: list[str], size: int) -> None:
+def test_the_tokenizers_of_train_tokenizer_qualify(texts: list[str], size: int, split: Any) -> None:
     """Each of them, whatever it was trained on, and both tiers give its ids."""
-    params = train_tokenizer.Params(mode="train", vocab_size=size, min_frequency=1)
+    params = train_tokenizer.Params(mode="train", vocab_size=size, min_frequency=1, pre_tokenizer=split)
     trained = train_tokenizer.train(iter(texts), params)
     wanted = reference(json.loads(trained.to_str()), texts)
     for name in FAST:

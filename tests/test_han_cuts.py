@@ -15,7 +15,8 @@ import han_cuts
 from fast_encoder import FastEncoder
 from han_cuts import Cuts
 from kit.tokenizer import BYTE_TO_UNICODE
-from test_fast_encoder import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2, model, pre_tokenizer, reference, rows, tokenizer
+from split_patterns import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2
+from test_fast_encoder import model, pre_tokenizer, reference, rows, tokenizer
 
 # Characters that share their first bytes, their last ones, both or none; the first and the last of the block.
 HAN = "一丁丂中仁法沕沥河律\u5f8c\u4e40\u5000\u9fff"
