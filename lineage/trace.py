@@ -29,11 +29,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lineage.folders import Array, Columns
 from lineage.questions import Answer, Lineage, Source
-from near_duplicates import pieces, spans, whole_runs
+from near_duplicates import pieces, spans, texts_of, unit_hashes, whole_runs
 
 RUN, WINDOW = 8, 9
 SHORTEST = RUN + WINDOW - 1  # units that two texts must share to be found in any case
@@ -135,12 +134,6 @@ class Index:
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
-def joined(messages: pa.ListArray) -> pa.Array:
-    """Return conversations as texts: the contents of their messages, a line each."""
-    said = pc.struct_field(messages.values, "content").fill_null("")
-    return pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
-
-
 def _parts(folder: Any, first: int, last: int) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     """Yield the batches that hold the rows from `first` to before `last`, and which rows of them do."""
     at = folder.batch_of(first) if last > first else 0
@@ -161,8 +154,7 @@ def _build(work: tuple[Path, Path, int, int, Path]) -> None:
     folder = Folder(path, Cache(root))
     texts = []
     for batch, begin, end in _parts(folder, first, last):
-        part = batch.slice(begin, end - begin)
-        texts.append(part["text"] if "text" in part.schema.names else joined(part["messages"]))
+        texts.append(texts_of(batch.slice(begin, end - begin)))
     hashes, rows = fingerprints(pa.chunked_array(texts, pa.string()))
     bits = max(0, int(len(hashes) // 16).bit_length() - 1)
     directory = np.searchsorted(
@@ -247,7 +239,7 @@ def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20
     units, places = spans(text)
     if len(units) < SHORTEST:
         return []
-    hashes = np.unique(whole_runs(_hashed(text), RUN))
+    hashes = np.unique(whole_runs(unit_hashes(text), RUN))
     found: list[tuple[int, Source, int]] = []
     for source in lineage.sources if phase is None else _sources(lineage, phase):
         found += [(count, source, row) for row, count in Index(source, workers).candidates(hashes)]
@@ -287,11 +279,6 @@ def holding(source: Source, text: str, workers: int = 1) -> Iterator[int] | None
         return None
     own = np.unique(fingerprints(pa.array([inner]))[0])[:ENOUGH]
     return (row for row, count in _index(source, workers).candidates(own) if count >= len(own))
-
-
-def _hashed(text: str) -> Array:
-    parts = [units for _, units, _ in pieces(pa.array([text]))]
-    return np.concatenate(parts)
 
 
 def _sources(lineage: Lineage, phase: str) -> list[Source]:

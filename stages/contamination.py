@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.float64]:
     """Return for each held-out text the share of its units in a run that a training text has, too."""
-    texts = [_units(text) for text in held_out]
+    texts = [near_duplicates.unit_hashes(text) for text in held_out]
     lengths = np.array([_length(text) for text in held_out], int)
     runs = {}
     for length in sorted(set(lengths.tolist()) - {0}):
@@ -48,12 +48,6 @@ def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.flo
             if len(units) >= SHORTEST:
                 _mark(units, counts, runs, first)
     return np.array([_share(units, length, runs) for units, length in zip(texts, lengths.tolist(), strict=True)])
-
-
-def _units(text: str) -> Array:
-    """Return the hash of each unit of a text, uint32."""
-    found = [units for _, units, _ in near_duplicates.pieces(pa.array([text], pa.string()))]
-    return np.concatenate([np.zeros(0, np.uint32), *found])
 
 
 def _length(text: str) -> int:

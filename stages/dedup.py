@@ -284,12 +284,7 @@ def all_texts(folders: dict[str, Path], copies: Array) -> Iterator[pa.Array]:
     row = 0
     for folder in folders.values():
         for batch in arrow.batches(folder):
-            if "text" in batch.schema.names:
-                texts = batch["text"]
-            else:
-                messages = batch["messages"]
-                said = pc.struct_field(messages.values, "content").fill_null("")
-                texts = pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+            texts = near_duplicates.texts_of(batch)
             begin, end = np.searchsorted(copies, [row, row + len(texts)])
             if begin < end:
                 is_copy = np.zeros(len(texts), bool)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import decontaminate
+import near_duplicates
 from kit import arrow
 from kit.tokenizer import Vocabulary
 
@@ -71,7 +72,7 @@ def train_texts(clean: Path, dedup: Path, sources: list[str]) -> Iterator[pa.Arr
     """Yield the whole texts that were trained on, some at a time."""
     for source in sources:
         for batch in _rows(clean, dedup, source, "train"):
-            yield pa.array([_whole(row) for row in batch], pa.string())
+            yield near_duplicates.texts_of(batch)
 
 
 def train_bytes(clean: Path, dedup: Path, sources: list[str], at_most: int) -> bytes:
@@ -87,7 +88,7 @@ def train_bytes(clean: Path, dedup: Path, sources: list[str], at_most: int) -> b
     return b"".join(parts)
 
 
-def _rows(clean: Path, dedup: Path, source: str, split: str) -> Iterator[list[dict[str, Any]]]:
+def _rows(clean: Path, dedup: Path, source: str, split: str) -> Iterator[pa.RecordBatch]:
     """Yield the documents of one split, some at a time."""
     splits = arrow.table(dedup / source, ["split"])["split"]
     row = 0
@@ -95,13 +96,13 @@ def _rows(clean: Path, dedup: Path, source: str, split: str) -> Iterator[list[di
         of = splits.slice(row, len(batch)).to_pylist()
         row += len(batch)
         columns = [name for name in ("text", "messages") if name in batch.schema.names]
-        yield batch.select(columns).filter(pa.array([each == split for each in of], pa.bool_())).to_pylist()
+        yield batch.select(columns).filter(pa.array([each == split for each in of], pa.bool_()))
 
 
 def _texts(clean: Path, dedup: Path, source: str, split: str) -> Iterator[tuple[str, str, bool]]:
     """Yield each document of one split: the whole, what is learned of it, whether it is a conversation."""
     for batch in _rows(clean, dedup, source, split):
-        for row in batch:
+        for row in batch.to_pylist():
             yield _whole(row), _learned(row), "messages" in row
 
 

@@ -65,6 +65,15 @@ class Params(BaseModel):
 # -- Texts to hashes of runs -----------------------------------------------------------------------------------------
 
 
+def texts_of(documents: pa.RecordBatch) -> pa.StringArray:
+    """Return what each document of a batch says: its `text`, or the contents of its `messages`, a line each."""
+    if "text" in documents.schema.names:
+        return documents["text"]
+    messages = documents["messages"]
+    said = pc.struct_field(messages.values, "content").fill_null("")
+    return pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+
+
 @cache
 def _alphabet() -> tuple[Array, int]:
     """Return a code per UTF-16 code unit, uint16 (65536,), and the first code of those that are units by themselves.
@@ -241,6 +250,12 @@ def pieces(texts: Column) -> Iterator[tuple[int, Array, Array]]:
                 yield row + begin, *_units(code, borders if starts is None else starts[borders])[:2]
             begin = end
         row += len(chunk)
+
+
+def unit_hashes(text: str) -> Array:
+    """Return the hash of each unit of one text, uint32."""
+    found = [units for _, units, _ in pieces(pa.array([text], pa.string()))]
+    return np.concatenate([np.zeros(0, np.uint32), *found])
 
 
 def _byte_lengths(texts: pa.Array) -> Array:
