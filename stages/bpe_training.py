@@ -130,14 +130,12 @@ def train(words: Counter[str], vocab_size: int, min_frequency: int, specials: li
         raise ValueError(f"the special token {min(taken)!r} is a byte of any text; give it a longer name.")
     texts = [*names, *ALPHABET]
     ids = {text: number for number, text in enumerate(texts)}
-    byte_ids = np.zeros(256, np.int32)
-    for byte, character in BYTE_TO_UNICODE.items():
-        byte_ids[byte] = ids[character]
+    byte_ids = np.array([ids[BYTE_TO_UNICODE[byte]] for byte in range(256)], np.int32)
     encoded = [word.encode("utf-8") for word in words]
     symbols = byte_ids[np.frombuffer(b"".join(encoded), np.uint8)]
     lengths = np.array([len(word) for word in encoded], np.int64)
     frequencies = np.array(list(words.values()), np.int64)
-    merges, _ = learn(symbols, lengths, frequencies, texts, vocab_size - len(texts), min_frequency)
+    merges = learn(symbols, lengths, frequencies, texts, vocab_size - len(texts), min_frequency)
     tokenizer = Tokenizer(models.BPE(vocab={text: number for number, text in enumerate(texts)}, merges=merges))
     tokenizer.add_special_tokens(specials)
     return tokenizer
@@ -145,13 +143,13 @@ def train(words: Counter[str], vocab_size: int, min_frequency: int, specials: li
 
 def learn(
     ids: np.ndarray, lengths: np.ndarray, frequencies: np.ndarray, texts: list[str], wanted: int, least: int
-) -> tuple[list[tuple[str, str]], int]:
-    """Return up to `wanted` merges of pairs that stand at least `least` times, and how many pairs were passed over.
+) -> list[tuple[str, str]]:
+    """Return up to `wanted` merges of pairs that stand at least `least` times.
 
     `ids`: the symbols of all words, one word after the other, int32; `lengths`, `frequencies`: symbols of each word and
     how often it stands; `texts`: what each id means. A new token is appended to `texts`; its id is its place there. A
-    pair is passed over when `texts` has what it makes. Of bytes, no two merges make one token: where no token crosses
-    the ends of a piece of text, its inside alone decides how it is put together.
+    pair that would make a text which `texts` holds already, e.g. a special token, is passed over. Two merges never make
+    the same token: a stretch of bytes into which no token reaches from outside is put together by its bytes alone.
     """
     least = max(1, least)
     size = len(ids) + len(lengths) + 1
@@ -233,7 +231,7 @@ def learn(
     for group in np.split(starts, _edges(symbols[starts])[1:]) if len(starts) else []:
         gain(group, symbols[group + 1], int(symbols[group[0]]) << 32, 0)
     merges: list[tuple[str, str]] = []
-    known, passed = set(texts), 0
+    known = set(texts)
     while len(merges) < wanted and heap:
         negative, pair = heapq.heappop(heap)
         count = totals[pair]
@@ -246,7 +244,6 @@ def learn(
         del totals[pair]
         text = texts[left] + texts[right]
         if text in known:
-            passed += 1
             continue
         new = len(texts)
         texts.append(text)
@@ -280,7 +277,7 @@ def learn(
             gain(after_it, symbols[third[follows]], new << 32, 0)
         if len(before_it):
             gain(previous[leads], ahead[leads], new, 32)
-    return merges, passed
+    return merges
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
@@ -288,30 +285,18 @@ def _edges(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
 
 
-def check_extensible(tokenizer: dict[str, Any], where: str) -> None:
-    """Raise ValueError when tokenizer.json `tokenizer` is no byte-level BPE that merges can be appended to."""
+def why_not_extensible(tokenizer: dict[str, Any]) -> str | None:
+    """Return why merges cannot be appended to what a tokenizer.json holds, None when it is a byte-level BPE."""
     model, steps = tokenizer["model"], tokenizer["pre_tokenizer"] or {}
+    if model["type"] != "BPE":
+        return f"is of type {model['type']}"
     last = steps["pretokenizers"][-1] if steps.get("type") == "Sequence" else steps
-    ids = (
-        sorted({*model.get("vocab", {}).values(), *(token["id"] for token in tokenizer["added_tokens"])})
-        if (model["type"] == "BPE")
-        else []
-    )
-    wrong = (
-        f"is of type {model['type']}"
-        if model["type"] != "BPE"
-        else "has no byte-level pre-tokenizer"
-        if last.get("type") != "ByteLevel" or model.get("byte_fallback")
-        else "marks the parts of words"
-        if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        else "has gaps between its ids"
-        if ids != list(range(len(ids)))
-        else ""
-    )
-    if wrong:
-        raise ValueError(
-            f"{where}/tokenizer.json {wrong}: only a byte-level BPE can be extended; set train_tokenizer.mode to reuse."
-        )
+    if last.get("type") != "ByteLevel" or model.get("byte_fallback"):
+        return "has no byte-level pre-tokenizer"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return "marks the parts of words"
+    ids = sorted({*model["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])})
+    return None if ids == list(range(len(ids))) else "has gaps between its ids"
 
 
 def extend(
@@ -324,7 +309,11 @@ def extend(
     is passed over: each new token has one merge. Raises ValueError when the base is no byte-level BPE.
     """
     content = json.loads(base)
-    check_extensible(content, where)
+    if reason := why_not_extensible(content):
+        raise ValueError(
+            f"{where}/tokenizer.json {reason}: only a byte-level BPE can be extended; "
+            "set train_tokenizer.mode to reuse."
+        )
     tokenizer, model = Tokenizer.from_str(base), content["model"]
     if model.get("dropout"):
         model["dropout"] = None
@@ -337,15 +326,14 @@ def extend(
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     texts = sorted(vocabulary, key=vocabulary.__getitem__)
-    merges, _ = learn(ids, lengths, np.fromiter(words.values(), np.int64, len(words)), texts, new_tokens, min_frequency)
-    # A loaded tokenizer counts its added tokens on from the end of the vocabulary, unless they stand in it.
-    inside = [token for token in tokenizer.get_added_tokens_decoder().values() if token.content not in model["vocab"]]
-    if model.get("ignore_merges"):
-        for token in inside:
-            if [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(token.content)] == [token.content]:
-                raise ValueError(
-                    f"{where}: the added token {token.content!r} would be found in plain text; it cannot be extended."
-                )
+    merges = learn(ids, lengths, np.fromiter(words.values(), np.int64, len(words)), texts, new_tokens, min_frequency)
+    outside = [token for token in tokenizer.get_added_tokens_decoder().values() if token.content not in model["vocab"]]
+    for token in outside if model.get("ignore_merges") else []:  # a word that stands in the vocabulary is taken whole
+        if [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(token.content)] == [token.content]:
+            raise ValueError(
+                f"{where}: the added token {token.content!r} would be found in plain text; it cannot be extended."
+            )
+    # Added tokens, too: a loaded tokenizer would number those that do not stand here from the new end on.
     model["vocab"] = {text: number for number, text in enumerate(texts)}
     pairs = [
         f"{left} {right}" if model["merges"] and isinstance(model["merges"][0], str) else [left, right]

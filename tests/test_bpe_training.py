@@ -53,7 +53,7 @@ def test_the_worked_example_of_the_docstring() -> None:
     texts = list(ALPHABET)
     a, b = texts.index("a"), texts.index("b")
     ids, lengths, counts = (bpe_training.np.array(row) for row in ([a, a, a, a, a, b], [4, 2], [2, 1]))
-    assert learn(ids, lengths, counts, texts, 10, 2) == ([("a", "a"), ("aa", "aa")], 0)
+    assert learn(ids, lengths, counts, texts, 10, 2) == [("a", "a"), ("aa", "aa")]
     assert texts[256:] == ["aa", "aaaa"]
 
 
