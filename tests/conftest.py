@@ -73,12 +73,26 @@ def kill_at(folder: Path, sign: str, *arguments: str, **environment: str) -> Non
     command = [sys.executable, f"stages/{arguments[0]}.py", *arguments[1:]]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, **silent)
-    deadline = time.monotonic() + 180
-    while not list(folder.glob(sign)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: process.poll() is not None or bool(list(folder.glob(sign))), seconds=180)
+    assert process.poll() is None
     process.kill()
     process.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Return when `condition` holds; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from conftest import dvc, git, ran, repro, write
+from conftest import alive, dvc, git, ran, repro, wait_for, write
 from kit import arrow
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
@@ -355,22 +354,6 @@ def held(workspace: Path) -> Iterator[Callable[[], Held]]:
         (one.hold / "go").touch()
         one.process.kill()
         one.process.wait()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Return when `condition` holds; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process runs; one that has ended and was not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_killed_repro_leaves_no_second_writer(workspace: Path, held: Callable[[], Held]) -> None:

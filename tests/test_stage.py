@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, git, write
+from conftest import ROOT, alive, git, wait_for, write
 from kit import stage
 
 SCRIPT = '''"""Shout what the input says.
@@ -122,23 +122,6 @@ def sentence(finished: subprocess.CompletedProcess[str]) -> str:
     assert finished.returncode == 1, (finished.returncode, finished.stderr)
     assert len(finished.stderr.splitlines()) == 1, finished.stderr
     return finished.stderr
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Return when `condition` holds; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process runs; one that has ended and was not yet waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
