@@ -323,15 +323,12 @@ class Digests:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.known: dict[str, tuple[str, str, int]] = {}
-        self.bytes = 0
 
     def read(self, paths: list[str]) -> None:
         """Read all files below these paths."""
         new = sorted({file for path in paths for file in self.files(path)} - self.known.keys())
         with ThreadPoolExecutor(8) as pool:
-            for name, found in zip(new, pool.map(self._read, new), strict=True):
-                self.known[name] = found
-                self.bytes += found[2]
+            self.known.update(zip(new, pool.map(self._read, new), strict=True))
 
     def _read(self, name: str) -> tuple[str, str, int]:
         sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
@@ -1207,7 +1204,8 @@ def check_blocks(project: Project, phase: str, sources: list[Source], tokenizer:
     for split in ("train", "eval"):
         weights = grouping["weights"] if split == "train" else {}
         documents = stream(project, sources, split, weights)
-        made = (_concat if grouping["mode"] == "concat" else _packed)(documents, grouping, pad, eos)
+        is_stream = grouping["mode"] == "concat"
+        made: Iterator[Any] = _concat(documents, grouping, pad) if is_stream else _packed(documents, grouping, pad, eos)
         counts = _compare(project, f"{folder}/{split}", made, grouping)
         manifest = project.manifest(f"{folder}/{split}")["counts"]
         shown = sum(one["tokens"] for one in grouping[split].values())
@@ -1218,7 +1216,7 @@ def check_blocks(project: Project, phase: str, sources: list[Source], tokenizer:
 
 
 def _concat(
-    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int, eos: int
+    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int
 ) -> Iterator[tuple[pa.Array, pa.Array, None, int]]:
     """Yield blocks of one stream: ids, marks, no starts, tokens that are no padding."""
     size, waiting, length = grouping["block_size"], [], 0
@@ -1753,7 +1751,7 @@ def _check_phase(project: Project, phase: str, report: Report) -> None:
         attempt(report, "trained -> merged", merged, [trained, merged, at], check_model, project, phase, report)
 
 
-def show(report: Report, read: int = 0) -> str:
+def show(report: Report) -> str:
     """Return the findings as lines of text: what failed first, papers that are right summed up."""
     lines = []
     papers = Counter(f.check for f in report.findings if f.status == "ok")
