@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from loss_head import IGNORED, bare
+from kit.model import IGNORED
+from loss_head import bare
 
 REMEDY = "set train_model.mask_documents to false; group_blocks.mode line keeps documents apart without it."
 

@@ -29,7 +29,8 @@ from torch.nn import functional
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
 
-IGNORED = -100  # the label of torch's cross entropy that has no loss
+from kit.model import IGNORED
+
 CHUNK_VALUES = 2**25  # logits held at once: 128 MiB in float32; with fewer the products are slower
 LEAST_ROWS = 256  # fewer make each chunk wait for the memory of the head's gradient, however large the vocabulary
 WHOLE_ROWS = 64  # products of 393 rows take 4 % longer than of 384

@@ -165,12 +165,14 @@ def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int
 
     A causal model learns a token from those before it, so the first one of a block is never learned.
     """
+    from kit.model import IGNORED
+
     for position in range(min(number, order.n_blocks)):
         block = order.block(position)
         batch = blocks.at([block], [position]) if hasattr(blocks, "at") else blocks.__getitems__([block])
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         if blocks.causal:
-            labels[0] = -100
+            labels[0] = IGNORED
         words = []
         for seen, label in zip(ids, labels, strict=True):
             here, wanted = (str(vocabulary.tokenizer.id_to_token(number)) for number in (seen, max(label, 0)))
