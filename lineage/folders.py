@@ -145,7 +145,8 @@ class Folder:
 def _first(message: pa.Message) -> int:
     """Return the first field of a message's head: rows of a record batch, number of a dictionary, which pyarrow keeps.
 
-    Arrow's Message.fbs; a table of it begins with the way back to the list of its fields, 0 there is a field's default.
+    Arrow's Message.fbs, in FlatBuffers: a table begins with the distance back to its vtable, where the offset of each
+    field stands, 0 for a field that has its default.
     """
     data = bytes(message.metadata)
 

@@ -142,10 +142,10 @@ def apply_to_messages(
 
 
 def idle_rules(texts: Sequence[str], rules: Sequence[Rule]) -> set[int]:
-    """Return the places of the rules that surely leave and keep each of `texts` that is not blank.
+    """Return the places of the rules that are sure to change and to drop none of `texts`, blank ones aside.
 
-    A rule looks at all of them in a few microseconds, `apply` takes one for each. The texts can be the messages of
-    conversations: what holds of messages holds of a text that is those joined by LF.
+    A rule looks at all of them in a few microseconds, as long as `apply` takes for one. The texts can be the messages
+    of conversations: what a rule knows of messages also holds of the text that these are when joined by LF.
 
     >>> idle_rules(["第一条", "第二条 "], [parse(rule) for rule in DEFAULT_RULES])  # all but `whitespace`
     {0, 1, 2, 4}

@@ -81,7 +81,8 @@ def accumulation(global_batch_size: int, rows: int, world: int) -> int:
 def command(script: str, *arguments: str) -> list[str]:
     """Return the command that runs `script` in several processes.
 
-    torchrun, as accelerate 1.15 starts one process of DDP on a CPU whatever it is told; accelerate with a config file.
+    With a config file that is `accelerate launch`, else torchrun: accelerate 1.15 starts a single process of DDP on a
+    CPU, whatever number it is told.
     """
     config = os.environ.get("ACCELERATE_CONFIG_FILE")
     if not config:

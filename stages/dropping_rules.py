@@ -29,7 +29,7 @@ class LengthRule(DroppingRule):
         return Outcome(text, 0, self._evidence(text))
 
     def is_idle(self, joined: Joined) -> bool:
-        """What is not blank has a character and a line."""
+        """A text that is not blank has one character and one line at least."""
         return self.min_chars <= 1 and self.min_lines <= 1 and self.max_chars is None and self.max_lines is None
 
     def _evidence(self, text: str) -> str | None:

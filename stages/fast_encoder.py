@@ -142,8 +142,9 @@ def read_recipe(tokenizer: Tokenizer) -> Recipe:
 def _check_proper(number: dict[str, int], merges: list[tuple[str, str]]) -> None:
     """Raise UnfitError unless each token's own bytes encode to it.
 
-    tiktoken joins whatever gives a token, `tokenizers` what a merge lists. Two neighbours that together spell a token
-    come from its bytes alone, for nothing was merged across their ends; where those give the token, only by its merge.
+    tiktoken joins two neighbours whenever together they spell a token, `tokenizers` only where a merge lists this pair.
+    Both do the same if the bytes of a token, encoded alone, give the token: then any two neighbours that spell it are
+    the pair of its merge, as no other pair of tokens comes about from these bytes.
     """
     plain = Tokenizer(models.BPE(number, merges))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # a spelling has no white space

@@ -272,7 +272,7 @@ class Merge:
         self.untied = {} if self._stay_tied() else self.tied
 
     def _of_model(self, name: str, prefix: str) -> str:
-        """Return the model's name of a tensor: a file may leave out or have the name of the part without a head."""
+        """Return what the model calls a stored tensor: its name may lack, or add, the prefix of the headless model."""
         bare = name.removeprefix(f"{prefix}.")
         return next((each for each in (name, f"{prefix}.{name}", bare) if each in self.expected), name)
 

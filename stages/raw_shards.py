@@ -140,8 +140,8 @@ def line_shards(path: Path) -> Iterator[LineShard]:
     """Yield start, end, number of lines before and SHA-256 of the shards of a file; each ends with a line.
 
     Three quarters of a shard are taken as they come; then a line ends it with a probability of its length / (a quarter
-    of SHARD_BYTES), decided by its CRC-32, and at twice SHARD_BYTES any line does. The first one may be the end of a
-    line that was taken, so it decides nothing.
+    of SHARD_BYTES), decided by its CRC-32, and at twice SHARD_BYTES any line does. The first line read after the three
+    quarters may be only the rest of one that began in them, so it decides nothing.
     """
     start, before, spread = 0, 0, SHARD_BYTES // 4
     with path.open("rb") as file:

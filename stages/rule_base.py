@@ -71,7 +71,7 @@ class BaseRule(BaseModel):
     def apply(self, text: str) -> Outcome: ...
 
     def is_idle(self, joined: Joined) -> bool:
-        """Whether `apply` surely leaves and keeps each of the texts, none of them blank; False: not known."""
+        """Whether `apply` is sure to change and to drop none of the texts, blank ones aside; False: not known."""
         return False
 
 

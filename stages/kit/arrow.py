@@ -291,10 +291,11 @@ def _schema_json(schema: pa.Schema) -> dict[str, str]:
 
 
 class _NoPandas(MetaPathFinder):
-    """Finds no pandas. pyarrow would import it, where `datasets` has brought it, to convert its first list.
+    """Says that pandas is not installed, while pyarrow converts its first list.
 
-    That is 0.3 s of each stage, for types that no stage has. pyarrow looks once, so it is made to look below, at no
-    pandas; afterwards `to_pandas` and other importers find it as ever.
+    At that moment pyarrow imports pandas if it can (`datasets` requires it, so it is there), to know its types: 0.3 s
+    of each stage, and no stage has such types. It tries only once, which happens below; afterwards `to_pandas` and
+    everybody else find pandas as ever.
     """
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:

@@ -155,8 +155,8 @@ def workers() -> int:
 class Guard(NamedTuple):
     """Says whether files of an input were written since the stage began; goes to the workers with their work.
 
-    What was read of them then belongs to other bytes than the digests say. At the end they may have the old content
-    again, and nobody would notice.
+    If they were, what was read of them belongs to other bytes than those of the digests. The comparison at the end
+    alone would not notice where they have their old content again by then.
     """
 
     paths: list[Path]
@@ -378,10 +378,11 @@ def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
 
 
 def _settled(states: list[State]) -> list[State]:
-    """Return those files whose next change cannot but give them another change time: the disk's clock has gone on.
+    """Return those files whose next change is sure to show in their change time (ctime).
 
-    What another process has mapped is written out, so that its next store is a change that counts. A file system where
-    a store through a mapping changes no time (tmpfs) settles nothing.
+    The clock of a disk stands still for some milliseconds: a file may change again within them and keep its ctime. So
+    this waits until the clock is beyond the latest ctime. A page that another process has mapped is written out first,
+    for only the first store into it after that sets the ctime. Where no such store does (tmpfs), nothing is returned.
     """
     if not states:
         return []
