@@ -388,7 +388,9 @@ def test_the_settings_in_the_readme_are_in_order() -> None:
     """Each YAML block of phases in the README is what the stages take."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("## Settings that decide the result")[1].split("\n## ")[0]
-    for block in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL):
+    blocks = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    assert blocks
+    for block in blocks:
         groups = YAML(typ="safe").load(textwrap.dedent(block))
         assert set(groups) == {"dedup", "train_tokenizer", "group_blocks"}
         for name, group in groups.items():
