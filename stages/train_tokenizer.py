@@ -174,12 +174,12 @@ def main(phase: str) -> None:
         sources = {name: (clean / name, dedup / name) for name in phase_sources(phase, clean)}
         learned = drawn(list(sources.values()), ("train",), params.sample_bytes)
         documents = (text for _, texts in learned for text in texts)
-        new_tokens = 0
+        entries = 0  # learned, with the special tokens and bytes of a new tokenizer
         if params.mode == "train":
             tokenizer = train(documents, params)
             tokenizer.save(str(folder / "tokenizer.json"))
             arrow.write_json(folder / "tokenizer_config.json", config(params))
-            new_tokens = tokenizer.get_vocab_size()
+            entries = tokenizer.get_vocab_size()
         else:
             if not (base / "tokenizer.json").is_file():
                 raise SystemExit(
@@ -190,7 +190,7 @@ def main(phase: str) -> None:
                 if (base / name).is_file():
                     shutil.copyfile(base / name, folder / name)
         if params.new_tokens:
-            extended, new_tokens = bpe_training.extend(
+            extended, entries = bpe_training.extend(
                 (base / "tokenizer.json").read_text(encoding="utf-8"),
                 documents,
                 params.new_tokens,
@@ -203,8 +203,8 @@ def main(phase: str) -> None:
         if params.chat_template:
             install(folder, params.chat_template)
         vocabulary = Vocabulary(folder)
-        if new_tokens < (asked := params.vocab_size or params.new_tokens or 0):
-            print(f"{run.name}: the text gave {new_tokens:,} entries only, of {asked:,} asked for")
+        if entries < (asked := params.vocab_size or params.new_tokens or 0):
+            print(f"{run.name}: the text gave {entries:,} entries only, of {asked:,} asked for")
         report = Report(vocabulary.tokenizer, reference(params, base))
         for name, (source_clean, source_dedup) in sources.items():
             report.read(name, drawn([(source_clean, source_dedup)], ("train", "eval"), params.report_bytes))
