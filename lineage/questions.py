@@ -124,9 +124,10 @@ class Source:
         if not path.exists():
             return None
         import raw_formats
+        import raw_params
 
-        given = {key: self.params[key] for key in raw_formats.Params.model_fields if key in self.params}
-        for found in raw_formats.records(path, raw_formats.Params(**given)):
+        given = {key: self.params[key] for key in raw_params.Params.model_fields if key in self.params}
+        for found in raw_formats.records(path, raw_params.Params(**given)):
             if found.number == record["number"]:
                 return found.raw.decode("utf-8", "replace")
         return None

@@ -19,6 +19,7 @@ import pyarrow as pa
 import clean
 import raw_formats
 import raw_params
+import raw_records
 from add_bos_eos import SEGMENT
 from chat_segments import Marker
 from lineage.questions import Answer, Lineage, Phase, Source
@@ -66,9 +67,9 @@ def _misjudged(source: Source, file: str, rows: list[Answer]) -> Iterator[str]:
     path, params = source.lineage.root / source.path(file), _params(source)
     if not path.exists():
         raise SystemExit(f"{path} is not there; nothing can be judged without the raw files.")
-    parts: list[raw_formats.Part | None] = [None]
+    parts: list[raw_records.Part | None] = [None]
     if raw_params.cuttable(path, params):
-        parts = [raw_formats.Part(row["start"], row["end"], row["number"]) for row in rows]
+        parts = [raw_records.Part(row["start"], row["end"], row["number"]) for row in rows]
     read = (record for part in parts for record in raw_formats.records(path, params, part))
     for row in rows:
         place = f"{source.path(file)}:{row['number']}"
@@ -125,7 +126,7 @@ def document(phase: Phase, source_name: str, row: int) -> tuple[list[int], list[
     return numbers, [True] * len(numbers) if learn is None else learn[0].as_py(), place
 
 
-def _content(source: Source, kept: Answer) -> raw_formats.Content:
+def _content(source: Source, kept: Answer) -> raw_records.Content:
     """Return what the raw file holds where a document came from, not cleaned."""
     path = source.lineage.root / source.path(kept["file"])
     params = _params(source)
@@ -133,7 +134,7 @@ def _content(source: Source, kept: Answer) -> raw_formats.Content:
         raise SystemExit(f"{path} is not there; nothing can be rebuilt without the raw files.")
     part = None
     if raw_params.cuttable(path, params):
-        part = raw_formats.Part(kept["start"], kept["end"], kept["number"])
+        part = raw_records.Part(kept["start"], kept["end"], kept["number"])
     for record in raw_formats.records(path, params, part):
         if record.number == kept["number"] and record.start == kept["start"]:
             return record.content
