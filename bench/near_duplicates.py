@@ -30,6 +30,7 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 import near_duplicates
+import text_units
 from disk_rows import Rows
 
 PEER = "rensa==0.5.0"
@@ -120,7 +121,7 @@ def ours(texts: pa.ChunkedArray) -> list[int]:
     """Return the twin of each document, -1 for those that are kept; signatures on disk, as in the stage."""
     with tempfile.TemporaryDirectory() as folder:
         signatures = Rows(Path(folder), PARAMS.num_perm, np.uint16)
-        for _, units, counts in near_duplicates.pieces(texts):
+        for _, units, counts in text_units.pieces(texts):
             signatures.append(near_duplicates.sign(units, counts, PARAMS))
         company = near_duplicates.clusters(signatures, PARAMS, Path(folder))
         twin = np.full(len(texts), -1)

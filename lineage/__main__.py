@@ -101,7 +101,7 @@ def trace(
     """Which runs of 16 words or more (characters of Chinese) of a text stand in the training data, verbatim?"""
     from lineage.trace import SHORTEST, generated
     from lineage.trace import trace as find
-    from near_duplicates import spans
+    from text_units import spans
 
     if bool(text) == bool(prompt) or (prompt and not phase):
         raise SystemExit("give either a text, or --prompt with --phase, the phase whose model is to answer.")

@@ -4,7 +4,7 @@
     ->   [{"units": 19, "text": "the cat sat on ...", "status": "trained", "documents": 1, "file": ..., "line": 12}]
 
 A unit is a word, or one character of a script without spaces; case, punctuation and white space do not count (as in
-stages/near_duplicates.py). Of each document the hashes of 8 units in a row are winnowed: of any 9 that follow each
+stages/text_units.py). Of each document the hashes of 8 units in a row are winnowed: of any 9 that follow each
 other the least is kept (Schleimer, Wilkerson and Aiken, "Winnowing", 2003), so that two texts that share 16 units share
 at least one fingerprint. What a fingerprint finds is compared with the document itself before it counts, and no match
 goes beyond a document's end. All documents are looked at, also those that dedup dropped: what stands in them alone is
@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from lineage.folders import Array, Columns
 from lineage.questions import Answer, Lineage, Source
-from near_duplicates import pieces, spans, texts_of, unit_hashes, whole_runs
+from text_units import pieces, spans, texts_of, unit_hashes, whole_runs
 
 RUN, WINDOW = 8, 9
 SHORTEST = RUN + WINDOW - 1  # units that two texts must share to be found in any case

@@ -4,7 +4,7 @@
     held out      "A generator is a function which returns a generator iterator. It looks like a normal one"
     share         0.94: all but the last of its 16 words lie in runs of 13 words that both have
 
-A unit is a word, or a character of a script without spaces (stages/near_duplicates.py); a run has 13 words or 20
+A unit is a word, or a character of a script without spaces (stages/text_units.py); a run has 13 words or 20
 characters, as in decontaminate, and 8 units in a document that is shorter. The share of units that lie in a common run
 is what Llama 2 reports as contamination (Touvron et al., 2023, appendix A.6), which calls a sample clean below 0.2.
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-import near_duplicates
+import text_units
 from decontaminate import CHARACTERS, SHORTEST, WORDS, run_keys
 
 Array = npt.NDArray[Any]
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.float64]:
     """Return for each held-out text the share of its units in a run that a training text has, too."""
-    texts = [near_duplicates.unit_hashes(text) for text in held_out]
+    texts = [text_units.unit_hashes(text) for text in held_out]
     lengths = np.array([_length(text) for text in held_out], int)
     runs = {}
     for length in sorted(set(lengths.tolist()) - {0}):
@@ -44,7 +44,7 @@ def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.flo
     for keys, _ in runs.values():
         first[(keys >> np.uint64(42)).astype(np.int64)] = True
     for batch in train:
-        for _, units, counts in near_duplicates.pieces(batch):
+        for _, units, counts in text_units.pieces(batch):
             if len(units) >= SHORTEST:
                 _mark(units, counts, runs, first)
     return np.array([_share(units, length, runs) for units, length in zip(texts, lengths.tolist(), strict=True)])
@@ -52,8 +52,8 @@ def shares(held_out: list[str], train: Iterable[pa.Array]) -> npt.NDArray[np.flo
 
 def _length(text: str) -> int:
     """Return the units of a run in this text, 0 when it is too short to say anything."""
-    units = near_duplicates.spans(text)[0]
-    alone = sum(map(near_duplicates.stands_alone, units))
+    units = text_units.spans(text)[0]
+    alone = sum(map(text_units.stands_alone, units))
     whole = CHARACTERS if alone > len(units) / 2 else WORDS
     return whole if len(units) >= whole else SHORTEST if len(units) >= SHORTEST else 0
 
@@ -61,7 +61,7 @@ def _length(text: str) -> int:
 def _mark(units: Array, counts: Array, runs: dict[int, tuple[Array, Array]], first: Array) -> None:
     """Mark the runs that these training texts hold."""
     ends = np.cumsum(counts)
-    starts = np.flatnonzero(first[near_duplicates.whole_runs(units, SHORTEST) >> np.uint32(10)])
+    starts = np.flatnonzero(first[text_units.whole_runs(units, SHORTEST) >> np.uint32(10)])
     end = ends[np.searchsorted(ends, starts, "right")]
     for length, (known, seen) in runs.items():
         keys = run_keys(units, starts[starts + length <= end], length)

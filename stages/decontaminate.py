@@ -4,7 +4,7 @@
     a document                            "... Someone asked: which of the two rivers ... is the longer one ..."
     evidence                              data/benchmarks/quiz.jsonl line 7: which of the two rivers ... is the long
 
-Text is read as units: a word is one, and so is a Chinese character (stages/near_duplicates.py says it all); case and
+Text is read as units: a word is one, and so is a Chinese character (stages/text_units.py says it all); case and
 punctuation do not count. A run of 13 words in common is contamination, as for GPT-3 (Brown et al., 2020, appendix C);
 of an item with more characters than words, 20, which say as much: in 1,000 instructions each, xz needs 13.9 bits for a
 word and 9.1 for a character. A shorter item must be there as a whole, and must have 8 units: fewer say nothing. Every
@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-import near_duplicates
+import text_units
 
 Array = npt.NDArray[Any]
 FOLDER = Path("data/benchmarks")
@@ -81,8 +81,8 @@ def read(name: str, params: Params) -> Iterator[Item]:
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{place} cannot be read ({error}); mend the line.") from None
         for text in [row] if isinstance(row, str) else _texts(row, params.fields, place, name):
-            units, _ = near_duplicates.spans(text)
-            characters = sum(near_duplicates.stands_alone(unit) for unit in units)
+            units, _ = text_units.spans(text)
+            characters = sum(text_units.stands_alone(unit) for unit in units)
             whole = params.character_ngram if characters > len(units) / 2 else params.ngram
             if units:
                 yield Item(name, place, text, min(whole, len(units)) if len(units) >= SHORTEST else 0)
@@ -128,7 +128,7 @@ class Index:
         keys, items, places = [], [], []
         row = 0
         texts = pa.array([self.items[owner].text for owner in owners], pa.string())
-        for _, units, counts in near_duplicates.pieces(texts):
+        for _, units, counts in text_units.pieces(texts):
             begin = np.cumsum(counts) - counts
             number = counts - run + 1
             place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
@@ -142,7 +142,7 @@ class Index:
     def find(self, units: Array, counts: Array, texts: pa.Array) -> Iterator[tuple[int, Hit]]:
         """Yield the documents of a piece that hold an item: place in the piece, and the first item.
 
-        units, counts: see near_duplicates.pieces. texts: of these documents, in order; more may follow.
+        units, counts: see text_units.pieces. texts: of these documents, in order; more may follow.
         """
         if not self.items:
             return
@@ -164,7 +164,7 @@ class Index:
         found: list[tuple[Array, ...]] = [(np.zeros(0, np.int64),) * 4]
         start = np.zeros(0, np.int64)
         if whole > 0:
-            hashes = near_duplicates.whole_runs(units, SHORTEST)
+            hashes = text_units.whole_runs(units, SHORTEST)
             start = np.flatnonzero(self._table.take(hashes >> self._shift, mode="clip"))
             known = self._first.take(np.searchsorted(self._first, hashes[start]), mode="clip")
             start = start[known == hashes[start]]
@@ -182,10 +182,10 @@ class Index:
 
     def _confirm(self, text: str, candidates: Iterable[tuple[int, ...]]) -> Hit | None:
         """Return the first candidate (item, place in the item, place in the text) that is no accident of the hash."""
-        units, places = near_duplicates.spans(text)
+        units, places = text_units.spans(text)
         for row, there, here in candidates:
             item = self.items[row]
-            if units[here : here + item.run] == near_duplicates.spans(item.text)[0][there : there + item.run]:
+            if units[here : here + item.run] == text_units.spans(item.text)[0][there : there + item.run]:
                 begin, end = places[here][0], places[here + item.run - 1][1]
                 said = text.encode("utf-16-le")[2 * begin : 2 * end].decode("utf-16-le", "ignore")
                 return Hit(item.benchmark, f"{item.place}: {' '.join(said.split())[:EVIDENCE_CHARS]}")
@@ -194,5 +194,5 @@ class Index:
 
 def run_keys(units: Array, starts: Array, run: int) -> Array:
     """Return a hash of the run that begins at each of these units, uint64: of its first SHORTEST units, and of all."""
-    first, whole = (near_duplicates.run_hashes(units, starts, number) for number in (SHORTEST, run))
+    first, whole = (text_units.run_hashes(units, starts, number) for number in (SHORTEST, run))
     return first.astype(np.uint64) << np.uint64(32) | whole

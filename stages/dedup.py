@@ -50,6 +50,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 import decontaminate
 import exclusions
 import near_duplicates
+import text_units
 from decontaminate import Params as BenchmarkParams
 from disk_rows import Buckets, Rows, Texts
 from exclusions import Exclusions
@@ -284,7 +285,7 @@ def all_texts(folders: dict[str, Path], copies: Array) -> Iterator[pa.Array]:
     row = 0
     for folder in folders.values():
         for batch in arrow.batches(folder):
-            texts = near_duplicates.texts_of(batch)
+            texts = text_units.texts_of(batch)
             begin, end = np.searchsorted(copies, [row, row + len(texts)])
             if begin < end:
                 is_copy = np.zeros(len(texts), bool)
@@ -309,7 +310,7 @@ def search(
     hits: dict[int, decontaminate.Hit] = {}
     begin = 0
     for texts in all_texts(folders, copies.rows):
-        for row, units, counts in near_duplicates.pieces(texts):
+        for row, units, counts in text_units.pieces(texts):
             if settings:
                 signatures.append(near_duplicates.sign(units, counts, settings))
             hits |= {begin + row + place: hit for place, hit in index.find(units, counts, texts[row:])}

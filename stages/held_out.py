@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import decontaminate
-import near_duplicates
+import text_units
 from kit import arrow
 from kit.tokenizer import Vocabulary
 
@@ -72,7 +72,7 @@ def train_texts(clean: Path, dedup: Path, sources: list[str]) -> Iterator[pa.Arr
     """Yield the whole texts that were trained on, some at a time."""
     for source in sources:
         for batch in _rows(clean, dedup, source, "train"):
-            yield near_duplicates.texts_of(batch)
+            yield text_units.texts_of(batch)
 
 
 def train_bytes(clean: Path, dedup: Path, sources: list[str], at_most: int) -> bytes:

@@ -4,7 +4,7 @@
     rouge_l("自然人的权利", "自然人享有权利")              ->  0.769231   (of Chinese each character is a unit)
     chrf(chrf_counts("the cat sat", "the cat sat down"))  ->  0.660176
 
-Units are those of near_duplicates: a word is one, and so is each character of a script without spaces; case and
+Units are those of text_units: a word is one, and so is each character of a script without spaces; case and
 punctuation do not count for ROUGE-L. Peers split on everything but a-z and 0-9, so any two Chinese texts score 0.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-import near_duplicates
+import text_units
 
 Array = npt.NDArray[np.float64]
 CHRF_ORDER, CHRF_BETA = 6, 2  # Popovic, "chrF", 2015: runs of 1 to 6 characters, recall twice as important
@@ -34,7 +34,7 @@ def rouge_l(answer: str, expected: str) -> float:
     >>> round(rouge_l("the cat sat", "the cat sat down"), 6)
     0.857143
     """
-    found, wanted = (near_duplicates.spans(text)[0] for text in (answer, expected))
+    found, wanted = (text_units.spans(text)[0] for text in (answer, expected))
     return 2 * _common(found, wanted) / max(len(found) + len(wanted), 1)
 
 

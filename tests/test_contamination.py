@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import near_duplicates
+import text_units
 from contamination import shares
 
 HELD_OUT = "A generator is a function which returns a generator iterator. It looks like a normal one"
@@ -69,5 +69,5 @@ def test_against_a_plain_search(held_out: list[list[str]], train: list[list[str]
 
 
 def test_a_text_longer_than_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "WINDOW", 64)
+    monkeypatch.setattr(text_units, "WINDOW", 64)
     assert of(HELD_OUT, "so it goes " * 20 + TRAIN + " so it goes" * 20) == pytest.approx(15 / 16)

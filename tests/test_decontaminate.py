@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import near_duplicates as nd
+import text_units
 from conftest import write
 from decontaminate import EVIDENCE_CHARS, SHORTEST, Hit, Index, Item, Params, read
 
@@ -23,7 +23,7 @@ CHARACTERS = [chr(0x4E00 + number) for number in range(40)]
 
 def items(*texts: str, run: int = 13) -> list[Item]:
     """Return items as `read` makes them of lines of a file."""
-    units = [len(nd.spans(text)[0]) for text in texts]
+    units = [len(text_units.spans(text)[0]) for text in texts]
     runs = [min(run, count) if count >= SHORTEST else 0 for count in units]
     return [Item("quiz", f"quiz.txt line {n}", text, r) for n, (text, r) in enumerate(zip(texts, runs, strict=True), 1)]
 
@@ -33,14 +33,14 @@ def find(index: Index, texts: list[str]) -> dict[int, Hit]:
     column = pa.array(texts, pa.string())
     return {
         row + place: hit
-        for row, units, counts in nd.pieces(column)
+        for row, units, counts in text_units.pieces(column)
         for place, hit in index.find(units, counts, column[row:])
     }
 
 
 def holds(text: str, item: Item) -> bool:
     """Return whether a text holds an item, the plain way."""
-    there, here = nd.spans(item.text)[0], nd.spans(text)[0]
+    there, here = text_units.spans(item.text)[0], text_units.spans(text)[0]
     runs = {tuple(there[i : i + item.run]) for i in range(len(there) - item.run + 1)}
     return item.run > 0 and any(tuple(here[i : i + item.run]) in runs for i in range(len(here) - item.run + 1))
 
@@ -98,7 +98,7 @@ def test_nothing_reaches_into_the_next_document() -> None:
 
 def test_a_document_longer_than_a_window() -> None:
     rng = random.Random(1)
-    text = " ".join(f"{rng.getrandbits(24):x}" for _ in range(nd.WINDOW // 3))
+    text = " ".join(f"{rng.getrandbits(24):x}" for _ in range(text_units.WINDOW // 3))
     index = Index(items(" ".join(WORDS[:20])))
     assert find(index, ["a", text, "b"]) == {}
     assert list(find(index, ["a", f"{text} {' '.join(WORDS[:20])} {text}", "b"])) == [1]
@@ -106,7 +106,7 @@ def test_a_document_longer_than_a_window() -> None:
 
 def test_an_accident_of_the_hash_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     """All hashes equal: every run is a candidate, and only the true one counts."""
-    monkeypatch.setattr(nd, "_mix", lambda hashes: np.zeros_like(hashes))
+    monkeypatch.setattr(text_units, "mix", lambda hashes: np.zeros_like(hashes))
     index = Index(items(" ".join(WORDS[:15]), " ".join(WORDS[20:35])))
     assert find(index, [" ".join(WORDS[5:25]), " ".join(WORDS[10:20])]) == {}
 

@@ -19,8 +19,8 @@ import clean
 import dedup
 import tiny
 from kit import arrow
-from near_duplicates import spans
 from test_lineage_questions import LOCK, ask
+from text_units import spans
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("l", "n", "r", "s", "", "th")]
 

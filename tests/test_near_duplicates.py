@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 import disk_rows
 import near_duplicates as nd
+import text_units
 
 PARAMS = nd.Params()
 # Every kind of character that is read in a way of its own.
@@ -212,7 +213,7 @@ def plain_signature(text: str | None, k: int) -> list[int]:
     def polynomial(values: list[int]) -> int:
         return mix(sum(value * pow(2891336453, place, 2**32) for place, value in enumerate(values)) % 2**32)
 
-    codes = nd._alphabet()[0].tolist()
+    codes = text_units._alphabet()[0].tolist()
     hashes = []
     for run in runs(text or "", 5):
         hashes.append(polynomial([polynomial([codes[ord(letter)] for letter in unit]) for unit in run]))
@@ -236,10 +237,10 @@ def test_signatures_follow_their_definition(mixed: list[str | None], k: int) -> 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Windows of 96 bytes, so that most documents are longer."""
-    nd._powers.cache_clear()
-    monkeypatch.setattr(nd, "WINDOW", 96)
+    text_units._powers.cache_clear()
+    monkeypatch.setattr(text_units, "WINDOW", 96)
     yield
-    nd._powers.cache_clear()
+    text_units._powers.cache_clear()
 
 
 def test_no_window_shows(mixed: list[str | None], request: pytest.FixtureRequest) -> None:
@@ -362,7 +363,7 @@ def test_wrong_parameters_are_refused(wrong: dict[str, float]) -> None:
 
 def test_signatures_are_frozen(mixed: list[str | None]) -> None:
     """Another value here makes every cached signature and every dropped document another one."""
-    codes, first_alone = nd._alphabet()
+    codes, first_alone = text_units._alphabet()
     assert first_alone == 28392
     assert hashlib.sha256(codes.astype("<u2").tobytes()).hexdigest()[:16] == "9498e0fe07a265ce"
     for k, digest in {64: "6bc41399fa8e6e55", 128: "0358e62c570aa596", 256: "8d3521986648837c"}.items():
@@ -465,11 +466,11 @@ def test_clusters_follow_from_content(picks: list[int], seed: int, shuffle: rand
 @given(st.text(ALPHABET, max_size=40))
 def test_spans_are_the_units(text: str) -> None:
     """As many as by the plain way, in order; each span folds to its unit, and equal units have equal bytes."""
-    names, places = nd.spans(text)
+    names, places = text_units.spans(text)
     expected = units(text)
     assert len(names) == len(places) == len(expected)
     assert len({*zip(names, expected, strict=True)}) == len({*names})
     assert all(a < b <= c for (a, b), (c, _) in itertools.pairwise([*places, (10**6, 0)]))
-    (_, hashes, counts) = next(nd.pieces(pa.array([text])))
+    (_, hashes, counts) = next(text_units.pieces(pa.array([text])))
     assert len(hashes) == counts[0] == len(expected)
     assert len({*zip(hashes.tolist(), names, strict=True)}) == len({*names})
