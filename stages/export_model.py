@@ -77,15 +77,11 @@ def load(folder: Path, **given: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from kit.model import objective
+    from kit.model import objective, without_repacking
 
     auto = AutoModelForMaskedLM if objective(folder) == "mlm" else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.bfloat16, **given).eval()
-    for module in model.modules():
-        # bitsandbytes 0.50 has another way for CPUs with AVX512-BF16: other sums there than on other machines, and an
-        # error where rows are no multiple of a block of 64.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    without_repacking(model)
     return model
 
 

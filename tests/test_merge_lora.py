@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import merge_weights
 import tiny
 from conftest import Runner
-from kit.model import grow
+from kit.model import grow, without_repacking
 from kit.tokenizer import Vocabulary
 from merge_weights import Adapter, merge
 
@@ -191,9 +191,7 @@ def test_a_merge_into_4_bits_restored_computes_what_base_and_adapter_do(
         warnings.simplefilter("ignore")
         settings = transformers.BitsAndBytesConfig(**NF4)
         model = model_class(architecture).from_pretrained(base, dtype=torch.float32, quantization_config=settings)
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # as kit.model.load_model does, and says why
-                module.support_avx512bf16_for_cpu = False
+        without_repacking(model)
         if extra == "added":
             model.resize_token_embeddings(VOCABULARY + ADDED, mean_resizing=False)
         expected = PeftModel.from_pretrained(model, adapter).eval()(input_ids=IDS).logits

@@ -151,11 +151,7 @@ def load_model(
     model = auto.from_pretrained(base, dtype=torch.float32, **options)
     if quantization and not any("bitsandbytes" in type(module).__module__ for module in model.modules()):
         raise SystemExit(f"{base} has no layer that can be quantised; leave `quantization` out.")
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight at its first use in eval mode; from then on
-        # no gradient passes through the layer, so one evaluation would silently cripple the training after it.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    without_repacking(model)
     if tokenizer and (added := new_tokens(base, tokenizer)):
         grow(model, size, added)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -171,6 +167,18 @@ def load_model(
         if end not in known:
             generation.eos_token_id = [end, *known]
     return model
+
+
+def without_repacking(model: Any) -> None:
+    """Let bitsandbytes compute with 4-bit weights as they are stored, on every CPU.
+
+    On CPUs with AVX512-BF16 version 0.50 repacks a weight at its first use in eval mode. From then on no gradient
+    passes through the layer, so one evaluation would silently cripple the training after it; sums are others than on
+    other machines; and rows that are no multiple of a block of 64 are an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_kind(base: Path, config: Any, auto: Any) -> None:
