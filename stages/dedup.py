@@ -182,9 +182,9 @@ def decide(
     ids: Ids,
     copies: Copies,
     params: Params,
-    near: Near | None = None,
-    excluded: frozenset[bytes] = frozenset(),
-    contaminated: Iterable[int] = (),
+    near: Near | None,
+    excluded: frozenset[bytes],
+    contaminated: Iterable[int],
 ) -> Decisions:
     """Return what becomes of each document. excluded: their ids. contaminated: rows, without copies.
 

@@ -208,11 +208,11 @@ def phase_of_lines(project: Path, sources: dict[str, list[str]], run_stage: Runn
     return content
 
 
-def decided(project: Path, run_stage: Runner, source: str) -> list[dict[str, Any]]:
+def decided(project: Path, run_stage: Runner) -> dict[str, list[dict[str, Any]]]:
+    """Run dedup and return the rows of each source."""
     finished = run_stage(project, "dedup", "p")
     assert finished.returncode == 0, finished.stderr
-    rows: list[dict[str, Any]] = arrow.table(project / "data/dedup/p" / source).to_pylist()
-    return rows
+    return {folder.name: arrow.table(folder).to_pylist() for folder in (project / "data/dedup/p").iterdir()}
 
 
 def searched(texts: Any, params: NearParams) -> Near:
@@ -375,7 +375,7 @@ def test_dedup_refuses_another_key_and_goes_on_with_the_right_one(project: Path,
         assert refused.stderr.count("\n") == 1
         assert not (project / "data/dedup/p").exists()
     write(path, key)
-    assert [row["rule"] for row in decided(project, run_stage, "a")].count("excluded") == 1
+    assert [row["rule"] for row in decided(project, run_stage)["a"]].count("excluded") == 1
 
 
 def test_an_excluded_id_that_no_document_has_is_counted(project: Path, run_stage: Runner) -> None:
@@ -433,14 +433,16 @@ def test_the_source_of_higher_priority_keeps_its_documents(project: Path, run_st
     sources = {"c": [near, *OTHERS[:4]], "a": [*OTHERS[4:], LAW], "b": [LAW]}
     content = phase_of_lines(project, sources, run_stage, near_duplicates={})
     dropped = {"b": ("exact_duplicate", "a/4"), "c": ("near_duplicate", "a/4")}
+    rows = decided(project, run_stage)
     for source in "bc":
-        row = decided(project, run_stage, source)[0]
+        row = rows[source][0]
         assert (row["rule"], row["twin"]) == dropped[source]
     content["phases"]["p"]["dedup"]["priority"] = ["c", "b"]
     (project / "params.yaml").write_text(json.dumps(content))
-    assert decided(project, run_stage, "c")[0]["rule"] is None
+    rows = decided(project, run_stage)
+    assert rows["c"][0]["rule"] is None
     for source, place in (("a", 4), ("b", 0)):
-        row = decided(project, run_stage, source)[place]
+        row = rows[source][place]
         assert (row["rule"], row["twin"]) == ("near_duplicate", "c/0")
         assert row["similarity"] < 1
     content["phases"]["p"]["dedup"]["priority"] = ["c", "bb"]
@@ -495,24 +497,24 @@ def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path,
     content = phase_of_lines(
         project, sources, run_stage, near_duplicates={}, decontaminate={"quiz": {"fields": ["question"]}}
     )
-    rows = decided(project, run_stage, "a")
+    found = decided(project, run_stage)
+    rows = found["a"]
     rule, place = "decontaminate:quiz", "data/benchmarks/quiz.jsonl line 1: "
     assert [row["rule"] for row in rows] == [None] * 8 + [rule, None]
     assert (rows[8]["split"], rows[8]["twin"], rows[8]["similarity"]) == ("dropped", None, None)
     assert rows[8]["evidence"] == place + " ".join(words[20:33])[:80]
-    assert [(row["rule"], row["evidence"][: len(place)]) for row in decided(project, run_stage, "b")] == [
-        (rule, place)
-    ] * 2
+    assert [(row["rule"], row["evidence"][: len(place)]) for row in found["b"]] == [(rule, place)] * 2
     (counts,) = json.loads((project / "metrics/runs/dedup@p.json").read_text())["counts"]
     assert (counts["decontaminate:quiz"], counts["items of quiz"], counts["items of quiz too short"]) == (3, 1, 0)
     # Exclusion comes first, and takes the cluster; and without the benchmark the other twin is the duplicate.
     exclude(project, {clean.doc_id(clear)})
-    assert [row["rule"] for row in decided(project, run_stage, "a")[8:]] == ["excluded", "excluded"]
-    assert [row["rule"] for row in decided(project, run_stage, "b")] == ["excluded", rule]
+    found = decided(project, run_stage)
+    assert [row["rule"] for row in found["a"][8:]] == ["excluded", "excluded"]
+    assert [row["rule"] for row in found["b"]] == ["excluded", rule]
     write(project / "data/exclusions.txt", "")
     content["phases"]["p"]["dedup"]["decontaminate"] = {}
     (project / "params.yaml").write_text(json.dumps(content))
-    assert [row["rule"] for row in decided(project, run_stage, "a")[8:]] == [None, "near_duplicate"]
+    assert [row["rule"] for row in decided(project, run_stage)["a"][8:]] == [None, "near_duplicate"]
 
 
 WORDS = [f"w{number}" for number in range(40)]
