@@ -13,19 +13,17 @@ A weight W becomes, as peft 0.21 computes it and to the same bits (product and s
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 
-from kit import arrow
+from kit import arrow, malloc
 from kit.model import new_tokens
 
 PREFIX = "base_model.model."
@@ -426,7 +424,5 @@ def merge(base: Path, trained: Path, folder: Path, quantization: dict[str, Any] 
     `quantization`: of BitsAndBytesConfig; with it the base's weights go through 4 bits first, as in the training.
     Raises ValueError when adapter and base do not fit.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Each tensor goes back to the system when it is written. Left alone, glibc learns to keep them: 46 MB more.
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    malloc.thresholds(mmap=2**20)  # each tensor goes back to the system when it is written: 46 MB less
     return Merge(base, trained, quantization).write(folder)

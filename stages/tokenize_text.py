@@ -15,9 +15,7 @@ gives one of tokens, and what an earlier run has made of the same bytes is taken
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from fast_encoder import FastEncoder
-from kit import arrow, stage
+from kit import arrow, malloc, stage
 from kit.arrow import compute as pc
 from kit.memo import Made, Memo
 from kit.params import Source, read_params
@@ -152,10 +150,7 @@ def give_memory_back() -> None:
     fewer CPU seconds.
     """
     pa.set_memory_pool(pa.system_memory_pool())
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 8 * 2**20)
-        libc.mallopt(m_trim_threshold, 16 * 2**20)
+    malloc.thresholds(mmap=8 * 2**20, trim=16 * 2**20)
 
 
 def main(name: str) -> None:

@@ -7,7 +7,6 @@ evaluation and the marker that says a checkpoint is whole.
 from __future__ import annotations
 
 import csv
-import ctypes
 import json
 import math
 import os
@@ -45,7 +44,7 @@ import optimizers
 import seen_blocks
 from block_order import RECEIPT_BYTES, BlockOrder, block_receipt, step_receipt
 from document_masks import Separated
-from kit import arrow
+from kit import arrow, malloc
 from kit.tokenizer import FILES as TOKENIZER_FILES
 from kit.tokenizer import Vocabulary
 
@@ -64,11 +63,8 @@ Data = Blocks | MaskedBlocks | Separated
 
 def keep_memory() -> None:
     """Let the C library keep what one step frees for the next: giving it back and asking anew costs 5 % of a step."""
-    library = ctypes.CDLL(None)
-    if device().type == "cpu" and hasattr(library, "mallopt"):  # glibc's
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        library.mallopt(m_mmap_threshold, 2**30)
-        library.mallopt(m_trim_threshold, 2**31 - 1)
+    if device().type == "cpu":
+        malloc.thresholds(mmap=2**30, trim=2**31 - 1)
 
 
 def why_not_compiled() -> str | None:
