@@ -31,9 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus import DATA_STAGES, ROOT, chinese, english, project, run_stage, write_jsonl
-
-sys.path.insert(0, str(ROOT / "stages"))
+from corpus import DATA_STAGES, chinese, english, make_tokenizer, project, run_stage, write_jsonl
 
 BLOCK_SIZE = 1024
 ROUNDS = 2
@@ -147,21 +145,10 @@ def same_tokens(folder: Path, theirs: list[str]) -> int:
     return sum(len(chunk.flatten()) for chunk in mine.chunks)
 
 
-def make_tokenizer(folder: Path, documents: Iterator[str]) -> Path:
-    """Train a tokenizer of 16,384 entries and write it as a base carries it."""
-    import train_tokenizer
-
-    folder.mkdir()
-    params = train_tokenizer.Params(mode="train", vocab_size=16_384)
-    train_tokenizer.train(documents, params).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(train_tokenizer.config(params)))
-    return folder
-
-
 def measure(language: str, root: Path, size: int) -> list[str]:
     """Print the costs of both sides for one language; return the budgets that were missed."""
     texts, _, budget = CASES[language]
-    tokenizer = make_tokenizer(root / "tokenizer", texts(4 * 2**20, 99))
+    tokenizer = make_tokenizer(root / "tokenizer", texts(4 * 2**20, 99), 16_384)
     large, small = project(root / "large", tokenizer), project(root / "small", tokenizer)
     for number in range(FILES):
         write_jsonl(large / f"data/raw/text/{number}.jsonl", texts(size // FILES, number))

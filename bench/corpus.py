@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
 DATA_STAGES = ("clean", "dedup", "add_bos_eos", "tokenize_text", "group_blocks")
 PHASE = {
     "base": "models/base",
@@ -101,6 +102,17 @@ def project(folder: Path, tokenizer: Path, record: str = "text", near: bool = Fa
         phase |= {"train_tokenizer": {"mode": "reuse", "chat_template": "default"}}
     content = {"imports": {}, "bases": {}, "exports": {}, "sources": {"text": source}, "phases": {"p": phase}}
     (folder / "params.yaml").write_text(json.dumps(content))
+    return folder
+
+
+def make_tokenizer(folder: Path, documents: Iterator[str], vocab_size: int) -> Path:
+    """Train a tokenizer and write it as a base carries it."""
+    import train_tokenizer
+
+    folder.mkdir()
+    params = train_tokenizer.Params(mode="train", vocab_size=vocab_size)
+    train_tokenizer.train(documents, params).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(train_tokenizer.config(params)))
     return folder
 
 

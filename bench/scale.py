@@ -14,7 +14,6 @@ that the phase reuses: with one trained anew, every token may change.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -22,23 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus import DATA_STAGES, ROOT, Cost, conversations, english, project, run_stage, write_jsonl
-
-sys.path.insert(0, str(ROOT / "stages"))
-
-import train_tokenizer
+from corpus import DATA_STAGES, Cost, conversations, english, make_tokenizer, project, run_stage, write_jsonl
 
 FILE_BYTES = 3 * 2**19
 MEMORY, CHANGE = 1.10, 0.35
-
-
-def make_tokenizer(folder: Path) -> Path:
-    """Train a tokenizer of 8,192 entries and write it as a base carries it."""
-    folder.mkdir()
-    params = train_tokenizer.Params(mode="train", vocab_size=8192)
-    train_tokenizer.train(english(4 * 2**20, 99), params).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(train_tokenizer.config(params)))
-    return folder
 
 
 def corpus(folder: Path, rows: Callable[[int, int], Iterator[Any]], n_bytes: int) -> None:
@@ -103,7 +89,7 @@ def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        tokenizer = make_tokenizer(root / "tokenizer")
+        tokenizer = make_tokenizer(root / "tokenizer", english(4 * 2**20, 99), 8192)
         missed = memory(root, tokenizer, "text", megabytes)
         missed += memory(root, tokenizer, "prompt_completion", megabytes // 2)
         missed += change(root, tokenizer, 10 * megabytes)
