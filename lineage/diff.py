@@ -31,19 +31,24 @@ def cache_folder(root: Path) -> Path:
 
 
 def at_revision(root: Path, revision: str) -> Path:
-    """Return a folder that holds dvc.lock of a commit and links to its cleaned, decided and tokenised data.
+    """Return a folder that holds dvc.lock and params.yaml of a commit and links to its cleaned, decided and tokenised data.
 
     Raises SystemExit when Git does not know the commit or DVC's cache no longer holds its data.
     """
-    command = ["git", "-C", str(root), "show", f"{revision}:./dvc.lock"]
-    shown = subprocess.run(command, capture_output=True, check=False)
-    if shown.returncode:
-        raise SystemExit(f"{revision}: Git has no dvc.lock there ({shown.stderr.decode().strip().splitlines()[-1]}).")
-    folder = root / ".work/lineage/revisions" / hashlib.sha256(shown.stdout).hexdigest()[:32]
+    files = {}
+    for name in ("dvc.lock", "params.yaml"):
+        command = ["git", "-C", str(root), "show", f"{revision}:./{name}"]
+        shown = subprocess.run(command, capture_output=True, check=False)
+        if shown.returncode:
+            raise SystemExit(f"{revision}: Git has no {name} there ({shown.stderr.decode().strip().splitlines()[-1]}).")
+        files[name] = shown.stdout
+    folder = root / ".work/lineage/revisions" / hashlib.sha256(b"".join(files.values())).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dvc.lock").write_bytes(shown.stdout)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     cache = cache_folder(root)
-    for stage in verify.read_lock(folder).values():
+    stages, _ = verify.in_pipeline(folder, verify.read_lock(folder))
+    for stage in stages.values():
         for path, entry in stage.outs.items():
             if not path.startswith(KINDS):
                 continue

@@ -20,7 +20,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from lineage.verify import RECORDS, Digests, Stage, payload_bytes, read_lock
+from lineage.verify import RECORDS, Digests, Stage, in_pipeline, payload_bytes, read_lock
 
 KEY = "TERROIR_SIGNING_KEY"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -96,7 +96,7 @@ def pack(root: Path, target: Path) -> tuple[str, int, bool]:
 
     Raises SystemExit when something that dvc.lock names is not there.
     """
-    lock, key = read_lock(root), signing_key()
+    (lock, _), key = in_pipeline(root, read_lock(root)), signing_key()
     paths = {path for stage in lock.values() for path in (*stage.deps, *stage.outs)}
     missing = sorted(path for path in paths if not (root / path).exists())
     if missing:

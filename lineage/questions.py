@@ -196,7 +196,7 @@ class Lineage:
             )
         self.root, self.cache = root, Cache(root)
         try:
-            self.stages = verify.read_lock(root)
+            self.stages, _ = verify.in_pipeline(root, verify.read_lock(root))
         except verify.Wrong as error:
             raise SystemExit(f"dvc.lock {error}") from None
         by_phase: dict[str, list[Source]] = {}

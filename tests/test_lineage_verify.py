@@ -22,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lineage import verify
 from lineage.erase import exclude
+from lineage.pack import pack
+from lineage.questions import Lineage
 from ruamel.yaml import YAML
 
 import tiny
@@ -558,6 +560,9 @@ def test_what_params_no_longer_names_is_listed_and_not_checked(altered: Path) ->
     }
     with lock.open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump(content, file)
+    (altered / "metrics/runs/clean@gone.json").write_text("{}\n", encoding="utf-8")
     report = verify.verify(altered)
     assert not [one for one in report.findings if one.status == "FAILED"]
     assert any(one.status == "stops" and "clean@gone" in one.detail for one in report.findings)
+    assert "gone" not in {source.name for source in Lineage(altered).sources}
+    pack(altered, altered / "evidence.tar")  # does not ask for data/clean/pretrain/gone
