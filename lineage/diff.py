@@ -31,7 +31,7 @@ def cache_folder(root: Path) -> Path:
 
 
 def at_revision(root: Path, revision: str) -> Path:
-    """Return a folder that holds dvc.lock and params.yaml of a commit and links to its cleaned, decided and tokenised data.
+    """Return a folder with dvc.lock and params.yaml of a commit, and links to its cleaned, decided and tokenised data.
 
     Raises SystemExit when Git does not know the commit or DVC's cache no longer holds its data.
     """

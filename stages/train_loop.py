@@ -421,11 +421,12 @@ def arguments(
         "optim": "adamw_torch_fused" if optim == "muon" else optim,
         "bf16": bf16 and not distributed.sharing(),
         "gradient_accumulation_steps": times,
+        "logging_steps": min(params.logging_steps, steps),  # the curve of a short training has its last step
     }
     ours = {
         "objective", "mlm_probability", "whole_word_mask", "num_train_epochs", "max_steps", "global_batch_size",
         "gradient_checkpointing", "optim", "bf16", "load_best_model_at_end", "early_stopping_patience", "lora",
-        "quantization", "mask_documents", "torch_compile",
+        "quantization", "mask_documents", "torch_compile", "logging_steps",
     }  # fmt: skip
     settings = TrainingArguments(
         output_dir=str(work),

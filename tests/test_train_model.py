@@ -856,6 +856,13 @@ def test_what_cannot_be_compiled_is_said_before_training(
         train_loop.prepare_model(base, tmp_path / "tokenizer", params(torch_compile=True))
 
 
+def test_a_training_shorter_than_logging_steps_has_a_curve(base: Path, tmp_path: Path) -> None:
+    settings = params(max_steps=2, logging_steps=10, save_steps=10)
+    _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
+    assert [row["step"] for row in done.curves["train"]] == [2]
+    train_loop.write_curves(done.curves, tmp_path)
+
+
 def test_the_learning_rate_has_a_plot_of_its_own(tmp_path: Path) -> None:
     row = {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 3.0}
     train_loop.write_curves({"train": [row], "eval": [{"step": 0, "loss": 2.5}]}, tmp_path)
