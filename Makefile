@@ -40,6 +40,8 @@ recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
 	cp recipes/$(NAME).yaml params.yaml
 
 chat: serving  ## make chat PHASE=...: talk to a merged model in the terminal; !help lists commands, !exit ends
+	@test -f models/$(PHASE)/merged/chat_template.jinja || { echo "models/$(PHASE)/merged has no chat template, so it \
+continues text but does not chat: make serve PHASE=$(PHASE), then POST /v1/completions"; exit 1; }
 	@$(SERVE) --log-level error 2>.work/serve.log & server=$$!; trap "kill $$server" EXIT; \
 		until python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:$(PORT)/health")' 2>/dev/null; do \
 		kill -0 $$server 2>/dev/null || { tail -n 3 .work/serve.log; exit 1; }; sleep 1; done; \
@@ -49,8 +51,8 @@ serve: serving  ## make serve PHASE=... PORT=...: an OpenAI-compatible server of
 	$(SERVE)
 
 serving: setup
-	@test -f models/$(PHASE)/merged/config.json || { echo "there is no models/$(PHASE)/merged; run make repro, or name \
-		another phase: $(patsubst models/%/merged,%,$(wildcard models/*/merged))"; exit 1; }
+	@test -f models/$(PHASE)/merged/config.json || { \
+		echo "there is no models/$(PHASE)/merged; run make repro, or name another phase: $(patsubst models/%/merged,%,$(wildcard models/*/merged))"; exit 1; }
 	@mkdir -p .work/hub
 	@python -c 'import fastapi, uvicorn' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check '.[serve]'
 
