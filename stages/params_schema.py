@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -90,7 +90,7 @@ def validate(content: dict[str, Any]) -> Everything:
 
 
 def check_references(everything: Everything) -> None:
-    """Raise SystemExit when one names no phase, a phase has no source, or phases build on each other in a ring."""
+    """Raise SystemExit when one names no phase, a phase has no source or base, or phases build in a ring."""
     phases = everything.phases
     users = [(f"sources.{name}", source.phase) for name, source in everything.sources.items()]
     users += [(f"exports.{name}", export.phase) for name, export in everything.exports.items()]
@@ -129,8 +129,14 @@ def check_references(everything: Everything) -> None:
                 )
             built_on.append(parts[1])
             phase = phases[parts[1]]
+        at_hand = parts[:2] != ("models", "base") or parts[2:3] in [(name,) for name in everything.bases]
+        if not at_hand and not Path(phase.base).exists():
+            raise SystemExit(
+                f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is not there and which `bases` does "
+                f"not bring; {_near(parts[-1], everything.bases, 'bases')}"
+            )
 
 
-def _near(name: str, known: dict[str, Any]) -> str:
+def _near(name: str, known: dict[str, Any], kind: str = "phases") -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"the phases are {', '.join(known) or 'none'}."
+    return f"did you mean `{near[0]}`?" if near else f"the {kind} are {', '.join(known) or 'none'}."

@@ -108,6 +108,8 @@ def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[st
         role, text = message.get(role_key), message.get(text_key)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{here} has the {role_key} {_short(role)}, expected one of {', '.join(ROLES)}")
+        if message.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not to be learned
+            raise ValueError(f"{here} has the weight {_short(message['weight'])}: all answers here are learned alike")
         if isinstance(text, list):  # parts, as OpenAI writes them; pictures and sound have no text
             parts = [part.get("text") if isinstance(part, dict) else part for part in text]
             text = "".join(string_of(part, f"{here} part {at}") for at, part in enumerate(parts, start=1))

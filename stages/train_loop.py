@@ -491,10 +491,8 @@ def train(
         check_form(Path(checkpoint), settings)
         print(f"{name}: going on from step {checkpoint.rsplit('-', 1)[1]}", flush=True)
         receipts.steps = Path(checkpoint, RECEIPTS).read_bytes()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)  # evaluates after the last step, too
     done = trainer.state.global_step
-    if done % params.eval_steps:
-        trainer.evaluate()
     if best:
         step, _ = best_step(trainer.state.log_history)
         notes["best_step"] = step

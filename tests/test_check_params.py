@@ -152,6 +152,11 @@ MISTAKES = {
         "base: models/lwa/merged",
         r"there is no phase `lwa`; did you mean `law`\?",
     ),
+    "a base that nothing brings": (
+        "base: models/configs/llama_small",
+        "base: models/base/bloom",
+        r"phases\.law\.base is models/base/bloom, which is not there and .* does not bring; the bases are none",
+    ),
     "a phase on itself": (
         "base: models/configs/llama_small",
         "base: models/law/merged",

@@ -253,6 +253,7 @@ BAD_ROWS = {
     '{"messages": [{"role": "user", "content": 5}]}': "message 1, `content` is 5, expected a string",
     '{"messages": [{"role": "user", "content": null}]}': "message 1, `content` is null, expected a string",
     '{"messages": [{"role": "user", "content": 5, "tool_calls": [1]}]}': "message 1, `content` is 5, expected a string",
+    '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}': "message 1, has the weight 0: all answers",
     '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "part 1 is null, expected a string",
     '{"messages": [{"role": "user", "content": "\\udc00"}]}': "message 1, `content` holds half of a surrogate pair",
     '{"conversations": []}': "line 1 has no field `messages`; it has conversations",

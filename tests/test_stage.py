@@ -305,6 +305,13 @@ def test_link_to_a_file_and_a_linked_input_are_read(here: Path) -> None:
 
 # --- stages that end badly ---------------------------------------------------------------------------------------
 
+
+def test_an_interrupted_stage_ends_in_a_sentence(place: Path) -> None:
+    assert sentence(shout(place, "raise KeyboardInterrupt")) == (
+        "shout@x: interrupted; nothing was published, and the next run goes on from here.\n"
+    )
+
+
 STOPPED = ["raise RuntimeError('bug')", "raise SystemExit('sentence')", "raise KeyboardInterrupt", "sys.exit(3)"]
 KILLED = [f"(folder / 'half').touch()\n{KILL}", "os.kill(os.getpid(), signal.SIGTERM)", "os._exit(1)"]
 
@@ -440,7 +447,7 @@ def test_full_disk_is_one_sentence(place: Path, error: str) -> None:
     shout(place)
     write(place / "input/a.txt", "ho")
     refused = sentence(shout(place, error))
-    assert refused.startswith("shout@x: no space left on the disk while writing; the previous output is unchanged")
+    assert refused.startswith("shout@x: no space left on the disk while writing; nothing was published")
     assert published(place) == "HI"
     assert leftovers(place) == []
 
@@ -489,7 +496,7 @@ def test_disk_full_while_the_record_is_written(place: Path) -> None:
         "    return write_text(self, *a, **k)\n"
         "Path.write_text = full"
     )
-    assert "the previous output is unchanged" in sentence(shout(place, break_record))
+    assert "nothing was published" in sentence(shout(place, break_record))
     assert published(place) == "HI"
     assert leftovers(place) == []
 

@@ -856,10 +856,14 @@ def test_what_cannot_be_compiled_is_said_before_training(
         train_loop.prepare_model(base, tmp_path / "tokenizer", params(torch_compile=True))
 
 
-def test_a_training_shorter_than_logging_steps_has_a_curve(base: Path, tmp_path: Path) -> None:
+def test_a_training_shorter_than_logging_steps_has_a_curve(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is evaluated once at its end."""
     settings = params(max_steps=2, logging_steps=10, save_steps=10)
     _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
     assert [row["step"] for row in done.curves["train"]] == [2]
+    assert capsys.readouterr().out.count("step 2 of 2, eval loss") == 1
     train_loop.write_curves(done.curves, tmp_path)
 
 

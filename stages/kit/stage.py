@@ -78,10 +78,12 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
     gc.enable()
     try:
         main(sys.argv[1], **given)
+    except KeyboardInterrupt:
+        raise SystemExit(f"{name}: interrupted; nothing was published, and the next run goes on from here.") from None
     except Exception as error:
         if _disk_is_full(error):
             raise SystemExit(
-                f"{name}: no space left on the disk while writing; the previous output is unchanged: "
+                f"{name}: no space left on the disk while writing; nothing was published: "
                 "free some space (`dvc gc --workspace` drops unused cache, .memo may be deleted) and run again."
             ) from None
         if not _is_mistake(error):
