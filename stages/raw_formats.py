@@ -29,7 +29,7 @@ import pyarrow as pa
 
 import byte_formats
 import table_formats
-from raw_params import UNITS, Params, unit
+from raw_params import UNITS, WHOLE, Params, unit
 from raw_records import BLOCK_BYTES, Content, Decompressed, Part, Record, sentence
 
 FORMATS = {
@@ -59,6 +59,8 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
     pattern = re.compile("|".join(r"\{\{" + re.escape(name) + r"\}\}" for name in params.fill))
     try:
         found = TABLES[params.format](path, params) if params.format in UNITS else _tiled(path, params, part)
+        if (params.format, params.sample_by) in WHOLE:
+            found = table_formats.whole(found)
         for record in found:
             end, number = record.end, record.number
             yield _filled(record, pattern, params.fill) if params.fill else record

@@ -20,6 +20,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     }.items()
 }
 UNITS = {"parquet": "row", "arrow": "row", "pdf": "page", "docx": "paragraph"}  # all others: line
+WHOLE = (("pdf", "document"), ("docx", "document"))  # all pages or paragraphs of a file are one record
 # The columns of each kind of row: those that it must have, and those that it may have.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
@@ -37,13 +38,15 @@ class Params(BaseModel):
 
     format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "pdf", "docx", "html"] = Field(
         description="jsonl: one JSON object a line; json: an array of objects, or one; arrow: one file, or a folder of "
-        "`save_to_disk`; pdf: a page is a record; docx: a paragraph or table is; html: the file is, as its visible text"
+        "`save_to_disk`; html: the file is a record, as its visible text; pdf, docx: see sample_by"
     )
     record: Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
         "text", description="what a row is: a text in the column `text`, or a conversation (not text, pdf, docx, html)"
     )
-    sample_by: Literal["document", "line", "separator"] = Field(
-        "document", description="text only: one file is one document, or each line is, or each part from a `separator`"
+    sample_by: Literal["document", "line", "separator"] | None = Field(
+        None,
+        description="document: one file is one record; line, separator: each line is, or each part from a `separator`, "
+        "of format text. When not given: the file; of a pdf each page, of a docx each paragraph or table",
     )
     separator: str | None = Field(
         None,
@@ -67,8 +70,8 @@ class Params(BaseModel):
             raise ValueError(f"format {self.format} has no rows; `record` and `columns` are for formats that have")
         if self.format in ("csv", "tsv") and self.record in ("messages", "sharegpt"):
             raise ValueError(f"a cell of {self.format} is a text, and record {self.record} needs lists; use jsonl")
-        if self.format != "text" and self.sample_by != "document":
-            raise ValueError(f"`sample_by` is for format text only; drop it for format {self.format}")
+        if self.sample_by and self.format != "text" and (self.format, self.sample_by) not in WHOLE:
+            raise ValueError(f"`sample_by: {self.sample_by}` is not for format {self.format}; drop it")
         if (self.separator is None) == (self.sample_by == "separator"):
             raise ValueError("`sample_by: separator` and a `separator` go together; one of them is missing")
         if self.format in UNITS and self.encoding != "utf-8":

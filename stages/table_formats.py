@@ -114,6 +114,16 @@ def read_docx(path: Path, params: Params) -> Iterator[Record]:
             yield Record(None, None, number, text.encode(), text, None)
 
 
+def whole(records: Iterator[Record]) -> Iterator[Record]:
+    """Yield all pages or paragraphs of a file as one record, line after line, or the first one that is an error."""
+    found = list(records)
+    if wrong := [record for record in found if record.error]:
+        yield wrong[0]
+    elif found:
+        text = "\n".join(str(record.content) for record in found)
+        yield Record(None, None, 1, text.encode(), text, None)
+
+
 def _runs(block: Any) -> str:
     """Return the text of a Word paragraph, or of a table's cell with a line for each of its paragraphs."""
     gone = "ancestor::w:moveFrom or ancestor::*[local-name()='Fallback']"  # both stand elsewhere once more

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import raw_formats
+import table_formats
 from kit import arrow
 from raw_formats import records
 from raw_params import SUFFIXES, UNITS, Params, unit
@@ -454,6 +455,18 @@ def test_word_tables_boxes_and_changes() -> None:
     assert contents(found) == ["one", "1\n2\t3\n\t4", "in a control", "", "around box", "a\tnew moved"]
 
 
+def test_a_whole_pdf_or_word_file_is_one_record() -> None:
+    """A page that cannot be read is an error of the whole; a file without any is blank, as it is page by page."""
+    page, torn = Record(None, None, 1, b"a", "a", None), Record(None, None, 2, b"", "", "page 2 cannot be read")
+    assert list(table_formats.whole(iter([page, torn, page]))) == [torn]
+    found = read(docx_bytes(paragraph("one") + "<w:p/>" + paragraph("两")), "docx", sample_by="document")
+    assert found == [Record(None, None, 1, "one\n\n两".encode(), "one\n\n两", None)]
+    assert contents(read(docx_bytes(""), "docx", sample_by="document")) == [""]
+    pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    data = pdf_bytes(["Page one", "Page two"])
+    assert contents(read(data, "pdf", sample_by="document")) == ["Page one\nPage two"]
+
+
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module, package in (
         ("pdf", "pypdf", "pypdf"),
@@ -838,7 +851,8 @@ def test_one_long_line() -> None:
         ({"format": "text", "record": "alpaca"}, "format text has no rows"),
         ({"format": "pdf", "columns": {"text": "a"}}, "format pdf has no rows"),
         ({"format": "csv", "record": "messages"}, "a cell of csv is a text, and record messages needs lists"),
-        ({"format": "jsonl", "sample_by": "line"}, "`sample_by` is for format text only"),
+        ({"format": "jsonl", "sample_by": "line"}, "`sample_by: line` is not for format jsonl"),
+        ({"format": "docx", "sample_by": "line"}, "`sample_by: line` is not for format docx"),
         ({"format": "text", "sample_by": "separator"}, "`sample_by: separator` and a `separator` go together"),
         ({"format": "text", "separator": "^#"}, "`sample_by: separator` and a `separator` go together"),
         ({"format": "text", "sample_by": "separator", "separator": "("}, r"separator \( is not a regular expression"),
