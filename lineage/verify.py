@@ -907,6 +907,7 @@ class Replay:
             elif name == "whitespace":
                 most = "\n" * (int(rule.get("max_blank_lines", 2)) + 1)
                 text = re.sub(most + "\n+", most, "\n".join(line.rstrip(SPACES) for line in text.split("\n")))
+                text = text.strip() if rule.get("strip") else text
             else:
                 text = unicodedata.normalize(name.upper(), text)
         return text

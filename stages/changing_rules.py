@@ -127,6 +127,10 @@ class WhitespaceRule(BaseRule):
 
     rule: Literal["whitespace"] = "whitespace"
     max_blank_lines: int = Field(2, ge=0, description="blank lines in a row that stay")
+    strip: bool = Field(
+        False,
+        description="also all white space at both ends of a text or message, as chat templates with `trim` need it",
+    )
 
     def apply(self, text: str) -> Outcome:
         most = "\n" * (self.max_blank_lines + 1)
@@ -137,9 +141,13 @@ class WhitespaceRule(BaseRule):
         if most + "\n" in new:
             new, runs = re.subn(most + "\n+", most, new)
             changes += runs
+        if self.strip and (inside := new.strip()) != new:
+            new, changes = inside, changes + 1
         return Outcome(new, changes, None)
 
     def is_idle(self, joined: Joined) -> bool:
+        if self.strip:
+            return False
         ends, run = joined.line_ends, self.max_blank_lines + 1
         before = joined.codes[ends - 1]  # of an LF at the very beginning: the one at the end
         return not SPACE_UNITS[before].any() and not (ends[run:] - ends[:-run] == run).any()

@@ -85,7 +85,10 @@ class Marker:
         if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self._render(
             messages
         ):
-            raise ValueError("the chat template changes what the messages say; clean the text instead.")
+            raise ValueError(
+                "the chat template changes what the messages say; clean them before: against `trim`, "
+                "{rule: whitespace, strip: true}."
+            )
         segments = list(self._template_text(own[0], after_answer=False))
         for role, content, text in zip(roles, said, own[1:], strict=True):
             answer = role == "assistant"

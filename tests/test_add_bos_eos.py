@@ -164,7 +164,7 @@ REFUSED = {
     "drops the system turn": (EACH + "{% if not loop.first %}{{ message.content }}{% endif %}" + END, "leaves out"),
     "repeats": (EACH + "{{ message.content + message.content }}" + END, "repeats"),
     "reorders": ("{% for message in messages|reverse %}{{ message.content }}" + END, "reorders"),
-    "trims": (EACH + "{{ message.content | trim }}" + END, "changes what the messages say"),
+    "trims": (EACH + "{{ message.content | trim }}" + END, "against `trim`, {rule: whitespace, strip: true}"),
     "follows the content": (
         EACH + "{% if '4' in message.content %}!{% endif %}{{ message.content }}" + END,
         "changes what the messages say",

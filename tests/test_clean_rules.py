@@ -39,6 +39,7 @@ PARAMS: list[dict[str, Any]] = [
     {"rule": "control_characters"},
     {"rule": "whitespace"},
     {"rule": "whitespace", "max_blank_lines": 0},
+    {"rule": "whitespace", "strip": True},
     {"rule": "full_width"},
     {"rule": "full_width", "punctuation": True},
     {"rule": "boilerplate", "patterns": ["来源：.*"]},
@@ -251,6 +252,8 @@ def test_whitespace_keeps_indents() -> None:
     text = "　　第一条\n    code\n\n\n-  item"
     assert WhitespaceRule().apply(text).text is text
     assert WhitespaceRule().apply("a \u3000\n \n\t\n\n\nb\n\n\n\nc").text == "a\n\n\nb\n\n\nc"
+    assert WhitespaceRule(strip=True).apply("\u2028\n 第一条 \n  b\x1c\n\n").text == "第一条\n  b"
+    assert WhitespaceRule(strip=True).apply("a\n b") == ("a\n b", 0, None)
 
 
 def test_full_width_punctuation() -> None:
