@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from rule_base import WORD_CHARACTER, BaseRule, Outcome, expression, substitute
 
@@ -39,6 +39,13 @@ class ListRule(BaseRule):
     max_count: int = Field(0, ge=0, description="drop: places that a record may have")
     mask: str = Field("***", min_length=1, description="mask: what is put in each place")
     _loaded: list[re.Pattern[str]] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _agree(self) -> ListRule:
+        for key, action in (("max_count", "drop"), ("mask", "mask")):
+            if key in self.model_fields_set and self.action != action:
+                raise ValueError(f"`{key}` is for action {action} and does nothing with {self.action}; remove it")
+        return self
 
     @property
     def _patterns(self) -> list[re.Pattern[str]]:

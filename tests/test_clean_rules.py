@@ -419,6 +419,12 @@ def test_many_bad_words_cost_as_few(folder: Path) -> None:
     assert rule.apply("x 坏 word3999 坏词3999").drop
 
 
+@pytest.mark.parametrize("given", [{"action": "remove", "max_count": 3}, {"action": "drop", "mask": "x"}])
+def test_a_key_of_another_action_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"`\w+` is for action \w+ and does nothing with"):
+        RegularExpressionRule(file="expressions.txt", **given)
+
+
 def test_regular_expression(folder: Path) -> None:
     rule = RegularExpressionRule(file="expressions.txt", action="remove")
     assert rule.apply("## 关于修改条例的决定（国务院令第687号令）") == ("关于修改条例的决定", 2, None)
