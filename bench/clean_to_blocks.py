@@ -4,9 +4,9 @@
     grouping alone                                            150x English, 120x Chinese, with writing, without SHA-256
     bytes of a token on the disk                              2.05 at most
 
-Quiet, they are 24x, 13x, 250x and 210x, less where other programs run; docs/decisions.md says what keeps English from
-the 40x that were planned. For information: the same without clean and dedup, and grouping with SHA-256 (the time of a
-second pass over the same bytes), which the peer does not do.
+Quiet, they are 18x to 24x, 11x to 18x, 230x to 250x and 210x, by how dear new memory is on the machine of the day;
+docs/decisions.md says what keeps English from the 40x that were planned. For information: the same without clean and
+dedup, and grouping with SHA-256 (the time of a second pass over the same bytes), which the peer does not do.
 
 The peer tokenises in batches of 1,000 with the same tokenizer.json and puts BOS and EOS around each document; it cleans
 and deduplicates nothing. Both work in one process, start from the same jsonl files and end with blocks of 1,024 on the

@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # a mistake is one line, not a box
 )
 AsJson = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
+Limit = Annotated[int, typer.Option(min=1, help="at most so many")]
 
 
 def _lineage() -> Any:
     from lineage.questions import Lineage
 
-    return Lineage(Path())
+    lineage = Lineage(Path())
+    if unbuilt := lineage.outdated.unbuilt():
+        names = ", ".join(unbuilt)
+        print(
+            f"nothing is said of what params.yaml names and was never built: {names}; run `dvc repro`", file=sys.stderr
+        )
+    return lineage
 
 
 def _print(answer: Any, as_json: bool) -> None:
@@ -45,15 +53,20 @@ def why(place: Annotated[str, typer.Argument(metavar="FILE:LINE")], as_json: AsJ
     _print(_lineage().why(file, int(number)), as_json)
 
 
-@app.command()
-def block(phase: str, number: int, split: str = "train", as_json: AsJson = False) -> None:
+@app.command(context_settings={"ignore_unknown_options": True})  # -1 is a number, and refused as one
+def block(
+    phase: str,
+    number: Annotated[int, typer.Argument(min=0)],
+    split: Annotated[Literal["train", "eval"], typer.Option()] = "train",
+    as_json: AsJson = False,
+) -> None:
     """What stands in a block, from which file and line, and at which steps was it shown?"""
     _print(_lineage().block(phase, number, split), as_json)
 
 
 @app.command()
 def where(
-    what: Annotated[str, typer.Argument(metavar="ID|FILE|TEXT")], limit: int = 20, as_json: AsJson = False
+    what: Annotated[str, typer.Argument(metavar="ID|FILE|TEXT")], limit: Limit = 20, as_json: AsJson = False
 ) -> None:
     """Which records does a doc_id or raw_id, a raw file, or a part of a text lead to?"""
     _print(_lineage().where(what, limit), as_json)
@@ -72,17 +85,19 @@ def model(phase: str, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def diff(rev1: str, rev2: Annotated[str, typer.Argument()] = "", limit: int = 20, as_json: AsJson = False) -> None:
+def diff(rev1: str, rev2: Annotated[str, typer.Argument()] = "", limit: Limit = 20, as_json: AsJson = False) -> None:
     """Which documents and tokens came in and went out between two commits (REV2: else the workspace)?"""
     from lineage.diff import compare
 
+    if not rev2:
+        _lineage()
     _print(compare(Path(), rev1, rev2 or None, limit), as_json)
 
 
 @app.command()
 def sample(
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    number: Annotated[int, typer.Option("-n")] = 5,
+    number: Annotated[int, typer.Option("-n", min=1)] = 5,
     as_json: AsJson = False,
 ) -> None:
     """An auditor's random sample: raw text beside cleaned text, the same on every machine."""
@@ -94,8 +109,8 @@ def trace(
     text: Annotated[str, typer.Argument(help="a text; `-` reads it from standard input")] = "",
     prompt: Annotated[str, typer.Option(help="trace what the model of --phase writes behind this")] = "",
     phase: Annotated[str, typer.Option(help="only documents that this phase and those before it were made of")] = "",
-    max_new_tokens: int = 100,
-    limit: int = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    limit: Limit = 20,
     as_json: AsJson = False,
 ) -> None:
     """Which runs of 16 words or more (characters of Chinese) of a text stand in the training data, verbatim?"""
@@ -109,8 +124,8 @@ def trace(
     if prompt:
         text = generated(Path(), lineage.phase(phase).name, prompt, max_new_tokens)
     text = sys.stdin.read() if text == "-" else text
-    if not prompt and len(spans(text)[0]) < SHORTEST:
-        raise SystemExit(f"the text has {len(spans(text)[0])} words (characters of Chinese); {SHORTEST} are needed.")
+    if not prompt and (units := len(spans(text)[0])) < SHORTEST:
+        raise SystemExit(f"the text has {_counted(units, 'word')} (characters of Chinese); {SHORTEST} are needed.")
     found = find(lineage, text, phase or None, limit, os.cpu_count() or 1)
     _print({"text": text, "runs": found} if prompt else found, as_json)
     if not found and not as_json:
@@ -122,7 +137,7 @@ def pack(target: Path, as_json: AsJson = False) -> None:
     """Write an evidence pack (tar) that lineage/verify.py accepts without the project."""
     from lineage.pack import pack as write
 
-    digest, files, signed = write(Path(), target)
+    digest, files, signed = write(_lineage().root, target)
     _print({"pack": str(target), "files": files, "signed": signed, "sha256": digest}, as_json)
 
 
@@ -151,14 +166,22 @@ def erase_apply(identity: Identity, as_json: AsJson = False) -> None:
 def erase_prove(
     identity: Identity,
     text: Annotated[
-        Path | None, typer.Option(help="the document's text, where the raw files no longer have it")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="the document's text, where the raw files no longer have it"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Is a document, or a run of 16 words of it, in anything that is kept now? Exit status 1 when it is."""
+    """Is a document, or a run of 16 words of it, in anything that is kept now? Exit status 1 when it is.
+
+    absent: nothing of it is. own_absent: nothing that it alone had; others share what is left.
+    """
     from lineage.erase import prove
 
-    found = prove(_lineage(), identity, text.read_text(encoding="utf-8") if text else None)
+    try:
+        content = text.read_text(encoding="utf-8") if text else None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{text}: byte {error.start} is not UTF-8; save the text as UTF-8.") from None
+    found = prove(_lineage(), identity, content)
     _print(found, as_json)
     raise typer.Exit(not found["absent"])
 
@@ -168,7 +191,9 @@ def verify(
     phase: Annotated[str, typer.Argument()] = "",
     blocks: Annotated[
         int,
-        typer.Option(help="random blocks of each split, and records of each source, to make anew from the raw files"),
+        typer.Option(
+            min=0, help="random blocks of each split, and records of each source, to make anew from the raw files"
+        ),
     ] = 100,
     seed: Annotated[int | None, typer.Option(help="of the random blocks; another one each time if not given")] = None,
     as_json: AsJson = False,
@@ -180,8 +205,10 @@ def verify(
     from lineage import verify as program
 
     report = program.verify(Path(), phase or None)
-    if blocks and not any(finding.status == "FAILED" for finding in report.findings):
-        _replay(report, phase, blocks, secrets.randbelow(2**32) if seed is None else seed)
+    if not report.failed("dvc.lock"):
+        lineage = _lineage()
+        if blocks and not any(finding.status == "FAILED" for finding in report.findings):
+            _replay(lineage, report, phase, blocks, secrets.randbelow(2**32) if seed is None else seed)
     if as_json:
         print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
     else:
@@ -189,18 +216,22 @@ def verify(
     raise typer.Exit(any(finding.status == "FAILED" for finding in report.findings))
 
 
-def _replay(report: Any, phase: str, blocks: int, seed: int) -> None:
+def _replay(lineage: Any, report: Any, phase: str, blocks: int, seed: int) -> None:
     from lineage.replay import records, replay
 
-    lineage = _lineage()
     lineage.sources = [source for source in lineage.sources if phase in ("", source.phase)]
     for one in records(lineage, blocks, seed):
-        made = f"{one['judged']:,} of {one['records']:,} records judged anew by the project's rules (seed {seed})"
+        there = _counted(one["records"], "record")
+        made = f"{one['judged']:,} of {there} judged anew by the project's rules (seed {seed})"
         _told(report, "raw -> ledger", f"data/clean/{one['phase']}/{one['source']}", one["wrong"], made)
     grouped = [name for name in lineage.phases if f"group_blocks@{name}" in lineage.stages and phase in ("", name)]
     for one in replay(lineage, grouped, blocks, seed):
-        made = f"{one['rebuilt']} of {one['blocks']} blocks, by the project's own stages (seed {seed})"
+        made = f"{one['rebuilt']:,} of {_counted(one['blocks'], 'block')}, by the project's own stages (seed {seed})"
         _told(report, "raw -> blocks", f"data/blocks/{one['phase']}/{one['split']}", one["wrong"], made)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _told(report: Any, step: str, path: str, wrong: list[str], made: str) -> None:

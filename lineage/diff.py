@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from lineage import verify
 from lineage.questions import Answer, Lineage, Source
 
 KINDS = ("data/clean/", "data/dedup/", "data/tokens/", "data/blocks/")
@@ -35,6 +34,8 @@ def at_revision(root: Path, revision: str) -> Path:
 
     Raises SystemExit when Git does not know the commit or DVC's cache no longer holds its data.
     """
+    if not revision.strip():
+        raise SystemExit("no commit is named; give one that Git knows, e.g. HEAD~1.")
     files = {}
     for name in ("dvc.lock", "params.yaml"):
         command = ["git", "-C", str(root), "show", f"{revision}:./{name}"]
@@ -47,8 +48,7 @@ def at_revision(root: Path, revision: str) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     cache = cache_folder(root)
-    stages, _ = verify.in_pipeline(folder, verify.read_lock(folder))
-    for stage in stages.values():
+    for stage in Lineage(folder).stages.values():
         for path, entry in stage.outs.items():
             if not path.startswith(KINDS):
                 continue

@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 import exclusions
-from lineage.folders import Folder
+from lineage.folders import Folder, present
 from lineage.questions import Answer, Lineage, Source
-from lineage.trace import Index, content_of, fingerprints, trace
+from lineage.trace import Index, answers, content_of, fingerprints, runs_of
 from lineage.verify import RECORDS
+from text_units import spans
 
 LIMITS = (
     "not reached: the raw file, DVC's cache (`dvc gc`), Git's history, backups, models that were given away; "
@@ -119,6 +120,8 @@ def _cost(lineage: Lineage, phases: set[str]) -> tuple[list[str], float]:
     """Return the stages that must run again, and the seconds that they took the last time."""
     items = {(stage, phase) for phase in phases for stage in (*CLUSTER_STAGES, *MODEL_STAGES)}
     items |= {(stage, s.name) for s in lineage.sources if s.phase in phases for stage in CLUSTER_STAGES}
+    merged = {f"models/{phase}/merged" for phase in phases}
+    items |= {(s.name, s.item) for s in lineage.stages.values() if s.name == "export_model" and merged & s.deps.keys()}
     names = [name for name, stage in lineage.stages.items() if (stage.name, stage.item) in items]
     seconds = 0.0
     for name in names:
@@ -136,7 +139,7 @@ def apply(lineage: Lineage, identity: str) -> Answer:
 
 def exclude(root: Path, ids: set[bytes]) -> Answer:
     """Add ids to data/exclusions.txt; those that stand there stay as they are. The first one makes the key."""
-    path, key_path = root / exclusions.FILE, root / exclusions.KEY
+    path, key_path = present(root, exclusions.FILE), root / exclusions.KEY
     there = exclusions.read(path)
     text = path.read_text(encoding="utf-8-sig")
     if there:
@@ -171,6 +174,10 @@ def exclude(root: Path, ids: set[bytes]) -> Answer:
 def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
     """Return whether a document, or a part of it, is in what is kept now, with what this does not see.
 
+    absent: nothing of it is, down to runs of 16 units. own_absent: nothing is that it alone had; what is left of it are
+    `shared_units` that stand in other kept documents too, as formulas do, and `own_units` stand in none of them. Both
+    need that it is excluded, and that no model is of an older state.
+
     `text`: the document's, needed where its record is no longer in the raw files. Raises SystemExit without it then.
     """
     members = lineage.identified(identity, missing=False)
@@ -182,17 +189,32 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
         text = content_of(*members[0])
     doc_id = members[0][0].decisions.row(members[0][1])["doc_id"] if members else bytes.fromhex(identity)
     kept = [f"{source.phase}: {source.name}/{row}" for source, row in members if _is_kept(source, row)]
-    runs = [run for run in trace(lineage, text) if "dropped" not in run["status"]]
+    holders = runs_of(lineage, text, dropped=False)
+    runs = answers(text, holders, limit=20)
+    shared = np.zeros(len(spans(text)[0]), bool)
+    for (begin, end, _), found in holders.items():
+        shared[begin:end] |= any((span.source, span.row) not in members for span in found)
+    own = int((~shared).sum())
+    older = [f"{name}: {phase.state}" for name, phase in lineage.phases.items() if phase.has_older_model]
+    older += [
+        f"models/exports/{stage.item}: {why}"
+        for name, stage in lineage.stages.items()
+        if stage.name == "export_model" and (why := lineage.outdated.why(name))
+    ]
     most, where = _containment(lineage, text)
-    listed = exclusions.read(lineage.root / exclusions.FILE)
+    listed = exclusions.read(present(lineage.root, exclusions.FILE))
     is_listed = doc_id in listed or any(_raw_id(*one) in listed for one in members)
+    gone = is_listed and not kept and not older
     return {
-        "absent": is_listed and not (kept or runs),
+        "absent": gone and not runs,
+        "own_absent": gone and own > 0,
+        "own_units": own, "shared_units": len(shared) - own,
         "exact": "no kept document has this id" if not kept else f"kept: {', '.join(kept)}",
         "runs": runs,
         "longest_run": max((run["units"] for run in runs), default=0),
         "containment": round(most, 4), "most_like": where or None,
-        "excluded": f"it stands {'' if is_listed else 'not '}in {exclusions.FILE}",
+        "excluded": f"it {'stands' if is_listed else 'does not stand'} in {exclusions.FILE}",
+        "models": f"not rebuilt: {', '.join(older)}" if older else "none is of an older state",
         "limits": LIMITS,
     }  # fmt: skip
 
@@ -215,5 +237,6 @@ def _containment(lineage: Lineage, text: str) -> tuple[float, str]:
             if count / len(own) > best[0] and _is_kept(source, row):
                 # The index keeps a part of each hash.
                 there = np.intersect1d(own, fingerprints(pa.array([content_of(source, row)]))[0])
-                best = max(best, (len(there) / len(own), f"{source.phase}: {source.name}/{row}"))
+                if (share := len(there) / len(own)) > best[0]:
+                    best = share, f"{source.phase}: {source.name}/{row}"
     return best

@@ -29,6 +29,19 @@ Columns = dict[str, Array]
 FORMAT = "2"  # of the indexes; another one is another key
 
 
+def present(root: Path, name: str) -> Path:
+    """Return the path of a file. Raises SystemExit where it is not there."""
+    if not (root / name).is_file():
+        raise SystemExit(f"{name} is not there; run `dvc repro`, or `dvc checkout` to bring it back.")
+    return root / name
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file that holds an object. Raises SystemExit where it is not there."""
+    found: dict[str, Any] = json.loads(present(root, name).read_text(encoding="utf-8"))
+    return found
+
+
 class Cache:
     """Named arrays that depend on some files alone, in .work/lineage."""
 
@@ -59,9 +72,7 @@ class Folder:
     def __init__(self, path: Path, cache: Cache) -> None:
         self.path, self.cache = path, cache
         self.name = path.relative_to(cache.root).as_posix()
-        if not (path / "manifest.json").is_file():
-            raise SystemExit(f"{self.name} is not there; run `dvc repro`, or `dvc checkout` to bring it back.")
-        self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        self.manifest = read_json(cache.root, f"{self.name}/manifest.json")
         self._maps: dict[int, tuple[pa.Buffer, pa.Schema]] = {}
         self._last: tuple[int, pa.RecordBatch] | None = None
         self.batches = self.index("batches", self._batches)
@@ -105,7 +116,7 @@ class Folder:
 
     def _shard(self, number: int) -> tuple[pa.Buffer, pa.Schema]:
         if number not in self._maps:
-            path = self.path / self.manifest["shards"][number]["name"]
+            path = present(self.cache.root, f"{self.name}/{self.manifest['shards'][number]['name']}")
             with path.open("rb") as file:
                 buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             self._maps[number] = buffer, pa.ipc.read_schema(pa.ipc.read_message(buffer))

@@ -10,17 +10,17 @@ In a stream (mode concat) both are sums of lengths, kept for each batch; packed 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from document_turns import times
+from document_turns import nothing_learned, times
 from group_blocks import window_tokens
-from lineage.folders import Array, Cache, Columns, Folder
+from lineage.folders import Array, Cache, Columns, Folder, read_json
 from packing import layout
 
 
@@ -39,17 +39,16 @@ class Layout:
     """The blocks of one split of a phase."""
 
     def __init__(self, root: Path, cache: Cache, phase: str, split: str, tokens: dict[str, Folder]) -> None:
-        folder = root / "data/blocks" / phase
-        path = folder / "grouping.json"
-        self.grouping: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        folder = f"data/blocks/{phase}"
+        self.grouping = read_json(root, f"{folder}/grouping.json")
         self.split, self.tokens, self.sources = split, tokens, sorted(tokens)
         self.size, self.stream = int(self.grouping["block_size"]), self.grouping["mode"] == "concat"
         self.weights = self.grouping["weights"] if split == "train" else {}
-        blocks = json.loads((folder / split / "manifest.json").read_text(encoding="utf-8"))
+        blocks = read_json(root, f"{folder}/{split}/manifest.json")
         self.blocks, self.filled = int(blocks["counts"]["rows"]), int(blocks["counts"]["tokens"])
-        others = [path, *(tokens[source].path / "manifest.json" for source in self.sources)]
+        others = [root / folder / "grouping.json", *(tokens[source].path / "manifest.json" for source in self.sources)]
         build = self._sums if self.stream else self._pieces
-        self.index = cache.get(f"data/blocks/{phase}/{split}/layout", others, build)
+        self.index = cache.get(f"{folder}/{split}/layout", others, build)
 
     def block(self, number: int) -> list[Piece]:
         """Return the pieces of a block in their order. Raises IndexError when there is no such block."""
@@ -117,6 +116,11 @@ class Layout:
         chosen = np.flatnonzero(wanted)
         return chosen + int(self.tokens[source].starts[batch]), np.diff(rows["input_ids"].offsets.to_numpy())[chosen]
 
+    def _unanswered(self, rows: pa.RecordBatch) -> Array:
+        """Return which rows of data/tokens have nothing to learn before the last token of a block."""
+        learn = rows["learn"].flatten().to_numpy(zero_copy_only=False) if "learn" in rows.schema.names else None
+        return nothing_learned(learn, np.diff(rows["input_ids"].offsets.to_numpy()), self.size - 1)
+
     def _turns(self) -> Iterator[tuple[int, int, int, Array, Array]]:
         """Yield turn, source, batch, rows and lengths, in the order in which documents are grouped."""
         turn = 0
@@ -139,8 +143,12 @@ class Layout:
     def _pieces(self) -> Columns:
         rule, mode, most = self.grouping["long_documents"], self.grouping["mode"], window_tokens(self.size)
         of_turn: dict[int, list[tuple[Array, Array]]] = {}
-        for turn, number, _, rows, lengths in self._turns():
-            kept = lengths <= self.size if rule == "drop" else np.ones(len(rows), bool)
+        for turn, number, batch, rows, lengths in self._turns():
+            long = lengths > self.size
+            if rule == "truncate" and long.any():
+                tokens = self.tokens[self.sources[number]]
+                long &= self._unanswered(tokens.batch(batch))[rows - int(tokens.starts[batch])]
+            kept = ~long if rule in ("drop", "truncate") else np.ones(len(rows), bool)
             of_turn.setdefault(turn, []).append((np.int64(number) << 32 | rows[kept], lengths[kept]))
         columns: dict[str, list[Array]] = {name: [] for name in ("key", "from", "length", "block", "place")}
         blocks = 0

@@ -20,7 +20,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from lineage.verify import RECORDS, Digests, Stage, in_pipeline, payload_bytes, read_lock
+from lineage.questions import Lineage
+from lineage.verify import RECORDS, Digests, Stage, payload_bytes
 
 KEY = "TERROIR_SIGNING_KEY"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -94,9 +95,11 @@ def signing_key() -> Any:
 def pack(root: Path, target: Path) -> tuple[str, int, bool]:
     """Write the pack; return its SHA-256, its number of files, and whether it is signed.
 
-    Raises SystemExit when something that dvc.lock names is not there.
+    Raises SystemExit when something that dvc.lock names is not there, or the target cannot be written.
     """
-    (lock, _), key = in_pipeline(root, read_lock(root)), signing_key()
+    lock, key = Lineage(root).stages, signing_key()
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise SystemExit(f"{target} can be no file; name one in a folder that is there, e.g. evidence.tar.")
     paths = {path for stage in lock.values() for path in (*stage.deps, *stage.outs)}
     missing = sorted(path for path in paths if not (root / path).exists())
     if missing:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -26,8 +25,9 @@ import pyarrow.compute as pc
 
 from block_order import RECEIPT_BYTES, BlockOrder
 from lineage import verify
-from lineage.folders import Array, Cache, Chosen, Folder, Ids, Places
+from lineage.folders import Array, Cache, Chosen, Folder, Ids, Places, present, read_json
 from lineage.layout import Layout, Piece
+from lineage.outdated import Outdated
 
 Answer = dict[str, Any]
 MOST = 20  # records of one line
@@ -38,31 +38,33 @@ class Source:
 
     def __init__(self, lineage: Lineage, name: str, phase: str, raw: str, params: dict[str, Any]) -> None:
         self.lineage, self.name, self.phase, self.raw, self.params = lineage, name, phase, raw, params
-        self.home = lineage.root / "data/clean" / phase / name
 
-    def _folder(self, *parts: str) -> Folder:
-        return Folder(self.lineage.root.joinpath("data", *parts), self.lineage.cache)
+    def _folder(self, kind: str, *below: str, made_by: str = "") -> Folder:
+        self.lineage.check(made_by)
+        return Folder(self.lineage.root.joinpath("data", kind, self.phase, self.name, *below), self.lineage.cache)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.home / "source.json").read_text(encoding="utf-8"))
-        return found
+        return read_json(self.lineage.root, f"data/clean/{self.phase}/{self.name}/source.json")
 
     @functools.cached_property
     def ledger(self) -> Folder:
-        return self._folder("clean", self.phase, self.name, "ledger")
+        return self._folder("clean", "ledger")
 
     @functools.cached_property
     def documents(self) -> Folder:
-        return self._folder("clean", self.phase, self.name, "documents")
+        return self._folder("clean", "documents")
 
     @functools.cached_property
     def decisions(self) -> Folder:
-        return self._folder("dedup", self.phase, self.name)
+        return self._folder("dedup", made_by=f"dedup@{self.phase}")
 
     @functools.cached_property
     def tokens(self) -> Folder:
-        return self._folder("tokens", self.phase, self.name)
+        found = self._folder("tokens", made_by=f"tokenize_text@{self.name}")
+        if len(found) != (kept := int(self.kept_documents.before[-1])):
+            raise SystemExit(f"{found.name} has {len(found)} documents of {kept} that dedup kept; run `dvc repro`.")
+        return found
 
     @functools.cached_property
     def places(self) -> Places:
@@ -159,16 +161,38 @@ class Phase:
 
     @functools.cached_property
     def steps(self) -> int:
-        """Steps of the training, as its receipts count them; 0 before it."""
+        """Steps of the training, as its receipts count them; 0 before it, and where it was one on other blocks."""
         path = self.lineage.root / "models" / self.name / "trained/receipts.bin"
-        return path.stat().st_size // RECEIPT_BYTES if path.is_file() else 0
+        return path.stat().st_size // RECEIPT_BYTES if path.is_file() and not self.other_blocks else 0
+
+    @property
+    def other_blocks(self) -> bool:
+        """Whether the training that dvc.lock knows was shown other blocks than those that are there now."""
+        return self.lineage.outdated.read_other(f"train_model@{self.name}", f"data/blocks/{self.name}")
+
+    @functools.cached_property
+    def state(self) -> str | None:
+        """Say why the merged model is not the one that the project as it stands would give; None: it is."""
+        model = f"models/{self.name}/merged"
+        if f"merge_lora@{self.name}" not in self.lineage.stages:
+            return "not made yet; run `dvc repro`"
+        if not (self.lineage.root / model / "config.json").is_file():
+            return "not there; run `dvc repro`, or `dvc checkout` to bring it back"
+        why = self.lineage.outdated.why(f"merge_lora@{self.name}")
+        return f"of an older state: {why}; run `dvc repro`" if why else None
 
     @property
     def batch(self) -> int:
         return int(self.params.get("global_batch_size", 16))
 
+    @property
+    def has_older_model(self) -> bool:
+        """Whether a model is there that is not the one that the project as it stands would give."""
+        return bool(self.state) and (self.lineage.root / "models" / self.name / "merged/config.json").is_file()
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the program)
     def layout(self, split: str) -> Layout:
+        self.lineage.check(f"group_blocks@{self.name}")
         tokens = {source.name: source.tokens for source in self.sources}
         return Layout(self.lineage.root, self.lineage.cache, self.name, split, tokens)
 
@@ -198,7 +222,7 @@ class Lineage:
         try:
             self.stages, _ = verify.in_pipeline(root, verify.read_lock(root))
         except verify.Wrong as error:
-            raise SystemExit(f"dvc.lock {error}") from None
+            raise SystemExit(f"dvc.lock {error}; `git checkout dvc.lock` brings back the last good one.") from None
         by_phase: dict[str, list[Source]] = {}
         for stage in self.stages.values():
             out = next((path for path in stage.outs if path.startswith("data/clean/")), None)
@@ -214,8 +238,17 @@ class Lineage:
 
     def phase(self, name: str) -> Phase:
         if name not in self.phases:
-            raise SystemExit(f"dvc.lock has no phase {name}; it has {', '.join(self.phases) or 'none'}.")
+            raise SystemExit(f"dvc.lock has no phase {name!r}; it has {', '.join(self.phases) or 'none'}.")
         return self.phases[name]
+
+    @functools.cached_property
+    def outdated(self) -> Outdated:
+        return Outdated(self.root, self.stages)
+
+    def check(self, stage: str) -> None:
+        """Raise SystemExit when what a stage wrote belongs to other rows than those that are there now."""
+        if stage in self.stages and (said := self.outdated.others(stage)):
+            raise SystemExit(f"{said}, so that they do not belong together; run `dvc repro`.")
 
     # Records --------------------------------------------------------------------------------------------------------
 
@@ -235,20 +268,27 @@ class Lineage:
             while rows[0] and len(rows) < MOST and _begin(source.ledger.row(rows[0] - 1)) == (name, number):
                 rows.insert(0, rows[0] - 1)
             found += [answer for answer in (self.record(source, one) for one in rows) if answer not in found]
-        if not found:
+        if found:
+            return found
+        if any(True for source, name in self._files(file) for _ in source.places.rows(name)):
             raise SystemExit(f"{file}:{number}: no source has a record there; `where {file}` lists those of the file.")
-        return found
+        raise SystemExit(f"{file} is no raw file of a source; {self._raws()}")
+
+    def _raws(self) -> str:
+        """Return what the sources read, as the end of a sentence."""
+        return f"name a file of {', '.join(sorted({source.raw for source in self.sources}))}."
 
     def _files(self, file: str) -> Iterator[tuple[Source, str]]:
         """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""
         path = file.removeprefix("./")
         for source in self.sources:
+            names = {path: None}
             for whole in (path, f"data/raw/{path}"):
                 if whole == source.raw:
-                    yield source, Path(path).name
+                    names[Path(path).name] = None
                 elif whole.startswith(f"{source.raw}/"):
-                    yield source, whole[len(source.raw) + 1 :]
-            yield source, path
+                    names[whole[len(source.raw) + 1 :]] = None
+            yield from ((source, name) for name in names)
 
     def _last_line(self, source: Source, record: Answer) -> int:
         if (
@@ -318,11 +358,20 @@ class Lineage:
             verdict = "held out"
         elif not blocks:
             verdict = "left out of the blocks"
+        elif phase.other_blocks:
+            verdict = "in the training blocks, not of the model that is there"
         elif not phase.steps:
-            verdict = "in the training blocks, no model yet"
+            made = f"train_model@{phase.name}" in self.stages
+            verdict = f"in the training blocks, {'the model is not there' if made else 'no model yet'}"
         else:
             verdict = "trained" if first is not None else f"not reached in {phase.steps} steps"
-        return {**answer, "verdict": verdict, "blocks": blocks, "models": self._models(source.phase, first)}
+        saw = first is not None or (phase.other_blocks and decision["split"] == "train")
+        return {
+            **answer,
+            "verdict": verdict,
+            "blocks": blocks,
+            "models": self._models(source.phase, first) if saw else [],
+        }
 
     def _twin(self, phase: str, name: str) -> Answer:
         source_name, _, row = name.rpartition("/")
@@ -331,14 +380,19 @@ class Lineage:
         return {"document": name, "file": source.path(document["file"]), source.about["unit"]: document["number"]}
 
     def _models(self, phase: str, first_step: int | None) -> list[Answer]:
-        """Return the models that saw something of a phase from a step on: its own, and those that go on from it."""
-        if first_step is None:
-            return []
-        found: list[Answer] = [{"phase": phase, "model": f"models/{phase}/merged", "first_step": first_step}]
-        for later in self.descendants(phase):
-            base = self.phases[later].base
-            found.append({"phase": later, "model": f"models/{later}/merged", "goes_on_from": base})
+        """Return the models that saw something of a phase from a step on: its own, and those that go on from it.
+
+        Without a step: those of older blocks, of which it is not known whether it was among them.
+        """
+        step = {} if first_step is None else {"first_step": first_step}
+        found: list[Answer] = [{**self._model(phase), **step}]
+        found += [{**self._model(later), "goes_on_from": self.phases[later].base} for later in self.descendants(phase)]
         return found
+
+    def _model(self, phase: str) -> Answer:
+        """Return a model by name, with what is to be said where it is not that of the project as it stands."""
+        state = self.phases[phase].state
+        return {"phase": phase, "model": f"models/{phase}/merged", **({"state": state} if state else {})}
 
     def descendants(self, phase: str) -> list[str]:
         """Return the phases whose base is a model of this one, directly or not."""
@@ -363,6 +417,7 @@ class Lineage:
             "split": split,
             "block": number,
             "steps": steps,
+            **({"model": of.state} if of.other_blocks else {}),
             "pieces": [self._piece(of, p) for p in pieces],
         }
 
@@ -386,7 +441,7 @@ class Lineage:
     def _tokenizer(self, phase: str) -> Any:
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self.root / "models/tokenizers" / phase / "tokenizer.json"))
+        return Tokenizer.from_file(str(present(self.root, f"models/tokenizers/{phase}/tokenizer.json")))
 
     def steps(self, identity: str) -> list[Answer]:
         """Return the training steps that showed a document, in each phase that holds it."""
@@ -406,21 +461,24 @@ class Lineage:
 
     def where(self, what: str, limit: int = 20) -> list[Answer]:
         """Return the records that an id, a raw file, or a text leads to, at most `limit` of them."""
+        if not what.strip():
+            raise SystemExit("nothing to look for; give an id, a raw file of a source, or a part of a text.")
         if re.fullmatch("[0-9a-fA-F]{16,32}", what):
             found = [self.record(source, row) for source, row in self._records(what)]
             if found:
                 return found[:limit]
-        for source, name in self._files(what):
-            rows = list(itertools.islice(source.places.rows(name), limit))
-            if rows:
-                return [self.record(source, row) for row in rows]
-        found = []
+        rows = ((source, row) for source, name in self._files(what) for row in source.places.rows(name))
+        found = [self.record(*one) for one in itertools.islice(rows, limit)]
+        if found:
+            return found
         for source, row in self._holding(what):
             found.append(self.record(source, source.kept_records.row(row)))
             if len(found) == limit:
                 break
         if not found:
-            raise SystemExit(f"{what[:60]!r} is no id, no raw file of a source, and no part of a document.")
+            raise SystemExit(
+                f"{what[:60]!r} is no id, no part of a document, and no raw file of a source; {self._raws()}"
+            )
         return found
 
     def _records(self, identity: str) -> Iterator[tuple[Source, int]]:
@@ -470,21 +528,25 @@ class Lineage:
     def model(self, phase: str) -> Answer:
         """Return everything that went into a model, down to where knowledge ends: the lineage horizon."""
         chain, name = [], self.phase(phase).name
+        if f"train_model@{phase}" not in self.stages:
+            raise SystemExit(f"phase {phase} has no model yet: dvc.lock has no train_model@{phase}; run `dvc repro`.")
         horizon: Answer = {}
         while True:
             of = self.phases[name]
             chain.append(self._training(of))
             parts = Path(of.base or "").parts
-            if parts[:1] == ("models",) and len(parts) == 3 and parts[1] in self.phases:
+            if parts[:1] == ("models",) and len(parts) == 3 and f"train_model@{parts[1]}" in self.stages:
                 name = parts[1]
                 continue
             weights = bool(of.base) and any((self.root / str(of.base)).glob("*.safetensors"))
             said = "its publisher's word: what it was trained on is not known here" if weights else "random weights"
             horizon = {"base": of.base, "horizon": said}
             break
-        return {"phase": phase, "model": f"models/{phase}/merged", "trainings": chain, **horizon}
+        return {**self._model(phase), "trainings": chain, **horizon}
 
     def _training(self, of: Phase) -> Answer:
+        self.check(f"train_model@{of.name}")
+        present(self.root, f"models/{of.name}/trained/receipts.bin")
         sources = []
         layout = of.layout("train")
         for source in of.sources:

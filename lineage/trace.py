@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -230,36 +231,52 @@ def matches(text: list[bytes], document: list[bytes]) -> Iterator[tuple[int, int
             yield begin, begin + length, at
 
 
+Runs = dict[tuple[int, int, str], list[Span]]  # begin and end in the text, split of the documents
+
+
 def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20, workers: int = 1) -> list[Answer]:
     """Return the runs of a text that stand in documents, the longest first; see the top of this file.
 
     `phase`: only the documents of this phase and of those it goes on from. A run that lies within a longer one is left
     out, but for one that was trained on within one that was dropped. A text of fewer than SHORTEST units has no run.
     """
-    units, places = spans(text)
+    return answers(text, runs_of(lineage, text, phase, workers), limit)
+
+
+def runs_of(lineage: Lineage, text: str, phase: str | None = None, workers: int = 1, dropped: bool = True) -> Runs:
+    """Return all runs of a text with the documents that hold them; `dropped`: also those that dedup dropped."""
+    units = spans(text)[0]
     if len(units) < SHORTEST:
-        return []
+        return {}
     hashes = np.unique(whole_runs(unit_hashes(text), RUN))
     found: list[tuple[int, Source, int]] = []
     for source in lineage.sources if phase is None else _sources(lineage, phase):
         found += [(count, source, row) for row, count in Index(source, workers).candidates(hashes)]
     found.sort(key=lambda one: (-one[0], one[1].phase, one[1].name, one[2]))
-    runs: dict[tuple[int, int, str], list[Span]] = defaultdict(list)
-    for _, source, row in found[:CANDIDATES]:
-        document = source.decisions.row(row)
-        content = content_of(source, row)
-        for begin, end, start in matches(units, spans(content)[0]):
-            runs[begin, end, document["split"]].append(Span(begin, end, start, source, row))
+    splits = ((source, row, source.decisions.row(row)["split"]) for _, source, row in found)
+    wanted = (one for one in splits if dropped or one[2] != "dropped")
+    runs: Runs = defaultdict(list)
+    for source, row, split in itertools.islice(wanted, CANDIDATES):
+        for begin, end, start in matches(units, spans(content_of(source, row))[0]):
+            runs[begin, end, split].append(Span(begin, end, start, source, row))
+    return runs
+
+
+def answers(text: str, runs: Runs, limit: int) -> list[Answer]:
+    """Return the longest runs, without those that lie within one that says as much."""
+    places = spans(text)[1]
     chosen = sorted(runs, key=lambda key: (key[0] - key[1], key[0], {"train": 0, "eval": 1}.get(key[2], 2)))
-    answers: list[Answer] = []
+    found: list[Answer] = []
     taken: list[tuple[int, int, str]] = []
     for begin, end, split in chosen:
         better = {"train": ("train",), "eval": ("train", "eval"), "dropped": ("train", "eval", "dropped")}[split]
         if any(a <= begin and end <= b and other in better for a, b, other in taken):
             continue
         taken.append((begin, end, split))
-        answers.append(_answer(text, places, runs[begin, end, split], split))
-    return answers[:limit]
+        found.append(_answer(text, places, runs[begin, end, split], split))
+        if len(found) == limit:
+            break
+    return found
 
 
 _index = functools.lru_cache(maxsize=64)(Index)  # of a source, which is as long-lived as the question

@@ -769,9 +769,9 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
 NAMES = {
     "text": ("text",),
     "alpaca": ("instruction", "input", "output", "system", "history"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations", "system"),
-    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "prompt_completion": ("prompt", "completion", "tools"),
 }
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
 
@@ -783,7 +783,10 @@ def _table_rows(path: Path, source: Source) -> Iterator[bytes]:
     for batch in _table_batches(path, source.about["format"]):
         chosen = batch.select([name for name in wanted if name in batch.schema.names])
         for row in _rows(iter([chosen])):
-            yield CANONICAL(row).encode("utf-8", "surrogatepass")
+            named = {
+                name: value for name, value in row.items() if value is not None or name != columns.get("tools", "tools")
+            }
+            yield CANONICAL(named).encode("utf-8", "surrogatepass")
 
 
 def _table_batches(path: Path, kind: str) -> Iterator[pa.RecordBatch]:
@@ -831,7 +834,10 @@ class Replay:
             if document[name] != row[name]:
                 raise Wrong(f"{where}: the document in its place has another {name}")
         content = document["text"] if "text" in document else document["messages"]
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
+        if isinstance(content, str):
+            text = content
+        else:
+            text = CANONICAL([{"role": turn["role"], "content": turn["content"]} for turn in content])
         if hashlib.sha256(text.encode("utf-8")).digest()[:16] != document["doc_id"]:
             raise Wrong(f"{where}: the document's text is not the one that its doc_id names")
         parts = [content] if isinstance(content, str) else [message["content"] for message in content]
@@ -884,13 +890,16 @@ class Replay:
 
         if self.record == "text":
             return [field("text")]
+        if self.record != "alpaca" and field("tools") not in (None, "", "[]", []):
+            return None
         if self.record == "alpaca" and not field("history"):
             question = f"{field('instruction')}\n{field('input') or ''}".strip()
             return [*([field("system")] if field("system") else []), question, field("output")]
         if self.record == "prompt_completion" and isinstance(field("prompt"), str):
             return [field("prompt"), field("completion")]
         turns, key = (field("messages"), "content") if self.record == "messages" else (field("conversations"), "value")
-        if not isinstance(turns, list) or not all(turn.keys() <= {"role", "from", key} for turn in turns):
+        known = {"role", "from", key, "weight", "loss"}
+        if not isinstance(turns, list) or any(turn[name] is not None for turn in turns for name in turn.keys() - known):
             return None
         system = [field("system")] if self.record == "sharegpt" and field("system") else []
         texts = [*system, *(turn[key] for turn in turns)]
@@ -947,7 +956,7 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
         ledger = _rows(project.batches(source.folder("ledger"), ["raw_id", "rule"]))
         records = (row["raw_id"] for row in ledger if row["rule"] is None)
         for number, row in enumerate(_rows(project.batches(folder))):
-            document, raw_id = next(documents, None), next(records, b"")
+            document, raw_id = next(documents, None), next(records, b"") if excluded else b""
             where = f"{source.name}/{number}"
             if document is None or document["doc_id"] != row["doc_id"]:
                 raise Wrong(f"{where} decides about another document than the one that stands there")
@@ -1122,7 +1131,8 @@ def _same_text(
             if found < 0:
                 raise Wrong(f"{where} lacks the words of {message['role']}")
             at = found + len(message["content"])
-        answers = "".join(m["content"] for m in document["messages"] if m["role"] == "assistant")
+        said = (message for message in document["messages"] if message["role"] == "assistant")
+        answers = "".join(message["content"] for message in said if message.get("learn") is not False)
         if "".join(segment["text"] for segment in plain if segment["learn"]) != answers:
             raise Wrong(f"{where} learns other words than those of the assistant")
 
@@ -1257,7 +1267,10 @@ def _packed(
         length = 0
         for some in documents:
             for one in some:
-                if rule == "drop" and len(one.ids) > size:
+                long = len(one.ids) > size
+                if long and (
+                    rule == "drop" or (rule == "truncate" and not pc.any(one.learn.slice(0, size - 1)).as_py())
+                ):
                     continue
                 if window and window[0].turn != one.turn:
                     yield window

@@ -114,12 +114,19 @@ class Work(NamedTuple):
 
 
 def identities(documents: Path) -> tuple[list[tuple[Path, int, str]], str]:
-    """Return path, rows and digest of the doc_ids of each shard of documents that has rows, and a digest of all ids."""
+    """Return path, rows and digest of the content of each shard of documents that has rows, and a digest of all ids.
+
+    The content is what the doc_ids name and, of messages, which are not to be learned.
+    """
     found, total = [], hashlib.sha256()
+    columns = [name for name in ("doc_id", "messages") if name in arrow.manifest(documents)["schema"]]
     for path in arrow.shard_paths(documents):
         own, rows = hashlib.sha256(), 0
-        for batch in arrow.shard_batches(path, ["doc_id"]):
+        for batch in arrow.shard_batches(path, columns):
             own.update(row_bytes(batch["doc_id"]))
+            if "messages" in columns:
+                learn = pc.struct_field(batch["messages"].flatten(), "learn").fill_null(True)
+                own.update(learn.to_numpy(zero_copy_only=False).tobytes())
             total.update(row_bytes(batch["doc_id"]))
             rows += batch.num_rows
         if rows:

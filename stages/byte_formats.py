@@ -52,7 +52,12 @@ def read_jsonl(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]
 
     def parse(text: str, line: int) -> Content:
         text = text.rstrip("\r\n")
-        return "" if not text or text.isspace() else content_of(decoder.only(text, 0, line), params, f"line {line}")
+        if not text or text.isspace():
+            return ""
+        row = decoder.only(text, 0, line)
+        if line == 1 and text.strip() == "[":
+            raise ValueError("line 1 begins an array, which `format: json` reads")
+        return content_of(row, params, f"line {line}")
 
     for start, line, raw in lines_of(source, codec):
         yield record_of(raw, codec, start, line, parse)
@@ -181,6 +186,7 @@ def read_csv(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
                 columns_of(params, header)
             except ValueError as error:
                 problem = str(error).replace("it", "the header", 1)
+                problem = problem if header else "the first line is blank, where the names of the columns are expected"
             continue
         flaw = problem
         if not flaw and len(fields) != len(header):

@@ -18,6 +18,7 @@ from kit import arrow
 from kit.tokenizer import Vocabulary
 
 ROLES = ("system", "user", "assistant", "tool")
+THOUGHT = "<think>\n{}\n</think>\n\n"  # before an answer, as `clean` writes it and Qwen3's template prints it
 
 
 class Segment(NamedTuple):
@@ -39,7 +40,7 @@ class Marker:
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)))
-        self._skeletons: dict[tuple[str, ...], list[str]] = {}
+        self._skeletons: dict[tuple[tuple[str, bool], ...], list[str]] = {}
         self._template = None
         if (template := chat_template(tokenizer)) is not None:
             from jinja2 import TemplateError, nodes  # 22 ms that a source of plain text does not wait for
@@ -70,44 +71,67 @@ class Marker:
         ends = [Segment(self.bos, True, True)] if self.bos else []
         return [*ends, Segment(text, False, True), Segment(self.eos, True, True)]
 
-    def conversation(self, messages: list[dict[str, str]]) -> list[Segment]:
+    def conversation(self, messages: list[dict[str, Any]]) -> list[Segment]:
         """Return the rendered conversation; what the assistant says, and the token that ends it, is learned.
 
-        Each content is rendered as a stand-in and put back afterwards, so no content can change the template's course
-        or be taken for a special token. Raises ValueError when the template does not use each content just once, in
-        order and unchanged, or does not end an answer with a special token.
+        Of messages whose `learn` is False nothing is. Each content is rendered as a stand-in and put back afterwards,
+        so no content can change the template's course or be taken for a special token; of a thought before an answer
+        the tags stay, for some templates look for them. Raises ValueError when the template does not use each content
+        just once, in order and unchanged, or does not end an answer with a special token.
         """
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._skeleton(roles)
-        own = self._skeletons[roles]
+        # A template sees what it would see of a chat: not what is learned.
+        shown = [{"role": message["role"], "content": message["content"]} for message in messages]
+        shape = tuple((message["role"], _has_thought(message)) for message in shown)
+        if shape not in self._skeletons:
+            self._skeletons[shape] = self._skeleton(shape)
+        own = self._skeletons[shape]
         said = [message["content"] for message in messages]
         if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self._render(
-            messages
+            shown
         ):
             raise ValueError(
                 "the chat template changes what the messages say; clean them before: against `trim`, "
-                "{rule: whitespace, strip: true}."
+                "{rule: whitespace, strip: true}; a thought is <think>, line break, thought, line break, </think>, "
+                "empty line."
             )
         segments = list(self._template_text(own[0], after_answer=False))
-        for role, content, text in zip(roles, said, own[1:], strict=True):
-            answer = role == "assistant"
-            segments.append(Segment(content, False, answer))
-            segments += self._template_text(text, answer)
+        for message, text in zip(messages, own[1:], strict=True):
+            answer = message["role"] == "assistant"
+            learn = answer and message.get("learn") is not False
+            segments.append(Segment(message["content"], False, learn))
+            segments += self._template_text(text, answer, learn)
         return merged(segments)
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[str]:
-        """Return the template's own text before, between and after the contents of messages of these roles."""
+    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[str]:
+        """Return the template's own text before, between and after the contents of messages.
+
+        shape: of each message its role, and whether it begins with a thought.
+        """
         if self._template is None:
             raise ValueError(
                 f"{self.folder} has no chat template but the source holds conversations; "
                 "set chat_template in the phase's train_tokenizer."
             )
-        if unknown := [role for role in roles if role not in ROLES]:
+        if unknown := [role for role, _ in shape if role not in ROLES]:
             raise ValueError(f"a message has the role {unknown[0]!r}; known roles: {', '.join(ROLES)}.")
-        hidden = [{"role": role, "content": f"\ue000{place}\ue001"} for place, role in enumerate(roles)]
-        pieces = re.split("\ue000(\\d+)\ue001", self._render(hidden))
-        if pieces[1::2] != [str(place) for place in range(len(roles))]:
+        stand_ins = [f"\ue000{place}\ue001" for place in range(len(shape))]
+        contents = [
+            f"{THOUGHT.format(text)}{text}" if thinks else text
+            for text, (_, thinks) in zip(stand_ins, shape, strict=True)
+        ]
+        rendered = self._render(
+            [{"role": role, "content": content} for content, (role, _) in zip(contents, shape, strict=True)]
+        )
+        for number, (text, content) in enumerate(zip(stand_ins, contents, strict=True), start=1):
+            if text != content and content not in rendered:
+                raise ValueError(
+                    f"the chat template does not print the thought of message {number} as it stands there; many "
+                    "leave out thoughts before the last question: leave out all with `columns: {reasoning_content: "
+                    "null}`, or cut the conversations behind their first answer."
+                )
+            rendered = rendered.replace(content, text, 1)
+        pieces = re.split("\ue000(\\d+)\ue001", rendered)
+        if pieces[1::2] != [str(place) for place in range(len(shape))]:
             raise ValueError("the chat template leaves out, repeats or reorders messages; no loss mask can be exact.")
         return pieces[::2]
 
@@ -121,7 +145,7 @@ class Marker:
         except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(f"the chat template refuses a conversation: {error}.") from None
 
-    def _template_text(self, text: str, after_answer: bool) -> Iterator[Segment]:
+    def _template_text(self, text: str, after_answer: bool, learn: bool = False) -> Iterator[Segment]:
         """Yield the template's own text cut at special tokens; the first one after an answer ends it."""
         if after_answer and not self._specials.match(text):
             raise ValueError(
@@ -131,7 +155,7 @@ class Marker:
         for match in self._specials.finditer(text):
             if match.start() > position:
                 yield Segment(text[position : match.start()], False, False)
-            yield Segment(match.group(), True, after_answer and match.start() == 0)
+            yield Segment(match.group(), True, learn and match.start() == 0)
             position = match.end()
         if position < len(text):
             yield Segment(text[position:], False, False)
@@ -161,6 +185,12 @@ def chat_template(tokenizer: Path) -> str | None:
             "write the one that counts into chat_template.jinja, or set chat_template in the phase's train_tokenizer."
         )
     return str(named["default"])
+
+
+def _has_thought(message: dict[str, str]) -> bool:
+    begin, end = THOUGHT.split("{}")
+    said = message["content"]
+    return message["role"] == "assistant" and said.startswith(begin) and end in said[len(begin) :]
 
 
 def merged(segments: list[Segment]) -> list[Segment]:

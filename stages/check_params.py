@@ -19,9 +19,11 @@ from typing import Any
 
 import pydantic
 
-from kit import params, stage
+from kit import params
+from kit.digests import WORK
+from kit.stage_code import STAGES
 
-CHECKED = stage.WORK / "checked"  # says which params.yaml was last found in order, and by which code
+CHECKED = WORK / "checked"  # says which params.yaml was last found in order, and by which code
 
 
 def check() -> None:
@@ -40,9 +42,9 @@ def check() -> None:
 def _state() -> str:
     """Return the SHA-256 of all that decides whether params.yaml is in order: its bytes, the code, the library."""
     digest = hashlib.sha256(f"{sys.version} pydantic {pydantic.VERSION}".encode())
-    for path in [params.PARAMS, *sorted(stage.STAGES.rglob("*.py"))]:
+    for path in [params.PARAMS, *sorted(STAGES.rglob("*.py"))]:
         content = path.read_bytes()
-        digest.update(f"\n{path.relative_to(stage.STAGES) if path.is_absolute() else path} {len(content)}\n".encode())
+        digest.update(f"\n{path.relative_to(STAGES) if path.is_absolute() else path} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 
@@ -62,6 +64,17 @@ def check_leftovers(content: dict[str, Any]) -> None:
         raise SystemExit(f"{gone[0]} belongs to no phase in params.yaml; {_remove(gone)}")
 
 
+def check_raw(content: dict[str, Any]) -> None:
+    """Raise SystemExit when the raw files of a source are not there and no import writes them: DVC names no source."""
+    written = {Path("data/raw", f"{name}_{kind}") for name in content["imports"] for kind in ("reference", "qa")}
+    for name, source in content["sources"].items():
+        path = Path(source["path"])
+        if not (path.exists() or path in written):
+            tracked = path.with_name(f"{path.name}.dvc").is_file()
+            how = "run `dvc pull`" if tracked else "put the files there, correct the path, or remove the source"
+            raise SystemExit(f"sources.{name}.path: {path} does not exist; {how}.")
+
+
 def _is_output(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
@@ -75,4 +88,5 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         raise SystemExit(print(__doc__))
     check()
+    check_raw(params.load())  # not in `check`: a stage that works on what is cached needs no raw files
     print("params.yaml: in order")

@@ -12,9 +12,9 @@ Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x8
     ledger:    those two with rule null, the first with changes "nfc 1"; bytes 8-9, line 2 with rule `empty`
 
 What a record is in each format, and its place, says raw_formats.py; what is done to it, clean_rules.py. A conversation
-becomes messages with role and content. Work goes by shards of about 4 MB, each a file of `documents`, that .memo/
-remembers, so a new file costs its own shard; a csv, json, html, PDF, Word, Parquet or compressed file is never cut, and
-one of more than 32 MB is read as a stream and not remembered.
+becomes messages (raw_rows.py); one without an answer to learn is dropped by `no_answer`. Work goes by shards of about 4
+MB, each a file of `documents`, that .memo/ remembers, so a new file costs its own shard; a csv, json, html, PDF, Word,
+Parquet or compressed file is never cut, and one of more than 32 MB is read as a stream and not remembered.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ PLACE = [
     pa.field("end", pa.int64()),  # record is a row, page or paragraph
     pa.field("number", pa.int32()),  # 1-based, of the line on which it starts, or of the row, page, paragraph
 ]
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# learn: false is an answer that is not to be learned; null says that the role decides.
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("learn", pa.bool_())]))
 TEXT_DOCUMENTS = pa.schema([pa.field("doc_id", pa.binary(16)), *PLACE, pa.field("text", pa.string())])
 CHAT_DOCUMENTS = pa.schema([pa.field("doc_id", pa.binary(16)), *PLACE, pa.field("messages", MESSAGES)])
 LEDGER_ROWS = 4096  # in a batch, each with dictionaries of its own
@@ -154,6 +155,8 @@ def doc_id(content: raw_records.Content) -> bytes:
 def _in_bytes(content: raw_records.Content) -> bytes:
     """Return a text in UTF-8; messages as json.dumps writes them with sorted keys, not escaped, in a tenth of its time.
 
+    Not what is learned of them: the same words are one document, on one side of the split, excluded together.
+
     >>> _in_bytes([{"role": "user", "content": "说\\n"}]).decode()
     '[{"content": "说\\\\n", "role": "user"}]'
     """
@@ -168,8 +171,11 @@ def judge(
 ) -> tuple[Any, dict[str, int], tuple[str, str] | None]:
     """Return the cleaned content or None, the changes by rule, and the rule and evidence when it is dropped.
 
-    Whatever the rules are, nothing blank is kept: neither an empty text nor a message without words. `idle`: see
-    `clean_rules.idle_rules`.
+    Whatever the rules are, nothing blank is kept, neither an empty text nor a message without words, and no
+    conversation of which nothing is learned. `idle`: see `clean_rules.idle_rules`.
+
+    >>> judge([{"role": "user", "content": "Why?"}], Params(format="jsonl", license="unknown", rules=[]))[2]
+    ('no_answer', 'the assistant says nothing that is learned')
     """
     new: Any
     if isinstance(content, str):
@@ -180,7 +186,13 @@ def judge(
         blank = any(_is_blank(message["content"]) for message in content)
         new, changes, drop = clean_rules.apply_to_messages(content, params.rules, () if blank else idle)
         blank = blank and drop is None
+        if not (blank or drop or any(_is_learned(message) for message in content)):
+            return None, changes, ("no_answer", "the assistant says nothing that is learned")
     return (None, changes, ("empty", "nothing but white space")) if blank else (new, changes, drop)
+
+
+def _is_learned(message: raw_records.Message) -> bool:
+    return message["role"] == "assistant" and message.get("learn") is not False
 
 
 def _is_blank(text: str) -> bool:
@@ -345,10 +357,7 @@ def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
 
 
 def streamed(work: Work, ledger: Callable[[pa.RecordBatch], None]) -> Iterator[pa.Table]:
-    """Yield the documents of a file that is too large to be one result, a shard at a time, cut by content.
-
-    ledger: is given the records.
-    """
+    """Yield the documents of a file that is too large to be one result, cut by content; `ledger` takes the records."""
     waiting: list[pa.Table] = []
 
     def cut() -> list[pa.Table]:

@@ -30,6 +30,7 @@ from dropping_rules import LengthRule, RepeatedLinesRule, RepeatedNgramsRule, Re
 from language_rule import LanguageRule
 from list_rules import BadWordsRule, ListRule, RegularExpressionRule
 from pii_rule import PiiRule
+from raw_records import Message
 from rule_base import BaseRule, Joined
 
 RULES: dict[str, type[BaseRule]] = {
@@ -81,7 +82,7 @@ def parse(rule: Any) -> BaseRule:
 
 Rule = Annotated[SerializeAsAny[BaseRule], PlainValidator(parse)]
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Message]
 
 
 def apply_rules(
@@ -110,7 +111,7 @@ def apply_rules(
 
 def apply_to_messages(
     messages: Messages, rules: Sequence[Rule], idle: Collection[int] = ()
-) -> tuple[list[dict[str, str]] | None, dict[str, int], tuple[str, str] | None]:
+) -> tuple[list[Message] | None, dict[str, int], tuple[str, str] | None]:
     """Return what `apply_rules` does for a conversation: each content is changed, all contents joined are judged.
 
     A message that a rule leaves empty drops the conversation: an answer without its question teaches nothing.

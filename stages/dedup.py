@@ -1,6 +1,6 @@
 """Decide for each document of a phase: train, eval, or dropped as a duplicate with its twin named.
 
-Reads:  data/clean/PHASE/*/documents, data/exclusions.txt, data/benchmarks
+Reads:  data/clean/PHASE/*/documents, data/benchmarks, data/exclusions.txt (and, with entries there, the ledgers)
 Writes: data/dedup/PHASE/SOURCE   one row per row of that source's documents, in the same order
 Params: phases.PHASE.dedup
 
@@ -12,12 +12,13 @@ Example, sources a and b of one phase:
 
 A document is dropped by the first of these rules that holds:
 
-    excluded            it, or one in its cluster of near duplicates, stands in data/exclusions.txt, which
-                        stages/exclusions.py reads: no twin takes its place
+    excluded            it, its raw record, or a document in its cluster of near duplicates stands in
+                        data/exclusions.txt (stages/exclusions.py): no twin takes its place
     decontaminate:NAME  its text holds an item of the benchmark NAME (stages/decontaminate.py); a near twin without may
                         stay
-    exact_duplicate     an earlier document, which is kept, has equal content
-    near_duplicate      an earlier document, which is kept, shares most of its runs of words (stages/near_duplicates.py)
+    exact_duplicate     an earlier document, which is kept, says the same, whatever of it is learned
+    near_duplicate      an earlier document, which is kept, shares most of its runs of words, but for those of system
+                        turns (stages/near_duplicates.py)
 
 Earlier is a document of a source of higher priority, or one higher up in the same source. The sources in `priority`
 come first, in that order, then the others by name; the order in which params.yaml lists them decides nothing.
@@ -277,22 +278,26 @@ def read_ids(folders: dict[str, Path], work: Path) -> Rows:
     return ids
 
 
-def all_texts(folders: dict[str, Path], copies: Array) -> Iterator[pa.Array]:
+def all_texts(folders: dict[str, Path], copies: Array) -> Iterator[tuple[pa.Array, pa.Array]]:
     """Yield the texts of all documents, in order, some at a time; of a conversation, its messages joined.
 
-    Those in the rows `copies`, ascending, are null: whoever looks for duplicates has nothing to look for in them.
+    Beside them the texts that make twins, without system turns: one that all conversations share would make twins of
+    them all. Those in the rows `copies`, ascending, are null: whoever looks for duplicates has nothing to look for in
+    them.
     """
     row = 0
     for folder in folders.values():
         for batch in arrow.batches(folder):
-            texts = text_units.texts_of(batch)
-            begin, end = np.searchsorted(copies, [row, row + len(texts)])
+            found = [text_units.texts_of(batch)]
+            if "messages" in batch.schema.names:
+                found.append(text_units.texts_of(batch, system=False))
+            begin, end = np.searchsorted(copies, [row, row + len(batch)])
             if begin < end:
-                is_copy = np.zeros(len(texts), bool)
+                is_copy = np.zeros(len(batch), bool)
                 is_copy[copies[begin:end] - row] = True
-                texts = pc.if_else(pa.array(is_copy), None, texts)
-            yield texts
-            row += len(texts)
+                found = [pc.if_else(pa.array(is_copy), None, texts) for texts in found]
+            yield found[0], found[-1]
+            row += len(batch)
 
 
 def search(
@@ -309,21 +314,24 @@ def search(
     signatures = Rows(work, settings.num_perm if settings else 0, np.uint16)
     hits: dict[int, decontaminate.Hit] = {}
     begin = 0
-    for texts in all_texts(folders, copies.rows):
-        for row, units, counts in text_units.pieces(texts):
-            if settings:
+    for texts, said in all_texts(folders, copies.rows):
+        for row, units, counts in text_units.pieces(texts) if items or said is texts else []:
+            if settings and said is texts:
                 signatures.append(near_duplicates.sign(units, counts, settings))
             hits |= {begin + row + place: hit for place, hit in index.find(units, counts, texts[row:])}
+        if settings and said is not texts:
+            for _, units, counts in text_units.pieces(said):
+                signatures.append(near_duplicates.sign(units, counts, settings))
         begin += len(texts)
     if not settings:
         return None, hits
     company = near_duplicates.clusters(signatures, settings, work)
     waiting = Texts(work)
     begin = 0
-    for texts in all_texts(folders, copies.rows) if settings.exact else []:
-        first, last = np.searchsorted(company.rows, [begin, begin + len(texts)])
-        waiting.append(texts, company.rows[first:last] - begin, begin)
-        begin += len(texts)
+    for _, said in all_texts(folders, copies.rows) if settings.exact else []:
+        first, last = np.searchsorted(company.rows, [begin, begin + len(said)])
+        waiting.append(said, company.rows[first:last] - begin, begin)
+        begin += len(said)
     gone = np.isin(company.rows, np.fromiter(hits, np.int64))
     return Near(company, *near_duplicates.near_twins(signatures, company, settings, waiting, gone)), hits
 

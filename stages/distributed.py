@@ -27,11 +27,34 @@ RESULT = "result.json"  # what the stage wants to know from its workers, in the 
 
 
 def processes() -> int:
-    """Return how many processes train: NUM_PROCESSES, or the world size of a worker, or 1."""
-    text = os.environ.get("WORLD_SIZE") or os.environ.get("NUM_PROCESSES") or "1"
+    """Return how many processes train: WORLD_SIZE; unless in a worker NUM_PROCESSES, the config file's number; or 1."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None and worker() is None:
+        text = os.environ.get("NUM_PROCESSES") or str(_config().get("num_processes", 1))
+    text = text or "1"
     if not (text.isdecimal() and int(text) > 0):
-        raise SystemExit(f"NUM_PROCESSES is {text!r}: set it to a whole number of processes, 1 or more.")
+        where = "NUM_PROCESSES" if os.environ.get("NUM_PROCESSES") else "num_processes of ACCELERATE_CONFIG_FILE"
+        raise SystemExit(f"{where} is {text!r}: set it to a whole number of processes, 1 or more.")
     return int(text)
+
+
+def _config() -> dict[str, Any]:
+    """Return what accelerate's config file says, {} where none is named."""
+    name = os.environ.get("ACCELERATE_CONFIG_FILE")
+    if not name:
+        return {}
+    if not Path(name).is_file():
+        raise SystemExit(f"ACCELERATE_CONFIG_FILE is {name}, which is no file; see docs/accelerate.")
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        found = YAML(typ="safe").load(Path(name).read_bytes()) or {}
+    except YAMLError as error:
+        raise SystemExit(f"{name} is no YAML ({' '.join(str(error).split())[:200]}); see docs/accelerate.") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{name} holds no keys of accelerate's; see docs/accelerate.")
+    return found
 
 
 def first() -> bool:
@@ -81,15 +104,20 @@ def accumulation(global_batch_size: int, rows: int, world: int) -> int:
 def command(script: str, *arguments: str) -> list[str]:
     """Return the command that runs `script` in several processes.
 
-    With a config file that is `accelerate launch`, else torchrun: accelerate 1.15 starts a single process of DDP on a
-    CPU, whatever number it is told.
+    With a config file that is `accelerate launch`, else torchrun: accelerate 1.15 starts a single process where
+    distributed_type is NO or MULTI_CPU, whatever number it is told, and as many as it is told for MULTI_GPU, FSDP and
+    DEEPSPEED, on a CPU, too.
     """
-    config = os.environ.get("ACCELERATE_CONFIG_FILE")
+    config, number = os.environ.get("ACCELERATE_CONFIG_FILE"), processes()
     if not config:
-        how = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
+        how = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     else:
-        if not Path(config).is_file():
-            raise SystemExit(f"ACCELERATE_CONFIG_FILE is {config}, which is no file; see docs/accelerate.")
+        kind = str(_config().get("distributed_type", "NO"))
+        if kind in ("NO", "MULTI_CPU") and number > 1:
+            raise SystemExit(
+                f"{config} has distributed_type {kind}, of which accelerate starts one process and not {number}; "
+                f"for {number} on a CPU set NUM_PROCESSES and no ACCELERATE_CONFIG_FILE."
+            )
         how = ["accelerate.commands.launch", "--config_file", config]
         how += ["--num_processes", os.environ["NUM_PROCESSES"]] if "NUM_PROCESSES" in os.environ else []
     return [sys.executable, "-m", *how, script, *arguments]

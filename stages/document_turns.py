@@ -84,6 +84,19 @@ def part(found: Documents, first: int, last: int) -> Documents:
     return found._replace(doc_ids=doc_ids, lengths=found.lengths[first:last], ids=found.ids[begin:end], learn=learn)
 
 
+def nothing_learned(learn: np.ndarray | None, lengths: np.ndarray, first: int) -> np.ndarray:
+    """Return of which documents, one after the other, none of the first so many tokens is learned, bool (n,).
+
+    >>> nothing_learned(np.array([False, False, True, True]), np.array([3, 1]), 2)
+    array([ True, False])
+    """
+    if learn is None:
+        return np.zeros(len(lengths), bool)
+    reach, ends = np.append(0, np.cumsum(learn)), np.cumsum(lengths)
+    begins = ends - lengths
+    return reach[begins + np.minimum(lengths, first)] == reach[begins]
+
+
 def windows(stream: Iterator[Documents], tokens: int) -> Iterator[Documents]:
     """Yield the documents in groups of one turn; a group ends with the document that brings it to `tokens`.
 

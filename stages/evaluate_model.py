@@ -144,7 +144,10 @@ def main(phase: str) -> None:
             result["scale"] = baselines.scale(said, held_out.train_bytes(clean, dedup, sources, baselines.TRAIN_BYTES))
         print(score_report.show(result), flush=True)
         if sentence := score_report.missed(result, params.require):
-            raise ValueError(f"{sentence}; the previous evaluation is unchanged: train further, or require less.")
+            raise ValueError(
+                f"{sentence}; no evaluation was published: train further, or require less (DVC has removed the "
+                "previous one, `git checkout metrics` brings back what was committed)."
+            )
         arrow.write_json(folder / "evaluation.json", result, only_ascii=True)
         with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
             lines = [("name", "score", "low", "high"), *score_report.rows(result)]

@@ -1,13 +1,12 @@
 """data/exclusions.txt: documents that no phase may use, named so that only who has the project's key can tell which.
 
-    key 3fd54e1a9c0b7d22                                                which key it is
-    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08    HMAC-SHA-256 of a doc_id or raw_id; `#` begins a
-                                                                        comment
+    key 3fd54e1a9c0b7d22                                                # which key it is
+    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08    # HMAC-SHA-256 of a doc_id or raw_id
 
 A doc_id changes with the rules of `clean`, so `lineage erase apply` names the record, too: its raw_id is a hash of its
-bytes in the raw file. In place of plain ids: whoever has a text could see by them that it was taken out. The key lies
-beside the file in data/exclusions.key (64 hexadecimal digits), which Git ignores: `lineage erase apply` makes it with
-the first entry. Give it to those who run the pipeline. A file without entries needs none.
+bytes in the raw file. Plain ids would show to everybody who has a text that it was taken out. The key lies beside the
+file in data/exclusions.key (64 hexadecimal digits), which Git ignores: `lineage erase apply` makes it with the first
+entry. Give it to those who run the pipeline. A file without entries needs none.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from han_cuts import MARK, Cuts
 from kit.arrow import compute as pc
-from kit.stage import version
+from kit.stage_code import version
 from kit.tokenizer import BYTE_TO_UNICODE
 from split_patterns import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2
 

@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from document_turns import Documents, documents, expected_tokens, windows
+from document_turns import Documents, documents, expected_tokens, nothing_learned, windows
 from kit import arrow, stage
 from kit.params import phase_sources, read_params
 from kit.tokenizer import Vocabulary
@@ -48,7 +48,7 @@ LEFT_OUT = pa.schema(
         pa.field("doc_id", pa.binary(16)),
         pa.field("split", pa.string()),
         pa.field("source", pa.string()),
-        pa.field("rule", pa.string()),  # truncate or drop
+        pa.field("rule", pa.string()),  # truncate, drop, or no_answer: cut, it would have nothing to learn
         pa.field("tokens", pa.uint32()),  # of the document
         pa.field("left_out", pa.uint32()),  # of these, not in a block
     ]
@@ -70,7 +70,8 @@ class Params(BaseModel):
     long_documents: Literal["split", "truncate", "drop"] = Field(
         "split",
         description="best_fit and line, a document longer than a block. split: it goes on in another; truncate: cut, "
-        "its EOS is the last token; drop: left out. What is left out is counted and listed",
+        "its EOS is the last token, and left out where no answer is before that; drop: left out. What is left out is "
+        "counted and listed",
     )
     weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
         {},
@@ -182,19 +183,23 @@ class LeftOut:
         long = found.lengths > self.block_size
         if self.out is None or not long.any():
             return found
+        gone = long
+        if self.rule == "truncate":
+            gone = long & nothing_learned(found.learn, found.lengths, self.block_size - 1)
         lengths = found.lengths[long]
-        left_out = lengths if self.rule == "drop" else lengths - self.block_size
+        left_out = np.where(gone[long], lengths, lengths - self.block_size)
         self.tokens += int(left_out.sum())
-        fixed = [pa.array([text] * len(lengths)) for text in (split, found.source, self.rule)]
+        fixed = [pa.array([text] * len(lengths)) for text in (split, found.source)]
+        why = ["drop" if self.rule == "drop" else "no_answer" if one else "truncate" for one in gone[long].tolist()]
         numbers = [pa.array(values.astype(np.uint32)) for values in (lengths, left_out)]
-        columns = [found.doc_ids.filter(pa.array(long)), *fixed, *numbers]
+        columns = [found.doc_ids.filter(pa.array(long)), *fixed, pa.array(why), *numbers]
         self.out.write(pa.Table.from_arrays(columns, schema=LEFT_OUT))
-        if self.rule != "drop":
+        if not gone.any():
             return found
-        kept = np.repeat(~long, found.lengths)
+        kept = np.repeat(~gone, found.lengths)
         learn = None if found.learn is None else found.learn[kept]
-        doc_ids = found.doc_ids.filter(pa.array(~long))
-        return found._replace(doc_ids=doc_ids, lengths=found.lengths[~long], ids=found.ids[kept], learn=learn)
+        doc_ids = found.doc_ids.filter(pa.array(~gone))
+        return found._replace(doc_ids=doc_ids, lengths=found.lengths[~gone], ids=found.ids[kept], learn=learn)
 
 
 def window_tokens(block_size: int) -> int:

@@ -113,7 +113,8 @@ def _whole(row: dict[str, Any]) -> str:
 def _learned(row: dict[str, Any]) -> str:
     if "text" in row:
         return str(row["text"])
-    return "".join(message["content"] for message in row["messages"] if message["role"] == "assistant")
+    answers = (message for message in row["messages"] if message["role"] == "assistant")
+    return "".join(message["content"] for message in answers if message["learn"] is not False)
 
 
 def _tokens(folder: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:

@@ -18,7 +18,6 @@ each epoch masks a block anew, a resumed run masks as an uninterrupted one, and 
 
 from __future__ import annotations
 
-import json
 import unicodedata
 
 import numpy as np
@@ -52,14 +51,13 @@ class Masking:
 
     def __init__(self, vocabulary: Vocabulary, probability: float, whole_words: bool, seed: int) -> None:
         self.probability, self.whole_words, self.seed = probability, whole_words, seed
-        settings = json.loads((vocabulary.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        token = settings.get("mask_token")
+        token = vocabulary.named("mask_token")
         if not token:
             raise SystemExit(
                 f"{vocabulary.folder} names no mask_token, which `objective: mlm` needs; "
                 "set train_tokenizer.mask_token."
             )
-        self.mask = vocabulary.id(token["content"] if isinstance(token, dict) else token)
+        self.mask = vocabulary.id(token)
         self.special = np.zeros(vocabulary.size, bool)
         self.special[[vocabulary.id(text) for text in vocabulary.special_texts]] = True
         self.ordinary = np.flatnonzero(~self.special)

@@ -107,6 +107,8 @@ def _any(_: str) -> bool:
 
 
 PLUS = r"\+(?:1(?:!\d){10}|(?:44|86)(?:!\d){9,11}|[2-9](?:!\d){8,13})".replace("!", "(?:~|[()]){0,3}")
+# With an extension, of a Chinese landline in one piece; 0123-20180312-15 is a date in a file number.
+EXTENSION = r"(?:010|02\d|0[3-9]\d\d)~(?!20\d\d(?:0[1-9]|1[0-2])[0-3]\d-)[2-8]\d{6,7}-\d{1,5}"
 AREA = r"(?:[(（]0[1-9]\d{1,3}[)）]~?|0[1-9]\d{1,3}~)"  # of a British or Chinese landline, set off from the number
 CARD = r"(?<!(?<!\d)\d{4}~)\d{4}(~)\d{4}\1\d{4}\1\d{4}"
 # The first that fits wins. A longer row of such groups, years for example, is neither a card nor a phone number. What
@@ -120,6 +122,7 @@ NUMBERS: tuple[tuple[Kind, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("mobile", _number(r"(?:\(?(?:\+|00)?86\)?~?)?1[3-9]\d(?:\d{8}|(~)\d{4}\1\d{4})"), _any),
     ("phone", _number(PLUS), _any),  # the lengths of North America, Britain, China; else 9 to 14 digits (ITU-T E.164)
     ("phone", _number(r"(?<!\d[-.])(?:1[ .-])?(?:\(\d{3}\) ?|[2-9]\d\d[.-])\d{3}[.-]\d{4}(?!-\d)"), _any),
+    ("phone", _number(rf"(?<!\d[-.]){EXTENSION}(?!-\d)"), _any),
     ("phone", _number(rf"(?<!\d[-.]){AREA}\d{{3,4}}~?\d{{3,4}}(?!-\d)"), lambda number: 10 <= len(number) <= 12),
     ("ip", _number(r"\d{1,3}(?:\.\d{1,3}){3}"), is_ipv4),
 )

@@ -25,10 +25,12 @@ WHOLE = (("pdf", "document"), ("docx", "document"))  # all pages or paragraphs o
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "alpaca": (("instruction", "input", "output"), ("system", "history")),
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ("system",)),
-    "prompt_completion": (("prompt", "completion"), ()),
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "prompt_completion": (("prompt", "completion"), ("tools",)),
 }
+# Of each message in such a row: a field that it may have and that `columns` may name, too.
+MESSAGE_FIELDS = dict.fromkeys(("messages", "sharegpt", "prompt_completion"), ("reasoning_content",))
 
 
 class Params(BaseModel):
@@ -53,8 +55,10 @@ class Params(BaseModel):
         description="sample_by separator only: regular expression (^ and $ at each line), each match begins a document "
         "and stays in it, e.g. `^# `",
     )
-    columns: dict[str, str] = Field(
-        {}, description="standard name -> name in the file, e.g. {text: body} or {instruction: question}"
+    columns: dict[str, str | None] = Field(
+        {},
+        description="standard name -> name in the file, e.g. {text: body} or {instruction: question}; null: not read, "
+        "of what may be missing, e.g. {tools: null}",
     )
     encoding: Literal["utf-8", "gb18030", "utf-16"] = Field(
         "utf-8", description="of text, jsonl, json, csv, tsv and html; utf-16 must begin with its byte order mark"
@@ -65,7 +69,7 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Params:
-        known = [name for names in COLUMNS[self.record] for name in names]
+        known = [*(name for names in COLUMNS[self.record] for name in names), *MESSAGE_FIELDS.get(self.record, ())]
         if self.format in ("text", "pdf", "docx", "html") and (self.record != "text" or self.columns):
             raise ValueError(f"format {self.format} has no rows; `record` and `columns` are for formats that have")
         if self.format in ("csv", "tsv") and self.record in ("messages", "sharegpt"):
@@ -76,9 +80,11 @@ class Params(BaseModel):
             raise ValueError("`sample_by: separator` and a `separator` go together; one of them is missing")
         if self.format in UNITS and self.encoding != "utf-8":
             raise ValueError(f"format {self.format} knows its own encoding; drop `encoding`")
-        for name in self.columns:
+        for name, column in self.columns.items():
             if name not in known:
                 raise ValueError(f"`columns` names `{name}`, but record {self.record} reads {', '.join(known)}")
+            if column is None and name in COLUMNS[self.record][0]:
+                raise ValueError(f"`columns` leaves out `{name}`, which record {self.record} needs")
         for name in self.fill:
             if not re.fullmatch(r"[^{}]+", name):
                 raise ValueError(f"`fill` names `{name}`; write the name without its braces")

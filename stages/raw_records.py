@@ -12,11 +12,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import pyarrow as pa
 
-Content = str | list[dict[str, str]]  # a text, or messages with role (system, user, assistant, tool) and content
+
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: str  # system, user, assistant, tool
+    content: str
+    learn: NotRequired[bool]  # False: an answer that is not to be learned; all others are
+
+
+Content = str | list[Message]
 Parse = Callable[[str, int], Content]  # of a decoded record and its line; raises ValueError with the whole sentence
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
@@ -54,6 +63,10 @@ class Decompressed(io.RawIOBase):
             self.stream.seek(self.start)
         self.size = 0
         self.damage: str | None = None
+        if self.compression and not path.stat().st_size:  # also of nothing, a compressed file has a head
+            self.damage = (
+                f"the {self.compression} stream is cut or damaged after byte 0 of its content (no bytes at all)"
+            )
 
     def _open(self) -> Any:
         file = self.path.open("rb")

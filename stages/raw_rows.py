@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from raw_params import COLUMNS, Params
-from raw_records import Content, Record, sentence
+from raw_params import COLUMNS, UNITS, Params
+from raw_records import Content, Message, Record, sentence
 
 ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt, observation: of ShareGPT
     **dict.fromkeys(("system", "developer"), "system"),
@@ -15,6 +15,9 @@ ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 
+WEIGHTS = ("weight", "loss")  # of a message: OpenAI's fine-tuning, ms-swift
+THOUGHT = "<think>\n{}\n</think>\n\n"  # before an answer, as DeepSeek-R1 and Qwen3 write it
+
 
 def columns_of(params: Params, present: list[str]) -> list[str]:
     """Return the columns to read of those that a table has; raise ValueError when one is missing or stands twice."""
@@ -22,10 +25,14 @@ def columns_of(params: Params, present: list[str]) -> list[str]:
     names = []
     for standard in required + optional:
         name = params.columns.get(standard, standard)
+        if name is None:
+            continue
         if name in present:
             names.append(name)
         elif standard in required or standard in params.columns:
-            raise ValueError(f"it has no column `{name}`, only {', '.join(present) or 'none'}")
+            raise ValueError(
+                f"it has no column `{name}`, only {', '.join(present)}" if present else "it has no columns"
+            )
         if present.count(name) > 1:
             raise ValueError(f"it has the column `{name}` twice")
     return names
@@ -45,7 +52,8 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     """Return the text or the messages of a row. Raises ValueError saying what is wrong with it.
 
     alpaca {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Brief.", "history": [["1+1", "2"]]} gives
-    system "Brief.", user "1+1", assistant "2", user "Add.\\n2+2", assistant "4".
+    system "Brief.", user "1+1", assistant "2", user "Add.\\n2+2", assistant "4". The `tools` of a row become JSON text
+    behind what the system turn says. Answers in a `prompt` of messages are examples, not learned.
     """
     if isinstance(row, ValueError):
         raise row
@@ -55,30 +63,38 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     def field(standard: str) -> tuple[Any, str]:
         """Return the value, None for an optional field that is not there, and what an error calls it."""
         name = params.columns.get(standard, standard)
+        if name is None:
+            return None, ""
         if name not in row and (standard in COLUMNS[params.record][0] or standard in params.columns):
-            raise ValueError(f"{place} has no field `{name}`; it has {', '.join(sorted(row)) or 'none'}")
+            others = [
+                kind for kind, (needed, _) in COLUMNS.items() if kind != params.record and row.keys() >= set(needed)
+            ]
+            hint = f", as `record: {others[0]}` needs" if others else ""
+            raise ValueError(f"{place} has no field `{name}`; it has {', '.join(sorted(row)) or 'none'}{hint}")
         return row.get(name), f"{place}: the field `{name}`"
 
-    def turn(role: str, standard: str) -> dict[str, str]:
+    def turn(role: str, standard: str) -> Message:
         return {"role": role, "content": string_of(*field(standard))}
 
     if params.record == "text":
         return string_of(*field("text"))
     if params.record == "messages":
-        return _turns(*field("messages"), "role", "content")
-    turns: list[dict[str, str]] = []
+        return _with_tools(_turns(*field("messages"), "role", "content", params), *field("tools"), params)
+    turns: list[Message] = []
     if params.record == "prompt_completion":
         for role, standard in (("user", "prompt"), ("assistant", "completion")):
             value, where = field(standard)
             if isinstance(value, list):
-                turns += _turns(value, where, "role", "content")
+                said = _turns(value, where, "role", "content", params)
+                turns += [_not_learned(turn) for turn in said] if standard == "prompt" else said
             else:
                 turns.append({"role": role, "content": string_of(value, where)})
-        return turns
+        return _with_tools(turns, *field("tools"), params)
     if field("system")[0]:
         turns.append(turn("system", "system"))
     if params.record == "sharegpt":
-        return turns + _turns(*field("conversations"), "from", "value")
+        turns += _turns(*field("conversations"), "from", "value", params)
+        return _with_tools(turns, *field("tools"), params)
     pairs, where = field("history")
     pairs = pairs or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -91,16 +107,43 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     return [*turns, {"role": "user", "content": question.strip()}, turn("assistant", "output")]
 
 
-def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[str, str]]:
+def _not_learned(turn: Message) -> Message:
+    return {**turn, "learn": False} if turn["role"] == "assistant" else turn
+
+
+def _with_tools(turns: list[Message], tools: Any, where: str, params: Params) -> list[Message]:
+    """Return the turns with the functions that may be called, as text behind what the system turn says.
+
+    As JSON text like the calls themselves: so rules clean them, and the ledger accounts for them, as for all text.
+    """
+    text = tools if isinstance(tools, str) else _json(tools, params)
+    try:
+        found = json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        found = text
+    if not found:
+        return turns
+    if not all(isinstance(one, dict) for one in (found if isinstance(found, list) else [found])):
+        raise ValueError(
+            f"{where} is {_short(tools)}, expected a list of functions (`columns: {{tools: null}}`: not read)"
+        )
+    said = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
+    return [{"role": "system", "content": "\n\n".join(filter(None, (said, string_of(text, where))))}, *turns]
+
+
+def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params) -> list[Message]:
     """Return a list of messages with our roles. Tool calls become JSON text behind what the turn says.
 
-    {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]} gives assistant '[{"id": "1"}]'.
+    Of an assistant                                gives
+    "content": null, "tool_calls": [{"id": "1"}]   [{"id": "1"}]
+    "content": "4", "reasoning_content": "2+2"     <think>\\n2+2\\n</think>\\n\\n4
+    "content": "5", "weight": 0                    5, not learned
     """
     if not isinstance(value, list):
         raise ValueError(f"{where} is {_short(value)}, expected a list of messages")
     if not value:
         raise ValueError(f"{where} is an empty conversation")
-    turns = []
+    turns: list[Message] = []
     for number, message in enumerate(value, start=1):
         here = f"{where}, message {number},"
         if not isinstance(message, dict):
@@ -108,16 +151,45 @@ def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[st
         role, text = message.get(role_key), message.get(text_key)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{here} has the {role_key} {_short(role)}, expected one of {', '.join(ROLES)}")
-        if message.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not to be learned
-            raise ValueError(f"{here} has the weight {_short(message['weight'])}: all answers here are learned alike")
         if isinstance(text, list):  # parts, as OpenAI writes them; pictures and sound have no text
             parts = [part.get("text") if isinstance(part, dict) else part for part in text]
             text = "".join(string_of(part, f"{here} part {at}") for at, part in enumerate(parts, start=1))
         if calls := message.get("tool_calls") or message.get("function_call"):
             said = string_of("" if text is None else text, f"{here} `{text_key}`")
-            text = "\n".join(filter(None, (said, json.dumps(calls, ensure_ascii=False, default=str))))
-        turns.append({"role": ROLES[role], "content": string_of(text, f"{here} `{text_key}`")})
+            text = "\n".join(filter(None, (said, _json(calls, params))))
+        if text is None and text_key not in message:
+            raise ValueError(f"{here} has no `{text_key}`")
+        text = string_of(text, f"{here} `{text_key}`")
+        if ROLES[role] == "assistant":
+            text = _thought(message, here, params, text) + text
+        turn: Message = {"role": ROLES[role], "content": text}
+        turns.append(_not_learned(turn) if 0 in [_weight(message, name, here) for name in WEIGHTS] else turn)
     return turns
+
+
+def _thought(message: dict[str, Any], here: str, params: Params, said: str) -> str:
+    """Return what an assistant thought, as it stands before what it said; "" if that is blank or has it already."""
+    name = params.columns.get("reasoning_content", "reasoning_content")
+    thought = message.get(name) if name else None
+    text = string_of(thought, f"{here} `{name}`").strip() if thought is not None else ""
+    return THOUGHT.format(text) if text and said.strip() and not said.lstrip().startswith("<think>") else ""
+
+
+def _weight(message: dict[str, Any], name: str, here: str) -> Any:
+    if message.get(name) not in (None, 0, 1):
+        raise ValueError(f"{here} has the {name} {_short(message[name])}, expected 1 (learned) or 0 (not learned)")
+    return message.get(name)
+
+
+def _json(value: Any, params: Params) -> str:
+    """Return calls or functions as JSON text; without nulls from a table, where each has the fields of all others."""
+    return json.dumps(_without_nulls(value) if params.format in UNITS else value, ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def string_of(value: Any, where: str) -> str:

@@ -17,6 +17,7 @@ from raw_records import Record, foreign, library, seekable, sentence
 from raw_rows import columns_of, record_of_row, string_of
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
+LENIENT = ("utf-8", "surrogatepass")
 ROWS = 256  # of Parquet and Arrow, turned into Python values at a time
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # pyarrow, datasets and arrow-rs all close a stream with it
 
@@ -66,9 +67,15 @@ def _rows(batches: Iterable[pa.RecordBatch], params: Params) -> Iterator[Record]
             except (ValueError, OverflowError, pa.ArrowException):  # in one of them; find out in which
                 values = [_value(rows.slice(at, 1)) for at in range(rows.num_rows)]
             for value in values:
-                raw = b"" if isinstance(value, ValueError) else CANONICAL(value).encode("utf-8", "surrogatepass")
+                raw = b"" if isinstance(value, ValueError) else CANONICAL(_named(value, params)).encode(*LENIENT)
                 yield record_of_row(None, None, number, raw, value, params, f"row {number}")
                 number += 1
+
+
+def _named(row: dict[str, Any], params: Params) -> dict[str, Any]:
+    """Return a row without `tools` where it has none: the raw_ids of files of before that column was read stay."""
+    tools = params.columns.get("tools", "tools")
+    return {name: value for name, value in row.items() if value is not None or name != tools}
 
 
 def _values(rows: pa.RecordBatch) -> list[Any]:

@@ -34,13 +34,20 @@ WITHOUT_SPACES = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80,
 WITHOUT_SPACES += [(0xFF66, 0xFF9F), (0xD800, 0xDFFF)]  # the last: surrogates, thus rare ideographs and emoji
 
 
-def texts_of(documents: pa.RecordBatch) -> pa.StringArray:
-    """Return what each document of a batch says: its `text`, or the contents of its `messages`, a line each."""
+def texts_of(documents: pa.RecordBatch, system: bool = True) -> pa.StringArray:
+    """Return what each document of a batch says: its `text`, or the contents of its `messages`, a line each.
+
+    system: also what its system turns say.
+    """
     if "text" in documents.schema.names:
         return documents["text"]
     messages = documents["messages"]
-    said = pc.struct_field(messages.values, "content").fill_null("")
-    return pc.binary_join(pa.ListArray.from_arrays(messages.offsets, said), "\n")
+    said, offsets = pc.struct_field(messages.values, "content").fill_null(""), messages.offsets
+    if not system:
+        chosen = pc.not_equal(pc.struct_field(messages.values, "role"), "system")
+        before = np.append(0, np.cumsum(chosen.to_numpy(zero_copy_only=False)))
+        said, offsets = said.filter(chosen), pa.array(before[offsets.to_numpy()].astype(np.int32))
+    return pc.binary_join(pa.ListArray.from_arrays(offsets, said), "\n")
 
 
 @cache

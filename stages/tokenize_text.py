@@ -178,11 +178,6 @@ def main(name: str) -> None:
                 out.add(result.files["tokens"], result.notes["rows"], result.sha256["tokens"])
                 counts.update({name: result.notes[name] for name in counts})
             run.balance("documents", manifest["counts"]["rows"], tokenised=out.rows)
-            if out.rows and not counts["learned"]:
-                raise SystemExit(
-                    f"{marked}: none of its {out.rows:,} documents has a token to learn, so no conversation holds an "
-                    f"answer of the role `assistant`; correct the roles in the raw files, or remove the source."
-                )
             out.counts = dict(counts)
         memo.sweep()
         run.count(documents=out.rows, tokens=counts["train"] + counts["eval"], learned=counts["learned"])

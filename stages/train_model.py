@@ -39,6 +39,8 @@ from kit.params import Phase, read_params
 from kit.tokenizer import Vocabulary
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from plan import Plan
 
 
@@ -160,6 +162,15 @@ def total_steps(params: Params, n_blocks: int) -> int:
     return -(-round(params.num_train_epochs * n_blocks) // params.global_batch_size)
 
 
+def spelled(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token as one can read it: as the vocabulary spells it, or its text where that is not ASCII.
+
+    Of byte-level tokens that is 法 instead of æ³ķ; half a character stays as it is spelled.
+    """
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    return str(tokenizer.id_to_token(token)) if text.isascii() or "\ufffd" in text else text
+
+
 def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int) -> Iterator[str]:
     """Yield the first blocks of the order as text, token by token: [learned], or what stands there [seen -> learned].
 
@@ -175,7 +186,7 @@ def examples(blocks: Any, order: BlockOrder, vocabulary: Vocabulary, number: int
             labels[0] = IGNORED
         words = []
         for seen, label in zip(ids, labels, strict=True):
-            here, wanted = (str(vocabulary.tokenizer.id_to_token(number)) for number in (seen, max(label, 0)))
+            here, wanted = (spelled(vocabulary.tokenizer, number) for number in (seen, max(label, 0)))
             words.append(here if label < 0 else f"[{here}]" if seen == label else f"[{here} -> {wanted}]")
         yield f"block {block}: {len(ids)} tokens, {sum(label >= 0 for label in labels)} learned\n{' '.join(words)}\n"
 
@@ -215,6 +226,13 @@ def compute(
     return {"counts": counts, "metrics": {**train_loop.last_losses(trained.curves), **trained.notes}}
 
 
+def _blocks(text: str) -> int:
+    """Return the N of `--show N`. Raises ValueError below 1: without blocks to show it would train."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main(phase: str, show: int = 0, plan: bool = False) -> None:
     params = read_params(f"phases.{phase}.train_model", Params)
     base = Path(read_params(f"phases.{phase}", Phase).base)
@@ -241,6 +259,9 @@ def main(phase: str, show: int = 0, plan: bool = False) -> None:
     with stage.run("train_model", phase, inputs, [f"models/{phase}/trained", f"plots/{phase}"]) as run:
         checkpoints = run.work_folder(params.model_dump())
         if distributed.wanted():
+            # Here, for each worker would say the same.
+            rows, world = params.per_device_train_batch_size, distributed.processes()
+            distributed.accumulation(params.global_batch_size, rows, world)
             told = {"outputs": [str(path) for path in run.outputs], "work": str(checkpoints), "name": run.name}
             done = distributed.train(run.name, checkpoints, told, __file__, phase)
         else:
@@ -251,4 +272,4 @@ def main(phase: str, show: int = 0, plan: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    stage.cli(main, __doc__, show=int, plan=None)
+    stage.cli(main, __doc__, show=_blocks, plan=None)

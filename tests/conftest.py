@@ -227,3 +227,62 @@ def varied_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import varied
 
     return varied.build(tmp_path_factory.mktemp("varied") / "project")
+
+
+SCRIPT = '''"""Shout what the input says.
+
+Example: "hi" -> "HI"
+"""
+
+import os, signal, sys, time
+from pathlib import Path
+
+from kit import stage
+
+
+def main(name):
+    with stage.run("shout", name, ["input"], [f"out/{name}"]) as run:
+        (folder,) = run.outputs
+        text = Path("input/a.txt").read_text(encoding="utf-8")
+        (folder / "text").write_text(text.upper(), encoding="utf-8")
+        run.count(letters=len(text))
+        run.metric(loudness=0.5)
+        #BODY#
+
+
+if __name__ == "__main__":
+    stage.cli(main, __doc__)
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a small real stage, `shout`, what it needs of kit/, and an input."""
+    root = tmp_path / "place"
+    (root / "stages/kit").mkdir(parents=True)
+    for name in ("digests", "stage", "stage_code"):
+        shutil.copyfile(ROOT / f"stages/kit/{name}.py", root / f"stages/kit/{name}.py")
+    write(root / "stages/check_params.py", "def check() -> None: ...\n")
+    write(root / "input/a.txt", "hi")
+    write(root / "input/deep/b.txt", "unused")
+    return root
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder as current one, for calls within this process."""
+    write_script(place)
+    monkeypatch.chdir(place)
+    for name in ("stage", "stage_code"):
+        monkeypatch.setattr(f"kit.{name}.STAGES", place / "stages")
+    return place
+
+
+def write_script(place: Path, body: str = "pass") -> None:
+    """Write the stage with `body` in the middle of its work."""
+    write(place / "stages/shout.py", SCRIPT.replace("#BODY#", body.replace("\n", "\n        ")))
+
+
+def leftovers(place: Path) -> list[str]:
+    """Return temporary files and folders."""
+    return sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.match(".tmp-*") or p.match("*.tmp"))

@@ -20,8 +20,9 @@ import tiny
 from add_bos_eos import MARKED, segments_of_messages
 from chat_segments import Marker, Segment, merged
 from chat_templates import TEMPLATES
+from clean import MESSAGES
 from conftest import Runner, with_other_content, write
-from kit import arrow, stage
+from kit import arrow, digests, stage
 from tokenize_text import Encoder
 
 BOS, EOS = Segment("<s>", True, False), Segment("</s>", True, True)
@@ -115,6 +116,18 @@ def test_of_several_rounds_each_answer_and_its_eos_are_learned_and_nothing_else(
         EOS,
         Segment("\n\nHuman: 2\n\nAssistant: ", False, False),
         Segment("two", False, True),
+        EOS,
+    ]
+
+
+def test_an_answer_that_is_not_to_be_learned_is_read_and_not_learned(marker: Marker) -> None:
+    wrong, right = turns("1", "two"), turns("No.", "one")
+    assert marker.conversation([wrong[0], {**wrong[1], "learn": False}, right[0], {**right[1], "learn": None}]) == [
+        BOS,
+        Segment("Human: 1\n\nAssistant: two", False, False),
+        Segment("</s>", True, False),
+        Segment("\n\nHuman: No.\n\nAssistant: ", False, False),
+        Segment("one", False, True),
         EOS,
     ]
 
@@ -308,7 +321,56 @@ def remembered(project: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (project / ".memo/add_bos_eos@p_text").iterdir()}
 
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# As Qwen3's and DeepSeek-R1's own templates: a thought stays where it answers the last question, or nowhere.
+ANSWER = "{% set said = message.content %}{% if '</think>' in said %}{% set thought = said.split('</think>')[0]"
+ANSWER += ".split('<think>')[-1].strip('\n') %}{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+KEPT = EACH + ANSWER + "{{ '<s>' + message.role + '\n' }}{% if loop.last %}{{ '<think>\n' + (thought or '') + "
+KEPT += "'\n</think>\n\n' }}{% endif %}{{ said + '</s>' }}{% endfor %}"
+LEFT_OUT = EACH + ANSWER + "{{ '<s>' + message.role + '\n' + said + '</s>' }}{% endfor %}"
+
+
+def test_a_thought_is_learned_with_the_answer_behind_it(own: Path) -> None:
+    """Though the template takes it out of the content and puts it back."""
+    thought = "<think>\n2 and </s> 2\n</think>\n\n4"
+    marker = with_template(own, KEPT)
+    assert marker.conversation(turns("2+2?", thought))[-3:] == [
+        Segment("assistant\n", False, False),
+        Segment(thought, False, True),
+        EOS,
+    ]
+    # Without a thought the template prints an empty one, which is its own text.
+    assert marker.conversation(turns("2+2?", "4"))[-3:] == [
+        Segment("assistant\n<think>\n\n</think>\n\n", False, False),
+        Segment("4", False, True),
+        EOS,
+    ]
+    with pytest.raises(ValueError, match=r"the thought of message 2 as it stands there; .*reasoning_content: null"):
+        marker.conversation(turns("2+2?", thought, "3+3?", "6"))
+    with pytest.raises(ValueError, match="the thought of message 2 as it stands there"):
+        with_template(own, LEFT_OUT).conversation(turns("2+2?", thought))
+    with pytest.raises(ValueError, match="a thought is <think>, line break, thought"):
+        marker.conversation(turns("2+2?", "<think>2 and 2</think>4"))
+
+
+def test_what_is_learned_is_remembered_with_the_words(project: Path, run_stage: Runner) -> None:
+    """The doc_id is that of the words alone, so an answer that is no longer to be learned keeps it."""
+    contents = [("train", "4"), ("eval", "5")]
+    chat_project(project, contents)
+    assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
+    before = result(project)
+    folder = project / "data/clean/p/p_text/documents"
+    rows = arrow.table(folder).to_pylist()
+    rows[0]["messages"][1]["learn"] = False
+    schema = arrow.table(folder).schema
+    shutil.rmtree(folder)
+    with arrow.Writer(folder, schema) as out:
+        out.write(pa.Table.from_pylist(rows, schema))
+    assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
+    assert result(project) != before
+    (segments, _) = arrow.table(project / "data/marked/p/p_text")["segments"].to_pylist()
+    assert not any(segment["learn"] for segment in segments)
+
+
 MANY = [(("train", "eval", "dropped")[number % 3], f"{number} " * 800) for number in range(3000)]
 
 
@@ -324,7 +386,7 @@ def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
     for name, size in (("a", 256), ("b", batch_rows)):
         path = tmp_path / name
         path.write_bytes(arrow.encode(rows, rows.schema, size))
-        guard = stage.Guard([path], {str(path): stage.state(path)[0]}, "")
+        guard = stage.Guard([path], {str(path): digests.state(path)[0]}, "")
         found.append(add_bos_eos.mark_shard(add_bos_eos.Work(path, guard, splits, folder, "")))
     assert found[0] == found[1]
     assert found[0].notes["rows"] == pa.ipc.open_stream(found[0].parts["marked"]).read_all().num_rows == 750

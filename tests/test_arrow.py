@@ -52,7 +52,10 @@ SCHEMA = pa.schema(
 )
 IDENTITY = {"doc_id": bytes(range(16))}
 PLACE = {"file": "a/文 1.txt", "start": 0, "end": 9, "number": 1}
-MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+MESSAGES = [
+    {"role": "user", "content": "2+2?", "learn": None},
+    {"role": "assistant", "content": "5", "learn": False},
+]
 TOKENS = {**IDENTITY, "split": "train", "input_ids": [0, 65535, 1]}
 NOTES = {"rule": "empty", "evidence": "é", "changes": None}
 LEDGER = {"file": "a/文 1.txt", "end": 9, "number": 1, "raw_id": bytes(16), **NOTES}

@@ -342,6 +342,18 @@ def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner)
     assert finished.stdout == "params.yaml: in order\n"
 
 
+def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner) -> None:
+    """By the command alone, and not of what an import writes; DVC would name a file and no source."""
+    write(project / "params.yaml", TEXT)
+    finished = run_stage(project, "check_params")
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert "sources.laws.path: data/raw/laws does not exist; put the files there, correct" in finished.stderr
+    write(project / "data/raw/laws.dvc", "")
+    assert "data/raw/laws does not exist; run `dvc pull`." in run_stage(project, "check_params").stderr
+    write(project / "data/raw/laws/a.txt", "text")
+    assert run_stage(project, "check_params").returncode == 0
+
+
 def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was checked is remembered by the bytes of params.yaml and of the code: a change of either is checked."""
     checked = []
@@ -351,7 +363,7 @@ def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: 
     said(TEXT + "# a comment\n")
     assert len(checked) == 2
     shutil.copytree(ROOT / "stages", here / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(check_params.stage, "STAGES", here / "stages")
+    monkeypatch.setattr(check_params, "STAGES", here / "stages")
     said(TEXT + "# a comment\n")
     assert len(checked) == 2, "the same code at another place is the same code"
     with (here / "stages/kit/arrow.py").open("a", encoding="utf-8") as file:

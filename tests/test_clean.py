@@ -67,7 +67,7 @@ JSONL = {
 # SHA-256 of the only shard of each folder. When the format is meant to change: set TERROIR_NEW_GOLDEN=1, run
 # `pytest tests/test_clean.py -k golden`, and copy the printed lines here; say in docs/decisions.md why old bytes end.
 GOLDEN = {
-    "alpaca/documents/data-00000.arrow": "7cb2e66d71e440deaa71eff835b38524545365d1054a11a332a49fa242d4e8b3",
+    "alpaca/documents/data-00000.arrow": "b99116fc66b0d6c82ccaa7edcef828d488dda2209422cdd717ce0667404a61ff",
     "alpaca/ledger/data-00000.arrow": "bd0909cf601c03071808042baac3ae6ea8431a8350ae811e4ccb6b0e3451aa1f",
     "document/documents/data-00000.arrow": "f043cef2797831ace3acc631969bb1113d08662f4f4820f6ec87113f981f1c41",
     "document/documents/data-00001.arrow": "71f467bc9244fcf86a8a8eb8124f4f26d4888d948a24d64bbd6cd9095520c13d",
@@ -135,12 +135,16 @@ def test_the_worked_example_of_the_docstring() -> None:
     ]
 
 
+def by_role(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content, "learn": None}
+
+
 def test_an_alpaca_row_becomes_the_prompt_of_s4() -> None:
     """Instruction, line break, input, stripped as a whole; the answer is left as it is, but for the rules."""
     data = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
     assert contents(data, "alpaca") == [
-        [{"role": "user", "content": "Add.\n2+2"}, {"role": "assistant", "content": "4\n"}],
-        [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "</s> 你好 \U0001f30a"}],
+        [by_role("user", "Add.\n2+2"), by_role("assistant", "4\n")],
+        [by_role("user", "Say hi"), by_role("assistant", "</s> 你好 \U0001f30a")],
     ]
     assert [row["rule"] for row in cleaned(data, "alpaca")[1]] == [None, None, "empty"]
 
@@ -173,6 +177,20 @@ def test_nothing_blank_is_kept_whatever_the_rules(rules: list[Any]) -> None:
     ]
     data = json.dumps({"instruction": "Why?", "input": "", "output": " "}).encode()
     assert [row["rule"] for row in cleaned(data, "alpaca", rules=rules)[1]] == ["empty"]
+
+
+def test_a_conversation_of_which_nothing_is_learned_is_dropped() -> None:
+    """It would be in the blocks, be paid for, and teach nothing; a question after the last answer stays."""
+    asked, answer = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    wrong = {"role": "assistant", "content": "5", "weight": 0}
+    rows = [[asked, answer], [asked], [asked, wrong], [asked, wrong, asked, answer, asked]]
+    data = b"".join(json.dumps({"messages": messages}).encode() + b"\n" for messages in rows)
+    documents, ledger = cleaned(data, "jsonl", record="messages", columns={})
+    assert [row["rule"] for row in ledger] == [None, "no_answer", "no_answer", None]
+    assert ledger[1]["evidence"] == "the assistant says nothing that is learned"
+    assert [message["learn"] for message in documents[1]["messages"]] == [None, False, None, None, None]
+    said = [asked, {"role": "assistant", "content": "5"}, asked, answer, asked]
+    assert documents[1]["doc_id"] == doc_id(said), "the same words are one document, whatever of it is learned"
 
 
 def test_what_cannot_be_read_is_dropped_only_when_the_source_says_so() -> None:

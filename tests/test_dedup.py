@@ -411,8 +411,9 @@ def rows_of(project: Path, source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
-    said = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]] * 2
+def test_conversations_are_compared_by_all_that_is_said_but_for_system_turns(tmp_path: Path) -> None:
+    said = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]
+    said.append([{"role": "system", "content": "Brief."}, *said[0], {"role": "system", "content": "Now."}, *said[0]])
     place = {"file": "f", "start": 0, "end": 1, "line": 1}
     rows = [{"doc_id": bytes([n]) * 16, **place, "messages": messages} for n, messages in enumerate(said)]
     for name in ("x", "y"):
@@ -423,8 +424,39 @@ def test_conversations_are_compared_by_all_that_is_said(tmp_path: Path) -> None:
     assert ids[:].tolist() == [[0] * 16, [1] * 16] * 2
     copies = identify(ids, tmp_path)
     assert (copies.rows.tolist(), copies.first.tolist()) == ([2, 3], [0, 1])
-    texts = all_texts(folders, copies.rows)
-    assert [text for some in texts for text in some.to_pylist()] == ["Q\nA", "Q\nA", None, None]
+    whole, compared = (
+        [text for some in side for text in some.to_pylist()]
+        for side in zip(*all_texts(folders, copies.rows), strict=True)
+    )
+    assert whole == ["Q\nA", "Brief.\nQ\nA\nNow.\nQ\nA", None, None]
+    assert compared == ["Q\nA", "Q\nA\nQ\nA", None, None]
+
+
+QUIZ = "Which of the two rivers that cross the old town is the longer one by far, and why?"
+
+
+def test_a_system_turn_that_all_share_makes_no_twins_of_them(project: Path, run_stage: Runner) -> None:
+    """Nor does one list of functions for all; a benchmark's item in a system turn is still found."""
+    shared = " ".join(f"word{number}" for number in range(300))
+    rows = [
+        [
+            {"role": "system", "content": shared + f" {QUIZ}" * (number == 7)},
+            {"role": "user", "content": f"What is {number}?"},
+            {"role": "assistant", "content": f"A number, {number * 7919} less than another."},
+        ]
+        for number in range(40)
+    ]
+    write(project / "data/benchmarks/quiz.txt", f"{QUIZ}\n")
+    how = {"near_duplicates": {}, "decontaminate": {"quiz": {}}}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "dedup": how})
+    content = json.loads((project / "params.yaml").read_text())
+    content["sources"]["p_text"]["clean"] = {"format": "jsonl", "record": "messages", "license": "unknown"}
+    write(project / "params.yaml", json.dumps(content))
+    write(project / "data/raw/x/x.jsonl", "".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    assert run_stage(project, "clean", "p_text").returncode == 0
+    found = decided(project, run_stage)["p_text"]
+    assert [row["rule"] for row in found] == [None] * 7 + ["decontaminate:quiz"] + [None] * 32
+    assert {row["split"] for row in found} == {"train", "eval", "dropped"}
 
 
 def test_the_source_of_higher_priority_keeps_its_documents(project: Path, run_stage: Runner) -> None:

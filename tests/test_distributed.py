@@ -77,6 +77,7 @@ def test_who_starts_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(distributed.WORKER, '{"work": "x"}')
     monkeypatch.setenv("RANK", "1")
     assert not distributed.wanted() and not distributed.first() and distributed.worker() == {"work": "x"}
+    monkeypatch.delenv(distributed.WORKER)
     monkeypatch.setenv("NUM_PROCESSES", "two")
     with pytest.raises(SystemExit, match="NUM_PROCESSES is 'two'"):
         distributed.processes()
@@ -86,8 +87,80 @@ def test_a_config_file_goes_to_accelerate(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "no.yaml"))
     with pytest.raises(SystemExit, match="which is no file"):
         distributed.command("x.py")
+    with pytest.raises(SystemExit, match="which is no file"):
+        distributed.wanted()
     (tmp_path / "no.yaml").write_text("")
     assert distributed.command("x.py")[2:4] == ["accelerate.commands.launch", "--config_file"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("num_processes: [", "is no YAML"),
+        ("- num_processes", "holds no keys of accelerate's"),
+        ("num_processes: 0", "num_processes of ACCELERATE_CONFIG_FILE is '0': set it to a whole number"),
+    ],
+)
+def test_a_config_file_that_says_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "a.yaml"))
+    with pytest.raises(SystemExit, match=said):
+        distributed.processes()
+
+
+def test_a_worker_counts_itself_alone_without_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate may start one process where NUM_PROCESSES says more; a step would have had a part of its blocks."""
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    monkeypatch.setenv(distributed.WORKER, "{}")
+    assert distributed.processes() == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert distributed.processes() == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "started"),
+    [("NO", 1), ("MULTI_CPU", 1), pytest.param("MULTI_GPU", 2, marks=pytest.mark.slow)],
+)
+def test_how_many_processes_accelerate_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, started: int
+) -> None:
+    """The number of the config is what is counted with; where accelerate would start one of several, we refuse."""
+    (tmp_path / "a.yaml").write_text(
+        f"compute_environment: LOCAL_MACHINE\ndistributed_type: {kind}\nuse_cpu: true\nnum_machines: 1\n"
+        "num_processes: 2\nmain_process_port: 0\n"
+    )
+    monkeypatch.setenv("ACCELERATE_CONFIG_FILE", str(tmp_path / "a.yaml"))
+    assert distributed.processes() == 2 and distributed.wanted()
+    (tmp_path / "x.py").write_text("import os, sys, pathlib; pathlib.Path(sys.argv[1], f'{os.getpid()}.ran').touch()\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "a.yaml")]
+    if started == 2:
+        command = distributed.command(str(tmp_path / "x.py"), str(tmp_path))
+    else:
+        with pytest.raises(SystemExit, match=f"distributed_type {kind}, of which accelerate starts one process"):
+            distributed.command("x.py")
+        command += [str(tmp_path / "x.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("*.ran"))) == started
+    monkeypatch.setenv("NUM_PROCESSES", "1")
+    assert distributed.command("x.py")[-3:] == ["--num_processes", "1", "x.py"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on a CPU")
+def test_a_wrong_number_of_processes_is_one_sentence_before_any_starts(tmp_path: Path, run_stage: Runner) -> None:
+    project = make(tmp_path / "project", per_device_train_batch_size=4, global_batch_size=8)
+    for environment in (
+        {"NUM_PROCESSES": "3"},
+        {"ACCELERATE_CONFIG_FILE": str(ROOT / "docs/accelerate/gpus.yaml")},
+    ):
+        done = run_stage(project, "train_model", "pretrain", **environment)
+        number = environment.get("NUM_PROCESSES", "4")
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"global_batch_size 8 is no multiple of per_device_train_batch_size 4 x {number} processes; "
+            "start another number of them.\n"
+        )
 
 
 def test_a_worker_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,6 +269,10 @@ WAYS = {
         pytest.mark.skipif(
             not DEEPSPEED.is_dir() and importlib.util.find_spec("deepspeed") is None,
             reason="there is no deepspeed; .ci/run installs it into .work/deepspeed",
+        ),
+        pytest.mark.skipif(
+            " " in sys.prefix,
+            reason="torch does not quote the path of its libraries when it links DeepSpeed's operation",
         ),
     ],
 }

@@ -132,8 +132,12 @@ def test_answers_are_scored() -> None:
 
 
 def test_held_out_text_and_tokens_are_of_the_same_documents(tmp_path: Path) -> None:
-    """Of a conversation only what the assistant says counts as bytes, as only that counts as tokens."""
-    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    """Of a conversation only the answers that are learned count as bytes, as only they count as tokens."""
+    said = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "B", "learn": False},
+        {"role": "assistant", "content": "A"},
+    ]
     rows = [{"doc_id": bytes([n]) * 16, **PLACE, "messages": said} for n in range(3)]
     with arrow.Writer(tmp_path / "clean/chat/documents", clean.CHAT_DOCUMENTS) as out:
         out.write(pa.Table.from_pylist(rows, clean.CHAT_DOCUMENTS))
@@ -148,12 +152,12 @@ def test_held_out_text_and_tokens_are_of_the_same_documents(tmp_path: Path) -> N
         out.write(pa.Table.from_pylist(tokens, schema))
     folders = [tmp_path / name for name in ("clean", "dedup", "tokens")]
     (found,) = held_out.held_out(*folders, ["chat"], SPECIAL)
-    assert (found.text, found.said, found.conversation) == ("Q\nA", "A", True)
+    assert (found.text, found.said, found.conversation) == ("Q\nB\nA", "A", True)
     assert (found.ids.tolist(), found.learned.tolist()) == ([0, 5], [False, True])
     assert held_out.held_out(*folders, ["chat"], {"eos_token_id": 9})[0].ids.tolist() == [0, 5], (
         "its first token is given anyway"
     )
-    assert [batch.to_pylist() for batch in held_out.train_texts(*folders[:2], ["chat"])] == [["Q\nA"]]
+    assert [batch.to_pylist() for batch in held_out.train_texts(*folders[:2], ["chat"])] == [["Q\nB\nA"]]
     assert held_out.train_bytes(*folders[:2], ["chat"], 100) == b"A\n"
     assert held_out.train_bytes(*folders[:2], ["chat"], 1) == b"A"
 

@@ -394,9 +394,9 @@ def test_without_the_libraries_tokenizers_does_it() -> None:
 import sys
 sys.path.insert(0, "stages")
 sys.modules["gigatoken"] = sys.modules["tiktoken"] = None
-from kit import stage
-real = stage.version
-stage.version = lambda name: None if name in ("gigatoken", "tiktoken") else real(name)
+from kit import stage_code
+real = stage_code.version
+stage_code.version = lambda name: None if name in ("gigatoken", "tiktoken") else real(name)
 from fast_encoder import FastEncoder
 from tokenizers import Tokenizer
 found = FastEncoder(Tokenizer.from_str(sys.stdin.read()))

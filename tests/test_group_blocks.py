@@ -220,18 +220,26 @@ LONG = st.fixed_dictionaries({"mode": st.sampled_from(["line", "best_fit"]), "bl
 def test_a_truncated_document_keeps_its_eos_and_what_is_cut_is_counted(
     sources: list[Documents], given_: dict[str, Any]
 ) -> None:
-    """EOS stands in the place of the last token of the block, with the mark that this place had."""
+    """EOS stands in the place of the last token, with its mark; without an answer before it, it is left out."""
     size, documents = given_["block_size"], train_documents(sources)
     blocks = grouped(sources, long_documents="truncate", **given_)
     expected = [
-        tokens if len(tokens) <= size else [*tokens[: size - 1], (EOS, tokens[size - 1][1])] for tokens in documents
+        tokens if len(tokens) <= size else [*tokens[: size - 1], (EOS, tokens[size - 1][1])]
+        for tokens in documents
+        if len(tokens) <= size or any(learn for _, learn in tokens[: size - 1])
     ]
     assert sorted(packed_pieces(blocks)) == sorted(expected)
     assert blocks.counts["tokens"] == sum(map(len, expected))
     assert blocks.counts["tokens"] + blocks.counts["dropped_tokens"] == sum(map(len, documents))
     assert blocks.counts["documents"] == len(documents)
-    listed = [(row["tokens"], row["left_out"]) for row in blocks.left_out]
-    assert listed == [(len(tokens), len(tokens) - size) for tokens in documents if len(tokens) > size]
+    listed = [(row["tokens"], row["left_out"], row["rule"]) for row in blocks.left_out]
+    assert listed == [
+        (len(tokens), len(tokens) - size, "truncate")
+        if any(learn for _, learn in tokens[: size - 1])
+        else (len(tokens), len(tokens), "no_answer")
+        for tokens in documents
+        if len(tokens) > size
+    ]
 
 
 @given(sources=SOURCES, given_=LONG)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from lineage.erase import apply, cluster, plan, prove
+from lineage.erase import apply, cluster, exclude, plan, prove
 from lineage.questions import Lineage
+from lineage.verify import Stage
 
+import clean
 import dedup
 import varied
-from conftest import repro
+from conftest import repro, write
 from kit import arrow
-from test_lineage_trace import project
+from test_lineage_trace import project, written
 
 
 @pytest.mark.slow
@@ -62,7 +65,7 @@ def test_a_canary_with_an_exact_and_a_near_twin_is_gone_and_no_twin_promoted(
     assert {after.why("data/raw/packed.txt", line)[0]["rule"] for line in (6, 45, 49)} == {"excluded"}
     for one in (identity, near):
         proof = prove(after, one)
-        assert proof["absent"]
+        assert proof["absent"] and proof["own_absent"] and proof["shared_units"] == 0
         assert proof["containment"] == 0
         assert "not reached" in proof["limits"]
     assert not any(
@@ -88,6 +91,17 @@ def test_the_plan_names_first_step_and_the_models_of_later_phases(finished: Path
     }
 
 
+def test_exports_are_redone_and_one_that_was_not_keeps_a_document_from_being_gone(finished: Path) -> None:
+    lineage = Lineage(finished)
+    for name, phase in (("old", "chat"), ("other", "elsewhere")):
+        model = {f"models/{phase}/merged": {"md5": "0.dir"}}
+        lineage.stages[f"export_model@{name}"] = Stage("export_model", name, "", model, {}, {})
+    identity = lineage.why("data/raw/tiny_notes.txt", 3)[0]["doc_id"]
+    assert [name for name in plan(lineage, identity)["redo"] if name.startswith("export")] == ["export_model@old"]
+    said = prove(lineage, identity)["models"]
+    assert said.startswith("not rebuilt: models/exports/old: models/chat/merged has changed since export_model@old ran")
+
+
 def test_a_copy_of_a_near_twin_that_names_no_twin_itself_is_found_by_its_id(tmp_path: Path) -> None:
     """As copies in another phase are."""
     lineage = project(
@@ -108,3 +122,58 @@ def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: P
     assert not proof["absent"]
     assert proof["runs"][0]["file"] == "data/raw/line.txt"
     assert proof["containment"] > 0.5
+
+
+def excluded(root: Path, documents: list[str], gone: int = 1) -> tuple[Lineage, str]:
+    """Return a project whose first documents are dropped, the very first of them excluded, and the id of that one."""
+    lineage = project(root, documents, ["dropped"] * gone + ["train"] * (len(documents) - gone))
+    write(root / "data/exclusions.txt", "# none\n")
+    exclude(root, {clean.doc_id(documents[0])})
+    return lineage, clean.doc_id(documents[0]).hex()
+
+
+def test_what_only_the_document_had_and_what_others_say_too_are_two_verdicts(tmp_path: Path) -> None:
+    """As statutes share their formulas: whoever is erased, they stay."""
+    draw = random.Random(6)
+    own, formula = written(draw, 50), written(draw, 40)
+    others = [f"{written(draw, 30)} {formula} {written(draw, 9)}" for _ in range(2)]
+    proof = prove(*excluded(tmp_path / "formula", [f"{own} {formula}", *others]))
+    assert (proof["absent"], proof["own_absent"]) == (False, True)
+    assert (proof["own_units"], proof["shared_units"]) == (50, 40)
+    assert [(run["units"], run["documents"]) for run in proof["runs"]] == [(40, 2)]
+    # Nothing of it is its own where another one holds the whole of it.
+    proof = prove(*excluded(tmp_path / "whole", [f"{own} {formula}", *others, f"Again: {own} {formula} {own[:90]}"]))
+    assert (proof["own_absent"], proof["own_units"], proof["containment"]) == (False, 0, 1.0)
+    proof = prove(*excluded(tmp_path / "none", [own, *others]))
+    assert (proof["absent"], proof["own_absent"], proof["shared_units"]) == (True, True, 0)
+    assert proof["most_like"] is None
+    # It is kept, or it is not excluded.
+    lineage, identity = excluded(tmp_path / "kept", [own, *others], gone=0)
+    assert (prove(lineage, identity)["own_absent"], prove(lineage, identity)["shared_units"]) == (False, 0)
+    lineage = project(tmp_path / "unlisted", [own, *others], ["dropped", "train", "train"])
+    write(tmp_path / "unlisted/data/exclusions.txt", "# none\n")
+    assert not prove(lineage, "0" * 32, own)["own_absent"]
+
+
+def test_a_kept_run_is_found_behind_many_that_were_dropped(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    parts = [written(draw, 40) for _ in range(30)]
+    held = " ".join(parts[3].split()[5:25])
+    documents = [" ".join(parts), *(f"{part} {written(draw, 5)}" for part in parts), f"{written(draw, 9)} {held} end"]
+    proof = prove(*excluded(tmp_path, documents, gone=31))
+    assert (proof["absent"], proof["own_absent"], proof["longest_run"]) == (False, True, 20)
+
+
+def test_a_model_that_was_not_trained_again_keeps_a_document_from_being_gone(workspace: Path) -> None:
+    lineage = Lineage(workspace)
+    identity = lineage.why("data/raw/tiny_notes.txt", 3)[0]["doc_id"]
+    apply(lineage, identity)
+    repro(workspace, "group_blocks@pretrain")
+    proof = prove(Lineage(workspace), identity)
+    assert proof["exact"] == "no kept document has this id"
+    assert (proof["absent"], proof["own_absent"]) == (False, False)
+    assert proof["models"].startswith("not rebuilt: chat: of an older state: ")
+    shutil.rmtree(workspace / "models/pretrain/merged")
+    shutil.rmtree(workspace / "models/chat/merged")
+    proof = prove(Lineage(workspace), identity)
+    assert (proof["models"], proof["own_absent"]) == ("none is of an older state", True)

@@ -148,6 +148,7 @@ def test_chinese_is_matched_by_character(tmp_path: Path) -> None:
 def test_a_text_of_fewer_than_16_units_is_refused(tmp_path: Path) -> None:
     assert trace.trace(project(tmp_path, ["x"], ["train"]), "one two three") == []
     assert "the text has 3 words" in ask(tmp_path, "trace", "one two three", status=1)
+    assert "the text has 1 word (" in ask(tmp_path, "trace", "one", status=1)
 
 
 def test_what_a_model_writes_is_traced_to_the_document_that_it_learned_by_heart(tmp_path: Path) -> None:

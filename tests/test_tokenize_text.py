@@ -354,19 +354,6 @@ def test_a_source_without_documents_gives_no_rows(source: Source) -> None:
     assert arrow.manifest(source.folder)["counts"] == counts
 
 
-def test_a_source_of_which_nothing_is_learned_is_refused(project: Path, run_stage: Runner) -> None:
-    """Conversations without an answer would be trained on in silence, to no effect; one answer is enough."""
-    write_tokenizer(project / "models/tokenizers/p")
-    asked, end = ("a question", False, False), ("</s>", True, False)
-    write_marked(project, ("train", [asked, end]), ("eval", [asked, end]))
-    finished = run_stage(project, "tokenize_text", "p_text")
-    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
-    assert "none of its 2 documents has a token to learn" in finished.stderr
-    assert not (project / "data/tokens/p/p_text").exists()
-    write_marked(project, ("train", [asked, end]), ("eval", [asked, ("</s>", True, True)]))
-    assert run_stage(project, "tokenize_text", "p_text").returncode == 0
-
-
 PLAIN, END = {"id": 260, "special": True}, {"id": 1, "special": False}
 UNFIT: dict[str, tuple[dict[str, str | None], list[dict[str, Any]], str]] = {
     "no EOS": ({"eos_token": None}, [], "names no eos_token"),

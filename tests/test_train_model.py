@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bpe_training
@@ -30,9 +30,9 @@ from conftest import Runner, copy_project, kill_at
 from group_blocks import blocks_schema
 from kit import arrow
 from kit.model import IGNORED, Blocks, load_model, max_positions, mean_loss, new_tokens, objective
-from kit.tokenizer import Vocabulary
+from kit.tokenizer import BYTE_TO_UNICODE, Vocabulary
 from test_loss_head import Waits
-from train_model import Params, examples, total_steps
+from train_model import Params, examples, spelled, total_steps
 
 
 def open_blocks(folder: Path) -> Blocks:
@@ -753,12 +753,21 @@ def test_examples_show_what_is_learned(tmp_path: Path, masked: tuple[Path, Path]
     assert "[<mask> -> " in shown and len(list(examples(guessed, order, Vocabulary(masked[1]), 9))) == 4
 
 
+def test_tokens_are_shown_as_one_can_read_them() -> None:
+    """As the vocabulary spells them, but for those that its bytes spell as æ³ķ."""
+    words = [b" the", "法".encode(), " 法".encode(), "法".encode()[:2]]
+    entries = ["".join(BYTE_TO_UNICODE[byte] for byte in word) for word in words]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(entries)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    assert [spelled(tokenizer, number) for number in range(4)] == ["Ġthe", "法", " 法", "æ³"]
+
+
 def test_the_command_line_shows_examples(project: Path, run_stage: Runner) -> None:
     make_project(project)
     shown = run_stage(project, "train_model", "pretrain", "--show", "2")
     assert shown.returncode == 0 and shown.stdout.count("16 tokens") == 2, shown.stderr
     assert not (project / "models/pretrain").exists()
-    for words in (["--shwo", "2"], ["--show"], ["--show", "two"]):
+    for words in (["--shwo", "2"], ["--show"], ["--show", "two"], ["--show", "0"]):
         wrong = run_stage(project, "train_model", "pretrain", *words)
         assert wrong.returncode == 2 and wrong.stdout.startswith(
             "usage: python stages/train_model.py NAME [--show N] [--plan]\n"

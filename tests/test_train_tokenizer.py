@@ -287,6 +287,10 @@ BAD_BASES = {
         {"tokenizer.json": TOKENIZER.to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'},
         "names no eos_token, so no document would have an end",
     ),
+    "EOS as a number": (
+        {"tokenizer.json": TOKENIZER.to_str(), "tokenizer_config.json": '{"eos_token": 5}'},
+        "models/base/b/tokenizer_config.json: eos_token is 5; write the token there as a string",
+    ),
     "a Git LFS pointer": (
         {"tokenizer.json": "version https://git-lfs", "tokenizer_config.json": '{"eos_token": "</s>"}'},
         "models/base/b holds no tokenizer that can be read",

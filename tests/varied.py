@@ -74,6 +74,8 @@ def write_project(folder: Path) -> Path:
         [{"role": "user", "content": f"Question {n}? {text}"}, {"role": "assistant", "content": f"Answer: {text}"}]
         for n, text in enumerate(texts("messages"))
     ]
+    turns[1][0]["content"] += " " + " ".join(NOUNS.split() * 6)  # longer than a block, so its answer is cut off
+    turns[2] += [{**turns[2][1], "content": "No.", "weight": 0}, *turns[3]]
     write(raw / "messages/rows.jsonl", "".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     alpaca = [{"instruction": f"Do {n}.", "input": "", "output": text} for n, text in enumerate(texts("alpaca"))]
     write(raw / "alpaca/rows.json", json.dumps(alpaca))
@@ -122,7 +124,7 @@ def params() -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {
         "docs": {"block_size": 24, "weights": {"line": 2.5, "csv": 0.5}},
         "packs": {"block_size": 40, "mode": "best_fit", "long_documents": "truncate"},
-        "talk": {"block_size": 48, "mode": "line"},
+        "talk": {"block_size": 200, "mode": "line", "long_documents": "truncate"},
     }
     phases = {
         name: {

@@ -14,18 +14,15 @@ or fills the disk leaves the previous output as it was.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib
 import itertools
 import json
-import mmap
 import os
 import re
 import resource
@@ -33,28 +30,31 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-STAGES = Path(__file__).resolve().parents[1]
-WORK = Path(".work")
-DIGESTS = WORK / "digests"
-REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
+from kit.digests import (
+    REMEMBERED,
+    WORK,
+    State,
+    combined,
+    digest,
+    file_digests,
+    input_digests,
+    just_written,
+    remember,
+    settled,
+    state,
+)
+from kit.stage_code import STAGES, code_digest, code_files, versions
+
 RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
-# Libraries whose version can change a result; transformers calls the first four by itself.
-BESIDE_TORCH = ("accelerate", "bitsandbytes", "peft", "safetensors")
-OTHERS = "gguf gigatoken jinja2 numpy pyarrow pydantic_core tokenizers torch torchao transformers"
-SHAPING = sorted((*BESIDE_TORCH, *OTHERS.split()))
 T = TypeVar("T")
-# Name, device, inode, size, mtime and ctime of a file.
-State = tuple[str, int, int, int, int, int]
 
 
 def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any] | None) -> None:
@@ -79,7 +79,10 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
     try:
         main(sys.argv[1], **given)
     except KeyboardInterrupt:
-        raise SystemExit(f"{name}: interrupted; nothing was published, and the next run goes on from here.") from None
+        raise SystemExit(
+            f"{name}: interrupted; nothing was published: run again, which goes on from the finished shards (.memo) or "
+            "the last checkpoint (.work) of a stage that keeps them, and begins any other anew."
+        ) from None
     except Exception as error:
         if _disk_is_full(error):
             raise SystemExit(
@@ -184,8 +187,8 @@ class Run:
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
         self.record = RECORDS / f".tmp-{self.name}.json"
         self.states = {str(path): state(path) for path in inputs}
-        self.files = {path: _input_digests(Path(path), states) for path, states in self.states.items()}
-        self.digests = {path: _combined(files) for path, files in self.files.items()}
+        self.files = {path: input_digests(Path(path), states, workers()) for path, states in self.states.items()}
+        self.digests = {path: combined(files) for path, files in self.files.items()}
         self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
         self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
         self.counts: dict[str, int] = {}
@@ -239,7 +242,7 @@ class Run:
         inputs = (
             path
             for path, before in self.digests.items()
-            if state(Path(path)) != self.states[path] and digest(Path(path)) != before
+            if state(Path(path)) != self.states[path] and digest(Path(path), workers()) != before
         )
         modules = code_files(STAGES / f"{self.stage}.py")
         code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
@@ -312,7 +315,7 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
-            _remember(written)
+            remember(written)
         finally:
             for temporary in [*current.outputs, current.record]:
                 _remove(temporary)
@@ -324,244 +327,10 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
     print(f"{current.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the sorted (relative path, SHA-256) pairs of a folder; see `file_digests`."""
-    return _combined(file_digests(path))
-
-
-def file_digests(path: Path, known: dict[Path, str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 of each file in a folder by relative path, sorted; of a file, its own by the name "".
-
-    `known`: files that need not be read.
-
-    Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
-    when the path is missing or the folder holds no file, or one that may not be read.
-    """
-    files = [path] if path.is_file() else _all_files(path)
-    if not files:
-        state = "is empty" if path.is_dir() else "does not exist"
-        raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
-    names = ["" if file == path else file.relative_to(path).as_posix() for file in files]
-    if len(files) == 1:  # as of each module: threads take longer to start
-        return {names[0]: (known or {}).get(files[0]) or _file_digest(files[0])}
-    with ThreadPoolExecutor(max_workers=min(8, workers())) as pool:
-        digests = pool.map(lambda file: (known or {}).get(file) or _file_digest(file), files)
-        return dict(zip(names, digests, strict=True))
-
-
-def _just_written(folder: Path) -> dict[Path, str]:
-    """Return the SHA-256 of the shards of new Arrow folders, which their writer worked out for the manifest."""
-    found: dict[Path, str] = {}
-    for first in folder.rglob("data-00000.arrow"):
-        manifest = json.loads((first.parent / "manifest.json").read_text(encoding="utf-8"))
-        found |= {first.parent / shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-    return found
-
-
-def _input_digests(path: Path, states: list[State]) -> dict[str, str]:
-    """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
-
-    As good as reading it where `_settled` says so: there each write changes a time that no program can set.
-    """
-    known = _remembered(DIGESTS)
-    same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
-    new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
-    quiet = _settled(new)
-    found = file_digests(path, same)
-    after = {now[0]: now for now in state(path)} if quiet else {}
-    _remember(
-        {
-            now[0]: (now, found["" if now[0] == str(path) else Path(now[0]).relative_to(path).as_posix()])
-            for now in quiet
-            if after.get(now[0]) == now
-        }
-    )
-    return found
-
-
-def _settled(states: list[State]) -> list[State]:
-    """Return those files whose next change is sure to show in their change time (ctime).
-
-    The clock of a disk stands still for some milliseconds: a file may change again within them and keep its ctime. So
-    this waits until the clock is beyond the latest ctime. A page that another process has mapped is written out first,
-    for only the first store into it after that sets the ctime. Where no such store does (tmpfs), nothing is returned.
-    """
-    if not states:
-        return []
-    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
-        WORK.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=WORK, buffering=0) as clock:
-            clock.write(b"0")
-            now = os.fstat(clock.fileno())
-            latest = max(now.st_ctime_ns, *(one[5] for one in states))
-            with mmap.mmap(clock.fileno(), 1) as mapped:
-                for _ in range(20):  # a tick takes 4 to 10 ms
-                    os.fsync(clock.fileno())
-                    time.sleep(0.001)
-                    mapped[0] ^= 1
-                    now = os.fstat(clock.fileno())
-                    if now.st_ctime_ns > latest:
-                        break
-        quiet = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
-        for name, *_ in quiet:
-            with Path(name).open("rb") as file:
-                os.fsync(file.fileno())
-        return quiet
-    return []
-
-
-def _remembered(note: Path) -> dict[str, Any]:
-    """Return what `_note` wrote; nothing when it is damaged."""
-    try:
-        digest, content = note.read_bytes().split(b"\n", 1)
-    except (OSError, ValueError):
-        return {}
-    return json.loads(content) if _noted(content) == digest else {}
-
-
-def _noted(content: bytes) -> bytes:
-    return hashlib.sha256(b"states and SHA-256, 1\n" + content).hexdigest().encode()  # another layout, another number
-
-
-def _note(note: Path, entries: dict[str, Any]) -> None:
-    content = json.dumps(entries, sort_keys=True).encode()
-    temporary = note.with_name(f".tmp-{note.name}-{os.getpid()}")
-    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
-        note.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(_noted(content) + b"\n" + content)
-        temporary.replace(note)
-
-
-def _remember(new: dict[str, tuple[State, str]]) -> None:
-    """Note states and SHA-256 of files beside those of others that are still there."""
-    if new:
-        known = {name: entry for name, entry in (_remembered(DIGESTS) | new).items() if Path(name).is_file()}
-        _note(DIGESTS, known)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except PermissionError:
-        raise SystemExit(f"{path} may not be read; give yourself the right (chmod u+r) and run again.") from None
-
-
-def _combined(files: dict[str, str]) -> str:
-    pairs = json.dumps(list(files.items()), ensure_ascii=False)
-    return files.get("") or hashlib.sha256(pairs.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def state(path: Path) -> list[State]:
-    """Return the state of a file, or of each file that `digest` reads in a folder."""
-    found = []
-    for file in [path] if path.is_file() else _all_files(path):
-        stat = file.stat()
-        found.append((str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return found
-
-
-def _all_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
-
-
 def _value(content: Any, key: str) -> Any:
     for part in key.split("."):
         content = content.get(part) if isinstance(content, dict) else None
     return content
-
-
-def _ignored(path: Path) -> bool:
-    return any(part == "__pycache__" or part.startswith(".tmp-") for part in path.parts)
-
-
-@functools.cache
-def _imports(script: Path) -> tuple[list[Path], set[str]]:
-    """Return `script` and what it imports from stages/, at any depth, sorted, and the other packages they name.
-
-    Found out once in a run: which modules they import changes only when one of them changes, and is then seen. What a
-    module names stands in .work/imports under the SHA-256 of its text, for to parse them all takes 20 to 60 ms.
-    """
-    note = WORK / "imports" / f"{script.stem}.json"
-    known, names = _remembered(note), {}
-    code = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
-    found: set[Path] = set()
-    waiting = [script.resolve()]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        text, key = path.read_bytes(), code.copy()
-        key.update(text)
-        name = key.hexdigest()
-        named = names[name] = known[name] if name in known else _imported(text)
-        candidates = (STAGES / f"{module.replace('.', '/')}.py" for module in named)
-        waiting.extend(candidate for candidate in candidates if candidate.is_file())
-    if names != known and WORK.is_dir():
-        _note(note, names)
-    return sorted(found), {module.split(".")[0] for named in names.values() for module in named}
-
-
-def _imported(text: bytes) -> list[str]:
-    """Return the names in the import statements of a module, sorted; of `from a import b` both a and a.b."""
-    names: set[str] = set()
-    for node in _statements(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return sorted(names)
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield all statements in a module; `ast.walk` would also visit each expression, where no import can stand."""
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        for child in getattr(node, field, []):
-            yield child
-            yield from _statements(child)
-
-
-def code_files(script: Path) -> list[Path]:
-    """Return `script` and every module under stages/ that it imports, at any depth, sorted."""
-    return _imports(script)[0]
-
-
-def code_digest(script: Path) -> str:
-    """Return the SHA-256 over the stage's code and all it imports from stages/."""
-    parts = [[p.relative_to(STAGES).as_posix(), digest(p)] for p in code_files(script)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def versions(script: Path) -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries that can shape what this stage writes.
-
-    By the imports in its code, not by what happens to be imported so far: two runs must give the same answer.
-    """
-    packages = _imports(script)[1]
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in SHAPING:
-        if (name in packages or ("torch" in packages and name in BESIDE_TORCH)) and (number := version(name)):
-            found[name] = number
-    return found
-
-
-def version(name: str) -> str | None:
-    """Return the version of an installed library, None where there is none.
-
-    Read where `importlib.metadata` reads it, whose import takes 17 ms; what is not there in the one usual place is left
-    to it.
-    """
-    places = dict.fromkeys(sys.path)
-    found = [path for place in places for path in Path(place).glob(f"{name}-*.dist-info/METADATA")]
-    line = re.search(rb"^Version: (\S+)$", found[0].read_bytes(), re.MULTILINE) if len(found) == 1 else None
-    if line:
-        return line[1].decode()
-    import importlib.metadata
-
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
 
 
 def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
@@ -571,12 +340,12 @@ def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
     metrics, the time and the memory. Returns state and SHA-256 of the large new files by the name they will have.
     """
     script = STAGES / f"{current.stage}.py"
-    large = _settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
+    large = settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
     written: dict[str, tuple[State, str]] = {}
     outputs = []
     for target, temporary in zip(current.targets, current.outputs, strict=True):
-        files = file_digests(temporary, _just_written(temporary))
-        outputs.append(f"{target} sha256:{_combined(files)}")
+        files = file_digests(temporary, just_written(temporary), workers())
+        outputs.append(f"{target} sha256:{combined(files)}")
         for one in large:
             if temporary in Path(one[0]).parents:
                 relative = Path(one[0]).relative_to(temporary)

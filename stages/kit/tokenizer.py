@@ -26,7 +26,8 @@ UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items(
 class Vocabulary:
     """What tokenizer.json and tokenizer_config.json say.
 
-    Raises SystemExit when a file is missing or no eos_token is named: no document would have an end.
+    Raises SystemExit when a file is missing or no eos_token is named: no document would have an end; ValueError when a
+    special token is named by no text.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +36,7 @@ class Vocabulary:
                 raise SystemExit(f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one).")
         self.folder = folder
         try:
-            settings = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
+            self._settings = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise SystemExit(
@@ -44,15 +45,27 @@ class Vocabulary:
             ) from None
         self.size = int(self.tokenizer.get_vocab_size())
         added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-        # A special token stands there as a string or as a dict with its content.
-        named = {role: settings[role] for role in ROLES if settings.get(role)}
-        self.special = {role: t["content"] if isinstance(t, dict) else str(t) for role, t in named.items()}
+        self.special = {role: text for role in ROLES if (text := self.named(role))}
         self.special_texts = [token["content"] for token in added if token["special"]]
         if "eos_token" not in self.special:
             raise SystemExit(
                 f"{folder}/tokenizer_config.json names no eos_token, so no document would have an end; name one there, "
                 "or set train_tokenizer.mode to train."
             )
+
+    def named(self, role: str) -> str | None:
+        """Return the text of the token that tokenizer_config.json names as e.g. `mask_token`; None for none.
+
+        Raises ValueError when what stands there is no text.
+        """
+        token = self._settings.get(role)
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{self.folder}/tokenizer_config.json: {role} is {json.dumps(token, ensure_ascii=False)}; write the "
+                "token there as a string or as an object with the string as `content`, or null for none."
+            )
+        return text or None
 
     def id(self, token: str) -> int:
         """Return the id of a token. Raises ValueError when there is none."""

@@ -1,0 +1,174 @@
+"""SHA-256 of files and folders, and what is remembered of them from run to run, in .work/.
+
+    digest(Path("data/raw/laws"))        ->  SHA-256 of the sorted (relative path, SHA-256) pairs
+    file_digests(Path("data/raw/laws"))  ->  {"a.txt": SHA-256 of its bytes, "deep/b.txt": ...}
+    state(Path("data/raw/laws"))         ->  name, device, inode, size, mtime and ctime of each file
+
+What is remembered, in .work/digests, is believed of a file whose state is the same: such a file is not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+WORK = Path(".work")
+DIGESTS = WORK / "digests"
+REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
+# Name, device, inode, size, mtime and ctime of a file.
+State = tuple[str, int, int, int, int, int]
+
+
+def digest(path: Path, threads: int = 1) -> str:
+    """Return the SHA-256 of a file, or of the sorted (relative path, SHA-256) pairs of a folder; see `file_digests`."""
+    return combined(file_digests(path, threads=threads))
+
+
+def file_digests(path: Path, known: dict[Path, str] | None = None, threads: int = 1) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder by relative path, sorted; of a file, its own by the name "".
+
+    `known`: files that need not be read. No more than 8 `threads` are started.
+
+    Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
+    when the path is missing or the folder holds no file, or one that may not be read.
+    """
+    files = [path] if path.is_file() else _all_files(path)
+    if not files:
+        state = "is empty" if path.is_dir() else "does not exist"
+        raise SystemExit(f"{path} {state}; put the files there, or run the stage that writes it (`dvc repro`).")
+    names = ["" if file == path else file.relative_to(path).as_posix() for file in files]
+    if len(files) == 1:  # as of each module: threads take longer to start
+        return {names[0]: (known or {}).get(files[0]) or _file_digest(files[0])}
+    with ThreadPoolExecutor(max_workers=min(8, threads)) as pool:
+        digests = pool.map(lambda file: (known or {}).get(file) or _file_digest(file), files)
+        return dict(zip(names, digests, strict=True))
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:
+        raise SystemExit(f"{path} may not be read; give yourself the right (chmod u+r) and run again.") from None
+
+
+def combined(files: dict[str, str]) -> str:
+    """Return the one digest of what `file_digests` found."""
+    pairs = json.dumps(list(files.items()), ensure_ascii=False)
+    return files.get("") or hashlib.sha256(pairs.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def state(path: Path) -> list[State]:
+    """Return the state of a file, or of each file that `digest` reads in a folder."""
+    found = []
+    for file in [path] if path.is_file() else _all_files(path):
+        stat = file.stat()
+        found.append((str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return found
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
+
+
+def _ignored(path: Path) -> bool:
+    return any(part == "__pycache__" or part.startswith(".tmp-") for part in path.parts)
+
+
+def just_written(folder: Path) -> dict[Path, str]:
+    """Return the SHA-256 of the shards of new Arrow folders, which their writer worked out for the manifest."""
+    found: dict[Path, str] = {}
+    for first in folder.rglob("data-00000.arrow"):
+        manifest = json.loads((first.parent / "manifest.json").read_text(encoding="utf-8"))
+        found |= {first.parent / shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    return found
+
+
+def input_digests(path: Path, states: list[State], threads: int) -> dict[str, str]:
+    """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
+
+    As good as reading it where `settled` says so: there each write changes a time that no program can set.
+    """
+    known = read_note(DIGESTS)
+    same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
+    new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
+    quiet = settled(new)
+    found = file_digests(path, same, threads)
+    after = {now[0]: now for now in state(path)} if quiet else {}
+    remember(
+        {
+            now[0]: (now, found["" if now[0] == str(path) else Path(now[0]).relative_to(path).as_posix()])
+            for now in quiet
+            if after.get(now[0]) == now
+        }
+    )
+    return found
+
+
+def remember(new: dict[str, tuple[State, str]]) -> None:
+    """Note states and SHA-256 of files beside those of others that are still there."""
+    if new:
+        known = {name: entry for name, entry in (read_note(DIGESTS) | new).items() if Path(name).is_file()}
+        write_note(DIGESTS, known)
+
+
+def settled(states: list[State]) -> list[State]:
+    """Return those files whose next change is sure to show in their change time (ctime).
+
+    The clock of a disk stands still for some milliseconds: a file may change again within them and keep its ctime. So
+    this waits until the clock is beyond the latest ctime. A page that another process has mapped is written out first,
+    for only the first store into it after that sets the ctime. Where no such store does (tmpfs), nothing is returned.
+    """
+    if not states:
+        return []
+    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
+        WORK.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=WORK, buffering=0) as clock:
+            clock.write(b"0")
+            now = os.fstat(clock.fileno())
+            latest = max(now.st_ctime_ns, *(one[5] for one in states))
+            with mmap.mmap(clock.fileno(), 1) as mapped:
+                for _ in range(20):  # a tick takes 4 to 10 ms
+                    os.fsync(clock.fileno())
+                    time.sleep(0.001)
+                    mapped[0] ^= 1
+                    now = os.fstat(clock.fileno())
+                    if now.st_ctime_ns > latest:
+                        break
+        quiet = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
+        for name, *_ in quiet:
+            with Path(name).open("rb") as file:
+                os.fsync(file.fileno())
+        return quiet
+    return []
+
+
+def read_note(note: Path) -> dict[str, Any]:
+    """Return what `write_note` wrote; nothing when it is damaged."""
+    try:
+        digest, content = note.read_bytes().split(b"\n", 1)
+    except (OSError, ValueError):
+        return {}
+    return json.loads(content) if _noted(content) == digest else {}
+
+
+def write_note(note: Path, entries: dict[str, Any]) -> None:
+    """Write JSON into a file of .work/, with a digest of itself."""
+    content = json.dumps(entries, sort_keys=True).encode()
+    temporary = note.with_name(f".tmp-{note.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):  # a full disk: nothing is remembered
+        note.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(_noted(content) + b"\n" + content)
+        temporary.replace(note)
+
+
+def _noted(content: bytes) -> bytes:
+    return hashlib.sha256(b"states and SHA-256, 1\n" + content).hexdigest().encode()  # another layout, another number
