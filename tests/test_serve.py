@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 MISSING = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
 SECONDS = 600  # a shared machine takes minutes for what takes a quiet one 15 s
@@ -88,8 +88,9 @@ def test_the_openai_client_gets_the_pipelines_answer(workspace: Path, server: st
     assert client.models.list().object == "list"
 
 
-def test_a_chat_in_the_terminal(workspace: Path) -> None:
-    """What a user types is answered, `!exit` ends the chat and, without any help, the server."""
+@pytest.mark.parametrize("end", ["!exit", "Ctrl-C"])
+def test_a_chat_in_the_terminal(workspace: Path, end: str) -> None:
+    """What a user types is answered; `!exit` or Ctrl-C ends the chat and, without any help, the server."""
     (workspace / ".work/hub").mkdir(exist_ok=True)
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
@@ -104,8 +105,13 @@ def test_a_chat_in_the_terminal(workspace: Path) -> None:
         start_new_session=True,
     ) as chat:
         try:
-            said, _ = chat.communicate("How long is the Rhine?\n!exit\n", timeout=SECONDS)
-            assert "CHAT INTERFACE" in said and "tok/s" in said, said
+            if end == "Ctrl-C":
+                wait_for(lambda: answers(port), seconds=SECONDS)
+                os.killpg(chat.pid, signal.SIGINT)
+                chat.communicate(timeout=SECONDS)
+            else:
+                said, _ = chat.communicate("How long is the Rhine?\n!exit\n", timeout=SECONDS)
+                assert "CHAT INTERFACE" in said and "tok/s" in said, said
             assert not answers(port)
         finally:
             with contextlib.suppress(ProcessLookupError):
