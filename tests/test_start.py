@@ -1,4 +1,7 @@
-"""start: a data stage begins without threads for matrices and without collecting garbage, and works with it."""
+"""start: a data stage begins without threads for matrices and without collecting garbage, and works with it.
+
+Of Arrow's memory it keeps none that is free.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ DATA_STAGES = ["clean", "dedup", "add_bos_eos", "tokenize_text", "group_blocks"]
 def run(program: str, **environment: str) -> str:
     """Return what a Python program prints in the root of the repository."""
     # What pytest itself has set for its tests is not what a user's shell holds.
-    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"} | environment
+    ours = ("OPENBLAS_NUM_THREADS", "ARROW_DEFAULT_MEMORY_POOL")
+    env = {name: value for name, value in os.environ.items() if name not in ours} | environment
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return done.stdout.splitlines()[-1]
@@ -28,26 +32,27 @@ sys.path.insert(0, "stages")
 from kit import start
 real, late = start.lean, []
 def lean():
-    late.append("numpy" in sys.modules)
+    late.append("numpy" in sys.modules or "pyarrow" in sys.modules)
     real()
 start.lean = lean
 sys.argv = ["stages/NAME.py", "--help"]
 with contextlib.suppress(SystemExit):
     runpy.run_path("stages/NAME.py", run_name="__main__")
-print(late, os.environ.get("OPENBLAS_NUM_THREADS"), gc.isenabled())
+import pyarrow as pa
+print(late, os.environ.get("OPENBLAS_NUM_THREADS"), gc.isenabled(), pa.default_memory_pool().backend_name == "system")
 """
 
 
 @pytest.mark.parametrize("name", DATA_STAGES)
 def test_a_data_stage_imports_numpy_without_threads_and_without_garbage_collection(name: str) -> None:
-    """And before numpy is there: later the threads would run already."""
-    assert run(HELP.replace("NAME", name)) == "[False] 1 False"
+    """And before numpy is there: later the threads would run already. Arrow's memory is the system's."""
+    assert run(HELP.replace("NAME", name)) == "[False] 1 False True"
 
 
 @pytest.mark.parametrize("name", ["train_model", "evaluate_model", "check_params"])
 def test_a_stage_that_needs_the_threads_keeps_them(name: str) -> None:
     """Also where it imports a data stage, as check_params does."""
-    assert run(HELP.replace("NAME", name)) == "[] None True"
+    assert run(HELP.replace("NAME", name)) == "[] None True False"
 
 
 def test_importing_a_data_stage_changes_nothing() -> None:
