@@ -13,7 +13,7 @@ import os
 
 
 def lean() -> None:
-    """Keep OpenBLAS from starting threads, Arrow from holding freed memory, the imports from being searched for garbage.
+    """Keep OpenBLAS from threads, Arrow from holding freed memory, and the imports from being searched for garbage.
 
     Of 0.5 CPU seconds 0.09 went into threads that waited for a matrix in a loop, 0.08 into looking again and again
     through modules and classes that stay. `stage.cli` switches the collector on. Arrow's own pool keeps what a worker's
