@@ -43,7 +43,7 @@ chat: serving  ## make chat PHASE=...: talk to a merged model in the terminal; !
 	@test -f models/$(PHASE)/merged/chat_template.jinja || { echo "models/$(PHASE)/merged has no chat template, so it \
 continues text but does not chat: make serve PHASE=$(PHASE), then POST /v1/completions"; exit 1; }
 	@$(SERVE) --log-level error >.work/serve.log 2>&1 & server=$$!; trap "exit 130" INT TERM HUP; \
-		trap "kill $$server 2>/dev/null; wait $$server" EXIT; \
+		trap "kill $$server 2>/dev/null; { wait $$server; } 2>/dev/null" EXIT; \
 		until python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:$(PORT)/health")' 2>/dev/null; do \
 		kill -0 $$server 2>/dev/null || { tail -n 3 .work/serve.log; exit 1; }; sleep 1; done; \
 		transformers chat models/$(PHASE)/merged http://127.0.0.1:$(PORT)/v1

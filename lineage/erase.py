@@ -201,6 +201,9 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
         for name, stage in lineage.stages.items()
         if stage.name == "export_model" and (why := lineage.outdated.why(name))
     ]
+    renewed = {stage.item for stage in lineage.stages.values() if stage.name == "export_model"}
+    there = sorted(path.name for path in (lineage.root / "models/exports").glob("[!.]*") if path.is_dir())
+    older += [f"models/exports/{name}: params.yaml does not name it" for name in there if name not in renewed]
     most, where = _containment(lineage, text)
     listed = exclusions.read(present(lineage.root, exclusions.FILE))
     is_listed = doc_id in listed or any(_raw_id(*one) in listed for one in members)

@@ -31,6 +31,7 @@ from lineage.outdated import Outdated
 
 Answer = dict[str, Any]
 MOST = 20  # records of one line
+IDENTITY = re.compile("([0-9a-fA-F]{2}){8,16}")  # a doc_id or raw_id, or its beginning
 
 
 class Source:
@@ -276,7 +277,8 @@ class Lineage:
 
     def _raws(self) -> str:
         """Return what the sources read, as the end of a sentence."""
-        return f"name a file of {', '.join(sorted({source.raw for source in self.sources}))}."
+        raws = ", ".join(sorted({source.raw for source in self.sources}))
+        return f"name a file of {raws}; one that is new is known after `dvc repro`."
 
     def _files(self, file: str) -> Iterator[tuple[Source, str]]:
         """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""
@@ -359,7 +361,7 @@ class Lineage:
         elif not blocks:
             verdict = "left out of the blocks"
         elif phase.other_blocks:
-            verdict = "in the training blocks, not of the model that is there"
+            verdict = "in the training blocks of now; the model was trained on others, which may have held it"
         elif not phase.steps:
             made = f"train_model@{phase.name}" in self.stages
             verdict = f"in the training blocks, {'the model is not there' if made else 'no model yet'}"
@@ -463,7 +465,7 @@ class Lineage:
         """Return the records that an id, a raw file, or a text leads to, at most `limit` of them."""
         if not what.strip():
             raise SystemExit("nothing to look for; give an id, a raw file of a source, or a part of a text.")
-        if re.fullmatch("[0-9a-fA-F]{16,32}", what):
+        if IDENTITY.fullmatch(what):
             found = [self.record(source, row) for source, row in self._records(what)]
             if found:
                 return found[:limit]
@@ -481,15 +483,15 @@ class Lineage:
             )
         return found
 
-    def _records(self, identity: str) -> Iterator[tuple[Source, int]]:
-        for source, row in self.identified(identity, missing=False):
-            yield source, source.kept_records.row(row)
-        for source in self.sources:
-            yield from ((source, row) for row in source.raw_ids(bytes.fromhex(identity)))
+    def _records(self, identity: str) -> list[tuple[Source, int]]:
+        """Return the records with an id, once each: where cleaning changed nothing, doc_id and raw_id are one."""
+        found = [(source, source.kept_records.row(row)) for source, row in self.identified(identity, missing=False)]
+        found += [(source, row) for source in self.sources for row in source.raw_ids(bytes.fromhex(identity))]
+        return list({(source.name, row): (source, row) for source, row in found}.values())
 
     def identified(self, identity: str, missing: bool = True) -> list[tuple[Source, int]]:
         """Return the documents with an id; SystemExit when it is none, or `missing` and no document has it."""
-        if not re.fullmatch("([0-9a-fA-F]{2}){8,16}", identity):
+        if not IDENTITY.fullmatch(identity):
             raise SystemExit(f"{identity!r} is no doc_id: 32 hexadecimal digits, or the first 16 of them.")
         found = [(source, row) for source in self.sources for row in source.doc_ids(bytes.fromhex(identity))]
         if missing and not found:

@@ -660,7 +660,7 @@ def check_strangers(project: Project, report: Report) -> None:
     for top in ("data/clean", "data/dedup", "data/marked", "data/tokens", "data/blocks", "models", RECORDS):
         for file in project.digests.files(top):
             if not any(file == out or file.startswith(out + "/") for out in outs) and "/configs/" not in file:
-                report.fail("dvc.lock", file, "no stage of dvc.lock has written it")
+                report.fail("dvc.lock", file, "no stage that dvc.lock and params.yaml name has written it")
 
 
 # --- raw -> ledger -> documents
@@ -1389,6 +1389,9 @@ def check_receipts(project: Project, phase: str, report: Report) -> None:
     steps, size = len(receipts) // 16, int(params.get("global_batch_size", 16))
     if len(receipts) % 16 or steps != record["counts"][0]["steps"]:
         raise Wrong(f"{path} has {len(receipts)} bytes, 16 for each of {record['counts'][0]['steps']} steps are due")
+    about = json.loads((project.root / f"models/{phase}/trained/training.json").read_text(encoding="utf-8"))
+    if (about["steps"], about["blocks"]) != (steps, steps * size):
+        raise Wrong(f"models/{phase}/trained/training.json tells of other steps or blocks than {path}")
     masking = Masking(project.root / f"models/tokenizers/{phase}", params) if params.get("objective") == "mlm" else None
     tokens = project.manifest(folder)["counts"]["tokens"]
     batches = list(project.batches(folder))  # mapped, not held

@@ -158,7 +158,7 @@ def mark_shard(work: Work) -> Made:
         "segments_not_learned": len(learn) - (pc.sum(learn).as_py() or 0),
     }
     work.guard.check()
-    return Made({"marked": arrow.encode(rows, MARKED)}, notes)
+    return Made([("marked", arrow.encode(rows, MARKED))], notes)
 
 
 def main(name: str) -> None:

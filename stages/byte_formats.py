@@ -207,6 +207,10 @@ def read_html(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
     yield record_of(source.read(), codec, 0, 1, lambda text, line: _visible(parser(text).root))
 
 
+def _is_hidden(attributes: dict[str, str | None]) -> bool:
+    return "hidden" in attributes or "display:none" in (attributes.get("style") or "").replace(" ", "").lower()
+
+
 def _visible(root: Any) -> str:
     """Return the text that a browser shows: a line for each block, a tab before each further cell of a table row.
 
@@ -225,7 +229,7 @@ def _visible(root: Any) -> str:
             if text:
                 pieces.append(text)
             continue
-        if tag in NOT_SHOWN or not node.is_element_node:
+        if tag in NOT_SHOWN or not node.is_element_node or _is_hidden(node.attributes):
             continue
         if tag in BLOCKS and pieces[-1] != "\n":
             pieces[-1] = pieces[-1].removesuffix(" ") or "\n"

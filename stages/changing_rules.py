@@ -193,9 +193,12 @@ BOILERPLATE = r"""
     | (?:this|our)\ (?:web)?site\ uses\ cookies.{0,160} | we\ (?:and\ our\ partners\ )?use\ cookies.{0,160}
     | (?:accept|reject|allow|manage)\ (?:all\ )?cookies | (?:cookie|privacy)\ (?:policy|settings|preferences|notice)
     | back\ to\ top | skip\ to\ (?:main\ )?content | read\ more[.…»>]{0,3} | print\ this\ page | share\ on\ \w{1,20}
-    | (?:(?:home|prev(?:ious)?|next|log\ ?in|sign\ (?:in|up)|subscribe|sitemap|contact(?:\ us)?|about(?:\ us)?
-        |privacy(?:\ policy)?|terms(?:\ of\ (?:service|use))?)\s?[|/·»«<>-]\s?){1,9}[\w ]{0,20}
-    """
+    | (?:LINK\s?[|·»«<>]\s?){1,9}[\w ]{0,20} | LINK(?:\s[/-]\sLINK){1,9}
+    """.replace(
+    "LINK",
+    r"(?:home|prev(?:ious)?|next|log\ ?in|sign\ (?:in|up)|subscribe|sitemap|contact(?:\ us)?|about(?:\ us)?"
+    r"|privacy(?:\ policy)?|terms(?:\ of\ (?:service|use))?)",
+)
 MAX_BOILERPLATE = 200  # characters of a line that can be boilerplate
 
 

@@ -50,7 +50,7 @@ def _state() -> str:
 
 
 def check_leftovers(content: dict[str, Any]) -> None:
-    """Raise SystemExit when data/ or models/ holds the output of a source or phase that is gone from params.yaml."""
+    """Raise SystemExit when data/ or models/ holds the output of what is gone from params.yaml."""
     wanted = {f"{source['phase']}/{name}" for name, source in content["sources"].items()}
     found = [path for name in ("clean", "dedup", "marked", "tokens") for path in sorted(Path("data", name).glob("*/*"))]
     gone = [path for path in found if _is_output(path) and f"{path.parent.name}/{path.name}" not in wanted]
@@ -62,6 +62,9 @@ def check_leftovers(content: dict[str, Any]) -> None:
         gone += [path] if _is_output(path) and path.name not in {*content["phases"], *beside} else []
     if gone:
         raise SystemExit(f"{gone[0]} belongs to no phase in params.yaml; {_remove(gone)}")
+    exports = sorted(path for path in Path("models/exports").glob("*") if _is_output(path))
+    if gone := [path for path in exports if path.name not in content["exports"]]:
+        raise SystemExit(f"{gone[0]} belongs to no export in params.yaml, and no stage renews it; {_remove(gone)}")
 
 
 def check_raw(content: dict[str, Any]) -> None:

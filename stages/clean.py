@@ -13,8 +13,8 @@ Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x8
 
 What a record is in each format, and its place, says raw_formats.py; what is done to it, clean_rules.py. A conversation
 becomes messages (raw_rows.py); one without an answer to learn is dropped by `no_answer`. Work goes by shards of about 4
-MB, each a file of `documents`, that .memo/ remembers, so a new file costs its own shard; a csv, json, html, PDF, Word,
-Parquet or compressed file is never cut, and one of more than 32 MB is read as a stream and not remembered.
+MB, each a file of `documents`, that .memo/ remembers, so a new file costs its own shard. A csv, json, html, PDF, Word,
+Parquet or compressed file is one shard; of a large one, which is read as a stream, the documents are cut.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -48,7 +48,7 @@ from kit import arrow, stage
 from kit.arrow import compute as pc
 from kit.memo import Made, Memo, Result
 from kit.params import Source, read_params
-from raw_shards import Piece, paths, raw_files, shards
+from raw_shards import Piece, Shard, paths, raw_files, shards
 from record_places import Account, moved, shard_key
 
 PLACE = [
@@ -95,7 +95,9 @@ class Params(raw_params.Params):
     """`sources.SOURCE.clean`: how the raw files are read, what is kept, where they come from."""
 
     ignore: list[str] = Field(
-        [".*"], description="file names to leave out, as shell patterns; any other file must be readable"
+        [],
+        description="files to leave out, as shell patterns of a name, a folder's name or a path below `path`; hidden "
+        "ones (.*) always are, and any other file must be readable",
     )
     on_error: Literal["fail", "drop"] = Field(
         "fail", description="a record that cannot be read stops the stage, or is dropped by the rule `unreadable`"
@@ -103,7 +105,7 @@ class Params(raw_params.Params):
     rules: list[clean_rules.Rule] = Field(
         clean_rules.DEFAULT_RULES,
         validate_default=True,
-        description="applied in order; a name, or {rule: name, ...}: see stages/*_rules.py",
+        description="applied in order; a name, or {rule: name, ...}: see stages/*_rule*.py",
     )
     license: str = Field(
         min_length=1, pattern=r"\S", description="SPDX identifier or name of the licence; `unknown` says so explicitly"
@@ -126,8 +128,7 @@ ABOUT = (*NOTES, "format", "record", "encoding")
 class Work(NamedTuple):
     """A shard."""
 
-    content: str  # digest of its bytes; "": a file too large to be one result
-    pieces: list[Piece]
+    shard: Shard
     params: Params
     guard: stage.Guard  # of their files
     elsewhere: Result | None  # of the same bytes at another place in the file
@@ -171,8 +172,8 @@ def judge(
 ) -> tuple[Any, dict[str, int], tuple[str, str] | None]:
     """Return the cleaned content or None, the changes by rule, and the rule and evidence when it is dropped.
 
-    Whatever the rules are, nothing blank is kept, neither an empty text nor a message without words, and no
-    conversation of which nothing is learned. `idle`: see `clean_rules.idle_rules`.
+    Whatever the rules are, nothing blank is kept, neither an empty text nor a message without words but a tool's, and
+    no conversation of which nothing is learned. `idle`: see `clean_rules.idle_rules`.
 
     >>> judge([{"role": "user", "content": "Why?"}], Params(format="jsonl", license="unknown", rules=[]))[2]
     ('no_answer', 'the assistant says nothing that is learned')
@@ -183,11 +184,16 @@ def judge(
         new, changes, drop = clean_rules.apply_rules(content, [] if blank else params.rules, idle)
         blank = drop is None and (_is_blank(new) if changes else blank)
     else:
-        blank = any(_is_blank(message["content"]) for message in content)
-        new, changes, drop = clean_rules.apply_to_messages(content, params.rules, () if blank else idle)
-        blank = blank and drop is None
-        if not (blank or drop or any(_is_learned(message) for message in content)):
+        blanks = [number for number, message in enumerate(content, start=1) if _is_blank(message["content"])]
+        new, changes, drop = clean_rules.apply_to_messages(content, params.rules, () if blanks else idle)
+        if drop:
+            return None, changes, drop
+        for number in blanks:
+            if (role := content[number - 1]["role"]) != "tool":
+                return None, changes, ("empty", f"message {number} ({role}) is nothing but white space")
+        if not any(_is_learned(message) for message in content):
             return None, changes, ("no_answer", "the assistant says nothing that is learned")
+        return new, changes, None
     return (None, changes, ("empty", "nothing but white space")) if blank else (new, changes, drop)
 
 
@@ -217,8 +223,13 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
         for record in raw_formats.records(piece.path, params, part):
             if record.error and params.on_error == "fail":
                 raise SystemExit(
-                    f"{piece.path}: {record.error}; mend the file, leave it out with `ignore`, "
-                    "or drop what cannot be read with `on_error: drop`."
+                    f"{piece.path}: {record.error}; mend the file, name its `encoding` if that is another, leave it "
+                    "out with `ignore`, or drop what cannot be read with `on_error: drop`."
+                )
+            if params.fill and (name := raw_formats.unnamed(record, params.fill)):
+                raise SystemExit(
+                    f"{piece.path}: {raw_params.unit(params)} {record.number} holds {{{{{name}}}}}, which `fill` does "
+                    f"not name; give it a value, or {name}: '{{{{{name}}}}}' to keep it as it is."
                 )
             movable = movable and not (record.error and piece.start)
             group.append((piece, record))
@@ -303,23 +314,27 @@ def _batch(rows: list[tuple[Any, ...]], params: Params) -> pa.RecordBatch:
 
 
 def clean_shard(work: Work) -> Made:
-    """Return the files `documents` and `ledger` of a shard; in the latter places count from its beginning."""
-    first, params = work.pieces[0], work.params
-    notes = {"content": work.content, "start": first.start, "before": first.before}
+    """Return the files `documents` and `ledger` of a shard, numbered; in the latter places count from its beginning."""
+    first, params = work.shard.pieces[0], work.params
+    notes: dict[str, Any] = {"content": work.shard.content, "start": first.start, "before": first.before}
     schema = documents_schema(params)
+    if work.shard.large:
+        notes |= {"rows": [], "movable": False}
+        return Made(streamed(work, notes["rows"]), notes)
     if work.elsewhere:
         there = work.elsewhere.notes
-        documents = pa.ipc.open_stream(work.elsewhere.files["documents"].read_bytes()).read_all()
+        documents = pa.ipc.open_stream(work.elsewhere.files["documents-00000"].read_bytes()).read_all()
         documents = moved(documents, first.start - there["start"], first.before - there["before"])
-        ledger = work.elsewhere.files["ledger"].read_bytes()
-        return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, {**there, **notes})
-    found = list(cleaned(work.pieces, params))
-    rows = pa.Table.from_batches([batch for batch, _ in found])
-    documents = moved(kept(rows, schema), first.start, first.before)
-    work.guard.check()
-    notes |= {"rows": documents.num_rows, "movable": all(movable for _, movable in found)}
-    ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
-    return Made({"documents": arrow.encode(documents, schema), "ledger": ledger}, notes)
+        ledger = work.elsewhere.files["ledger-00000"].read_bytes()
+        notes = {**there, **notes}
+    else:
+        found = list(cleaned(work.shard.pieces, params))
+        rows = pa.Table.from_batches([batch for batch, _ in found])
+        documents = moved(kept(rows, schema), first.start, first.before)
+        work.guard.check()
+        notes |= {"rows": [documents.num_rows], "movable": all(movable for _, movable in found)}
+        ledger = arrow.encode(rows.select(NOTED.names), NOTED, LEDGER_ROWS)
+    return Made([("documents-00000", arrow.encode(documents, schema)), ("ledger-00000", ledger)], notes)
 
 
 def kept(rows: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -336,47 +351,45 @@ def cut_lines(work: tuple[Path, stage.Guard]) -> Made:
     return Made({}, {"lines": found})
 
 
-def results(work: Iterator[Work], memo: Memo) -> Iterator[Result | Work]:
-    """Yield what became of each shard, in order; one that is too large to be a result as it came."""
-    too_large: list[Work] = []
+def streamed(work: Work, counts: list[int]) -> Iterator[tuple[str, pa.Buffer]]:
+    """Yield the files of a shard that is too large to be held, its documents cut by content; `counts` takes their rows.
 
-    def known() -> Iterator[tuple[str, Work]]:
-        """Yield the shards up to one that is too large."""
-        for shard in work:
-            if not shard.content:
-                too_large.append(shard)
-                return
-            yield shard_key(shard.content, shard.pieces[0].start, shard.pieces[0].before), shard
+    How many records one has of the ledger follows from the records, too.
+    """
+    schema = documents_schema(work.params)
+    waiting, records = schema.empty_table(), NOTED.empty_table()
+    ledgers = itertools.count()
 
-    more = True
-    while more:
-        yield from memo.map(known(), clean_shard, stage.workers(), stage.die_with_parent)
-        more = bool(too_large)
-        while too_large:
-            yield too_large.pop()
+    def documents(rows: pa.Table) -> tuple[str, pa.Buffer]:
+        counts.append(rows.num_rows)
+        return f"documents-{len(counts) - 1:05}", arrow.encode(rows, schema)
+
+    def ledger() -> tuple[str, pa.Buffer]:
+        return f"ledger-{next(ledgers):05}", arrow.encode(records, NOTED, LEDGER_ROWS)
+
+    for batch, _ in cleaned(work.shard.pieces, work.params):
+        rows = pa.Table.from_batches([batch])
+        waiting = pa.concat_tables([waiting, kept(rows, schema)])
+        records = pa.concat_tables([records, rows.select(NOTED.names)])
+        if waiting.nbytes >= 3 * raw_shards.SHARD_BYTES:
+            *whole, waiting = by_content(waiting)  # the last one may go on
+            yield from map(documents, whole)
+        if records.num_rows >= 16 * LEDGER_ROWS:
+            yield ledger()
+            records = NOTED.empty_table()
+    work.guard.check()
+    yield from map(documents, by_content(waiting))
+    yield ledger()
 
 
-def streamed(work: Work, ledger: Callable[[pa.RecordBatch], None]) -> Iterator[pa.Table]:
-    """Yield the documents of a file that is too large to be one result, cut by content; `ledger` takes the records."""
-    waiting: list[pa.Table] = []
-
-    def cut() -> list[pa.Table]:
-        """Return what waits in shards, of which the last one may go on."""
-        rows = pa.concat_tables(waiting).combine_chunks()
-        if not rows.num_rows:
-            return [rows]
-        identities = raw_shards.row_hashes(rows["doc_id"].chunk(0))
-        ends = raw_shards.cuts(identities, text_bytes(rows[-1].chunk(0)), raw_shards.SHARD_BYTES)
-        return [rows.slice(begin, end - begin) for begin, end in itertools.pairwise([0, *ends])]
-
-    for batch, _ in cleaned(work.pieces, work.params):
-        ledger(batch)
-        waiting.append(kept(pa.Table.from_batches([batch]), documents_schema(work.params)))
-        if sum(rows.nbytes for rows in waiting) >= 3 * raw_shards.SHARD_BYTES:
-            *whole, rest = cut()
-            yield from whole
-            waiting = [rest]
-    yield from cut()
+def by_content(documents: pa.Table) -> list[pa.Table]:
+    """Return documents in shards; none where there are none."""
+    rows = documents.combine_chunks()
+    if not rows.num_rows:
+        return []
+    identities = raw_shards.row_hashes(rows["doc_id"].chunk(0))
+    ends = raw_shards.cuts(identities, text_bytes(rows[-1].chunk(0)), raw_shards.SHARD_BYTES)
+    return [rows.slice(begin, end - begin) for begin, end in itertools.pairwise([0, *ends])]
 
 
 def text_bytes(content: pa.Array) -> np.ndarray:
@@ -396,7 +409,7 @@ def main(name: str) -> None:
         for rule in params.rules:
             rule.load()
         run.guard(list_rules.FOLDER).check()
-        files = raw_files(root, params, params.ignore)
+        files, ignored = raw_files(root, params, params.ignore)
         lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
             Path(".memo") / run.name,
@@ -419,43 +432,47 @@ def main(name: str) -> None:
 
         account = Account(run, root, params)
         dropped: Counter[str] = Counter()
-        changed = moves = streams = 0
+        changed = moves = 0
         filled: set[str] = set()
+        example: list[str] = []
         schema = documents_schema(params)
         documents = arrow.Shards(folder / "documents", schema)
         ledger = arrow.Writer(folder / "ledger", LEDGER, batch_rows=LEDGER_ROWS)
         size = sum(path.stat().st_size for file in files for path in paths(root, file))
         places = {note["content"]: (note["start"], note["before"]) for note in memo.notes() if note.get("movable")}
 
-        def work() -> Iterator[Work]:
+        def work() -> Iterator[tuple[str, Work]]:
             nonlocal moves
-            for content, pieces in shards(root, files, run.files[str(root)], params, lines):
-                inside = [path for piece in pieces for path in paths(root, piece.file)]
+            for shard in shards(root, files, run.files[str(root)], params, lines):
+                first, content = shard.pieces[0], shard.content
+                key = shard_key(content, first.start, first.before)
                 elsewhere = None
-                if content in places and not memo.find(shard_key(content, pieces[0].start, pieces[0].before)):
+                if content in places and not memo.find(key):
                     elsewhere = memo.find(shard_key(content, *places[content]))
                     moves += elsewhere is not None
-                yield Work(content, pieces, params, guard.of(inside), elsewhere)
+                inside = [path for piece in shard.pieces for path in paths(root, piece.file)]
+                yield key, Work(shard, params, guard.of(inside), elsewhere)
 
         def note(records: pa.RecordBatch, start: int = 0, before: int = 0) -> None:
             nonlocal changed
             rows = account.place(records, start, before)
             ledger.write(rows.select(LEDGER.names))
             dropped.update(rule for rule in rows["rule"].to_pylist() if rule)
+            if dropped and not example:
+                example.extend(rows["evidence"].drop_null()[:1].to_pylist())
             changed += rows.num_rows - rows["changes"].null_count
             if params.fill:
                 filled.update(name for noted in rows["changes"].drop_null().to_pylist() for name in in_fill(noted))
 
-        for result in run.progress(results(work(), memo), -(-size // raw_shards.SHARD_BYTES), "shards"):
-            if isinstance(result, Work):
-                for rows in streamed(result, note):
-                    documents.add(arrow.encode(rows, schema), rows.num_rows)
-                    streams += 1
-                result.guard.check()
-                continue
-            for batch in pa.ipc.open_stream(result.files["ledger"].read_bytes()):
-                note(batch, result.notes["start"], result.notes["before"])
-            documents.add(result.files["documents"], result.notes["rows"], result.sha256["documents"])
+        done = memo.map(work(), clean_shard, stage.workers(), stage.die_with_parent)
+        for result in run.progress(done, -(-size // raw_shards.SHARD_BYTES), "shards"):
+            counts = iter(result.notes["rows"])
+            for part in sorted(result.files):
+                if part.startswith("documents"):
+                    documents.add(result.files[part], next(counts), result.sha256[part])
+                else:
+                    for batch in pa.ipc.open_stream(result.files[part].read_bytes()):
+                        note(batch, result.notes["start"], result.notes["before"])
         account.close(account.file, account.end)
         if idle := [name for name in params.fill if name not in filled]:
             raise SystemExit(
@@ -467,7 +484,9 @@ def main(name: str) -> None:
         run.balance("records", ledger.rows, kept=documents.rows, dropped=dropped.total())
         if not documents.rows:
             raise SystemExit(
-                f"{root}: none of its {ledger.rows} records was kept ({dict(dropped)}); see the rules in {name}.clean."
+                f"{root}: none of its {ledger.rows} records was kept, by "
+                f"{', '.join(f'{rule} ({count})' for rule, count in dropped.most_common())}: {example[0]}; "
+                f"see {name}.clean in params.yaml."
             )
         counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
         about = params.model_dump(include=set(ABOUT))
@@ -475,9 +494,8 @@ def main(name: str) -> None:
         arrow.write_json(folder / "source.json", about)
         memo.sweep()
         ends.sweep()
-        run.count(
-            **counts, changed=changed, shards=memo.hits + memo.misses + streams, shards_remembered=memo.hits + moves
-        )
+        run.count(**counts, ignored_files=ignored, changed=changed)
+        run.count(shards=memo.hits + memo.misses, shards_remembered=memo.hits + moves)
 
 
 if __name__ == "__main__":

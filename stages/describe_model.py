@@ -1,6 +1,7 @@
 """Write the model card of a phase: what it was trained on, how well it does, and the digests that prove it.
 
-Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged
+Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged,
+        models/PHASE/trained/training.json
 Writes: reports/PHASE/model_card.md    in the form of a Hugging Face model card
         reports/PHASE/generations.md   what base and merged model wrote, one under the other
         reports/PHASE/funnel.json      records, bytes and tokens into and out of each stage, for each source
@@ -74,6 +75,7 @@ def card(
     base: str,
     rows: list[dict[str, Any]],
     evaluation: dict[str, Any],
+    shown: str,
     digests: dict[str, str],
     pipeline_tag: str = "text-generation",
 ) -> str:
@@ -91,7 +93,7 @@ def card(
     answers = "\n\n".join(f"> {a['prompt']}\n\n```text\n{a['answer'].strip()}\n```" for a in evaluation["answers"])
     chained = PurePosixPath(base).parts
     lineage = (
-        f" It goes on from phase `{chained[1]}`; see [its card](../{chained[1]}/model_card.md)."
+        f" It goes on from phase `{chained[1]}`, whose text and licences are in reports/{chained[1]}/model_card.md."
         if chained[-1] == "merged"
         else ""
     )
@@ -105,7 +107,7 @@ def card(
             f"# {phase}",
             "",
             f"Trained by Terroir from `{base}`. Its text: {total['tokens']:,} tokens in "
-            f"{total['train'] + total['eval']:,} documents, of which {total['eval']:,} are held out.{lineage}",
+            f"{total['train'] + total['eval']:,} documents, of which {total['eval']:,} are held out. {shown}{lineage}",
             "",
             "## Data",
             "",
@@ -115,7 +117,8 @@ def card(
             "",
             table(funnel),
             "",
-            f"Licences of the sources: {', '.join(licenses)}. Check them before the model is given away.",
+            f"Licences of these sources: {', '.join(licenses)}. Check them"
+            f"{f', and those of phase `{chained[1]}`,' if lineage else ''} before the model is given away.",
             "",
             "## Evaluation on the held-out documents",
             "",
@@ -123,8 +126,9 @@ def card(
             "",
             *([f"Scale, bits per byte of the same text: {scale}.", ""] if "bits_per_byte" in models[0] else []),
             *(["## Answers to the fixed prompts", "", answers, ""] if answers else []),
-            "Beside this card: funnel.json (where each record, byte and token went), sources.json (the register of "
-            "sources), croissant.json (the blocks). `python -m lineage` traces a line, block, step or sentence.",
+            f"In reports/{phase} of its project: funnel.json (where each record, byte and token went), sources.json "
+            "(the register of sources), croissant.json (the blocks). There `python -m lineage` traces a line, block, "
+            "step or sentence.",
             "",
             "## Digests (SHA-256)",
             "",
@@ -160,7 +164,8 @@ def generations(phase: str, evaluation: dict[str, Any]) -> str:
 def main(phase: str) -> None:
     base = read_params(f"phases.{phase}", Phase).base
     inputs = [f"data/{name}/{phase}" for name in ("clean", "dedup", "tokens", "blocks")]
-    inputs += [f"metrics/{phase}", f"models/{phase}/merged"]
+    trained = Path("models", phase, "trained/training.json")
+    inputs += [f"metrics/{phase}", f"models/{phase}/merged", str(trained)]
     with stage.run("describe_model", phase, inputs, [f"reports/{phase}"]) as run:
         (folder,) = run.outputs
         sources = phase_sources(phase, Path("data/clean", phase))
@@ -182,7 +187,15 @@ def main(phase: str) -> None:
         arrow.write_json(folder / "croissant.json", described)
         evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
         does = task(Path("models", phase, "merged"))
-        text = card(phase, base, rows, evaluation, run.digests, does)
+        training, epoch = (
+            arrow.read_json(trained),
+            arrow.manifest(Path("data/blocks", phase, "train"))["counts"]["rows"],
+        )
+        shown = (
+            f"Training showed {training['blocks']:,} blocks of {grouping['block_size']:,} tokens in "
+            f"{training['steps']:,} steps; an epoch has {epoch:,}."
+        )
+        text = card(phase, base, rows, evaluation, shown, run.digests, does)
         (folder / "model_card.md").write_text(text, encoding="utf-8")
         of_blocks = dataset_card.card(
             phase, entries, blocks, grouping, run.digests[f"data/blocks/{phase}"], does, table

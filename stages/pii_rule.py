@@ -20,7 +20,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACEHOLDER = {kind: f"<{kind.upper()}>" for kind in KINDS} | {"mobile": "<PHONE>"}
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "，：；！？"}
 FULL_WIDTH_DIGIT = re.compile("[０-９＠]")
-GAP = " \u00a0\u2010-\u2013\u3000-"  # a space or hyphen may stand between the groups of a number
+GAP = " \u00a0\u2010-\u2014\u3000\uff0d-"  # a space or hyphen may stand between the groups of a number
 # Where a number of seven digits, or a dotted quad, starts: not inside a word, not after a decimal point.
 CANDIDATE = re.compile(
     r"[0-9(（+ANY](?:(?<=[(（+])|(?<![0-9A-Za-z].)(?<![0-9]\..))"
@@ -33,7 +33,9 @@ IPV6_TAIL = re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*")
 NUMBERED = re.compile(r"(?:\b(?:v|ver|version|release|section|clause|chapter)|[§№第]|版本号?)[.:：]?\s?\Z", re.I)
 HEADING = re.compile(r"\n[#\s]*\Z")
 MONEY = re.compile(r"[¥￥$€£]\s?\Z")
-AMOUNT = re.compile(r"\s?[百千万亿]*(?:[元圆股吨亩%％]|美[元金]|港[元币]|[欧日]元|英镑|千克|公斤|平方|立方|公顷)")
+AMOUNT = re.compile(
+    r"\s?[百千万亿]*(?:[元圆股吨亩升%％]|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]?克|毫[升米]|公斤|平方|立方|公顷|(?:[mk]g|ml)\b)"
+)
 # GB/T 2260: the provinces, Taiwan 71, Hong Kong 81, Macao 82; 83 on the residence permits of Taiwan residents.
 PROVINCES = {
     str(code)
@@ -107,23 +109,27 @@ def _any(_: str) -> bool:
 
 
 PLUS = r"\+(?:1(?:!\d){10}|(?:44|86)(?:!\d){9,11}|[2-9](?:!\d){8,13})".replace("!", "(?:~|[()]){0,3}")
-# With an extension, of a Chinese landline in one piece; 0123-20180312-15 is a date in a file number.
-EXTENSION = r"(?:010|02\d|0[3-9]\d\d)~(?!20\d\d(?:0[1-9]|1[0-2])[0-3]\d-)[2-8]\d{6,7}-\d{1,5}"
-AREA = r"(?:[(（]0[1-9]\d{1,3}[)）]~?|0[1-9]\d{1,3}~)"  # of a British or Chinese landline, set off from the number
+# Of a Chinese landline; 0123-20180312 is a date in a file number, and 0830 1200 1330 1730 are times of day.
+CITY = r"0(?:10|2\d|[3-9]\d\d)"
+LANDLINE = rf"(?:[(（]{CITY}[)）]~?|{CITY}~(?!20\d\d(?:0[1-9]|1[0-2])[0-3]\d))(?:\d{{7,8}}|[2-8]\d{{2,3}}~\d{{4}})"
+AREA = r"[(（]0[1-9]\d{1,3}[)）]~?\d{3,4}~?\d{3,4}"  # British or Chinese, set off from the number by brackets
+BRITISH = r"0(?:2\d~\d{4}~?\d{4}|1\d1~\d{3}~?\d{4}|11\d~\d{3}~?\d{4}|[17]\d{3}~\d{3}~?\d{3})"
+END = r"(?!-\d|~\d{4}(?!\d))"  # of a number that is no row of groups
 CARD = r"(?<!(?<!\d)\d{4}~)\d{4}(~)\d{4}\1\d{4}\1\d{4}"
 # The first that fits wins. A longer row of such groups, years for example, is neither a card nor a phone number. What
 # an end of a row needs to its left it also needs to its right, or a row would be eaten group by group, a pass for each.
 NUMBERS: tuple[tuple[Kind, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("id_card", _number(r"[1-9]\d{5}~?(?:18|19|20)\d{6}~?\d{3}[\dXx]"), is_id_card),
-    ("credit_code", _number(r"[1-9ANY][1-9]\d{6}[0-9A-HJ-NP-RTUWXY]{10}"), is_credit_code),
+    ("credit_code", _number(r"[1-9ANY][1-9]\d{6}[0-9A-HJ-NP-RTUWXYa-hj-np-rtuwxy]{10}"), is_credit_code),
     ("bank_card", _number(r"\d{13,19}|\d{6}~\d{13}|3\d{3}(~)\d{6}\1\d{4,5}"), is_bank_card),
     ("bank_card", _number(CARD + r"\1\d{1,3}(?!~\d{4}(?!\d))"), is_bank_card),
     ("bank_card", _number(CARD + r"(?!~\d{4}(?!\d))"), is_bank_card),
     ("mobile", _number(r"(?:\(?(?:\+|00)?86\)?~?)?1[3-9]\d(?:\d{8}|(~)\d{4}\1\d{4})"), _any),
     ("phone", _number(PLUS), _any),  # the lengths of North America, Britain, China; else 9 to 14 digits (ITU-T E.164)
     ("phone", _number(r"(?<!\d[-.])(?:1[ .-])?(?:\(\d{3}\) ?|[2-9]\d\d[.-])\d{3}[.-]\d{4}(?!-\d)"), _any),
-    ("phone", _number(rf"(?<!\d[-.]){EXTENSION}(?!-\d)"), _any),
-    ("phone", _number(rf"(?<!\d[-.]){AREA}\d{{3,4}}~?\d{{3,4}}(?!-\d)"), lambda number: 10 <= len(number) <= 12),
+    ("phone", _number(rf"(?<!\d[-.]){LANDLINE}-\d{{1,5}}(?!-\d)"), _any),
+    ("phone", _number(rf"(?<!\d[-.])(?:(?:00)?86~{CITY.replace('0', '0?', 1)}~\d{{7,8}}|{LANDLINE}){END}"), _any),
+    ("phone", _number(rf"(?<!\d[-.])(?:{AREA}|{BRITISH}){END}"), lambda number: 10 <= len(number) <= 12),
     ("ip", _number(r"\d{1,3}(?:\.\d{1,3}){3}"), is_ipv4),
 )
 

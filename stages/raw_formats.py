@@ -73,6 +73,13 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
         yield Record(end, end, number + 1, b"", "", sentence(f"{where}the file cannot be read ({why})"))
 
 
+def unnamed(record: Record, fill: dict[str, str]) -> str | None:
+    """Return the first placeholder that stands in a record and that `fill` does not name."""
+    texts = [record.content] if isinstance(record.content, str) else [turn["content"] for turn in record.content]
+    found = (name for text in texts for name in re.findall(r"\{\{(\w+)\}\}", text))
+    return next((name for name in found if name not in fill), None)
+
+
 def _filled(record: Record, pattern: re.Pattern[str], fill: dict[str, str]) -> Record:
     names: list[str] = []
 

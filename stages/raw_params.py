@@ -25,10 +25,11 @@ WHOLE = (("pdf", "document"), ("docx", "document"))  # all pages or paragraphs o
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "alpaca": (("instruction", "input", "output"), ("system", "history")),
-    "messages": (("messages",), ("tools",)),
+    "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
-    "prompt_completion": (("prompt", "completion"), ("tools",)),
+    "prompt_completion": (("prompt", "completion"), ("system", "history", "tools")),
 }
+LEAVABLE = ("input",)  # of those that it must have: null in `columns` says that there is none
 # Of each message in such a row: a field that it may have and that `columns` may name, too.
 MESSAGE_FIELDS = dict.fromkeys(("messages", "sharegpt", "prompt_completion"), ("reasoning_content",))
 
@@ -58,7 +59,7 @@ class Params(BaseModel):
     columns: dict[str, str | None] = Field(
         {},
         description="standard name -> name in the file, e.g. {text: body} or {instruction: question}; null: not read, "
-        "of what may be missing, e.g. {tools: null}",
+        "of what may be missing, e.g. {tools: null} or, of alpaca, {input: null}",
     )
     encoding: Literal["utf-8", "gb18030", "utf-16"] = Field(
         "utf-8", description="of text, jsonl, json, csv, tsv and html; utf-16 must begin with its byte order mark"
@@ -83,7 +84,7 @@ class Params(BaseModel):
         for name, column in self.columns.items():
             if name not in known:
                 raise ValueError(f"`columns` names `{name}`, but record {self.record} reads {', '.join(known)}")
-            if column is None and name in COLUMNS[self.record][0]:
+            if column is None and name in COLUMNS[self.record][0] and name not in LEAVABLE:
                 raise ValueError(f"`columns` leaves out `{name}`, which record {self.record} needs")
         for name in self.fill:
             if not re.fullmatch(r"[^{}]+", name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from raw_params import COLUMNS, UNITS, Params
+from raw_params import COLUMNS, LEAVABLE, UNITS, Params
 from raw_records import Content, Message, Record, sentence
 
 ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt, observation: of ShareGPT
@@ -52,8 +52,9 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     """Return the text or the messages of a row. Raises ValueError saying what is wrong with it.
 
     alpaca {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Brief.", "history": [["1+1", "2"]]} gives
-    system "Brief.", user "1+1", assistant "2", user "Add.\\n2+2", assistant "4". The `tools` of a row become JSON text
-    behind what the system turn says. Answers in a `prompt` of messages are examples, not learned.
+    system "Brief.", user "1+1", assistant "2", user "Add.\\n2+2", assistant "4". A row's `system` stands before what a
+    system turn says, its `tools` become JSON text behind that; a system turn without words is none. Answers
+    in a `prompt` of messages are examples, not learned.
     """
     if isinstance(row, ValueError):
         raise row
@@ -70,6 +71,8 @@ def content_of(row: Any, params: Params, place: str) -> Content:
                 kind for kind, (needed, _) in COLUMNS.items() if kind != params.record and row.keys() >= set(needed)
             ]
             hint = f", as `record: {others[0]}` needs" if others else ""
+            if standard in LEAVABLE:
+                hint += f"; `columns: {{{standard}: null}}` says that there is none"
             raise ValueError(f"{place} has no field `{name}`; it has {', '.join(sorted(row)) or 'none'}{hint}")
         return row.get(name), f"{place}: the field `{name}`"
 
@@ -79,8 +82,11 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     if params.record == "text":
         return string_of(*field("text"))
     if params.record == "messages":
-        return _with_tools(_turns(*field("messages"), "role", "content", params), *field("tools"), params)
-    turns: list[Message] = []
+        turns = _turns(*field("messages"), "role", "content", params)
+    elif params.record == "sharegpt":
+        turns = _turns(*field("conversations"), "from", "value", params)
+    else:
+        turns = _asked(*field("history"))
     if params.record == "prompt_completion":
         for role, standard in (("user", "prompt"), ("assistant", "completion")):
             value, where = field(standard)
@@ -89,30 +95,35 @@ def content_of(row: Any, params: Params, place: str) -> Content:
                 turns += [_not_learned(turn) for turn in said] if standard == "prompt" else said
             else:
                 turns.append({"role": role, "content": string_of(value, where)})
-        return _with_tools(turns, *field("tools"), params)
-    if field("system")[0]:
-        turns.append(turn("system", "system"))
-    if params.record == "sharegpt":
-        turns += _turns(*field("conversations"), "from", "value", params)
-        return _with_tools(turns, *field("tools"), params)
-    pairs, where = field("history")
+    if params.record == "alpaca":
+        value, where = field("input")
+        question = string_of(*field("instruction")) + "\n" + string_of("" if value is None else value, where)
+        turns += [{"role": "user", "content": question.strip()}, turn("assistant", "output")]
+    turns = [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
+    system = string_of(*field("system")) if field("system")[0] else ""
+    tools = _tools(*field("tools"), params) if "tools" in COLUMNS[params.record][1] else ""
+    if not (system.strip() or tools):
+        return turns
+    own, rest = (turns[0]["content"], turns[1:]) if turns and turns[0]["role"] == "system" else ("", turns)
+    parts = filter(str.strip, dict.fromkeys((system, own, tools)))
+    return [{"role": "system", "content": "\n\n".join(parts)}, *rest]
+
+
+def _asked(pairs: Any, where: str) -> list[Message]:
+    """Return the turns of a `history`."""
     pairs = pairs or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{where} is {_short(pairs)}, expected a list of pairs of question and answer")
-    for pair in pairs:
-        turns.append({"role": "user", "content": string_of(pair[0], where)})
-        turns.append({"role": "assistant", "content": string_of(pair[1], where)})
-    value, where = field("input")
-    question = string_of(*field("instruction")) + "\n" + string_of("" if value is None else value, where)
-    return [*turns, {"role": "user", "content": question.strip()}, turn("assistant", "output")]
+    said = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": string_of(text, where)} for role, text in said]
 
 
 def _not_learned(turn: Message) -> Message:
     return {**turn, "learn": False} if turn["role"] == "assistant" else turn
 
 
-def _with_tools(turns: list[Message], tools: Any, where: str, params: Params) -> list[Message]:
-    """Return the turns with the functions that may be called, as text behind what the system turn says.
+def _tools(tools: Any, where: str, params: Params) -> str:
+    """Return the functions that may be called as text; "" where there are none.
 
     As JSON text like the calls themselves: so rules clean them, and the ledger accounts for them, as for all text.
     """
@@ -122,13 +133,12 @@ def _with_tools(turns: list[Message], tools: Any, where: str, params: Params) ->
     except (ValueError, RecursionError):
         found = text
     if not found:
-        return turns
+        return ""
     if not all(isinstance(one, dict) for one in (found if isinstance(found, list) else [found])):
         raise ValueError(
             f"{where} is {_short(tools)}, expected a list of functions (`columns: {{tools: null}}`: not read)"
         )
-    said = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
-    return [{"role": "system", "content": "\n\n".join(filter(None, (said, string_of(text, where))))}, *turns]
+    return string_of(text, where)
 
 
 def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params) -> list[Message]:

@@ -1,7 +1,7 @@
 """The raw files of a source, and the shards in which they are read: cut by content, so that a change moves few of them.
 
-raw_files(Path("data/raw/laws"), params)        -> ["a.md", "b/c.md"]
-shards(root, files, digests, params)            -> ("5f1c...", [Piece("a.md", ...), Piece("b/c.md", ...)]), ...
+raw_files(Path("data/raw/laws"), params, [])    -> ["a.md", "b/c.md"], 0
+shards(root, files, digests, params)            -> Shard("5f1c...", [Piece("a.md", ...), Piece("b/c.md", ...)]), ...
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import raw_params
+from raw_records import COMPRESSIONS
 
 SHARD_BYTES = 4 * 2**20  # about; decides what stands in which file of `documents` and of all that is made of them
-WHOLE_BYTES = 8 * SHARD_BYTES  # a larger file that cannot be cut is not held as one result
+PACKED = 4  # bytes of text for one of a compressed file, about: jsonl with gzip 3 to 12
 LineShard = tuple[int, int, int, str]  # as `line_shards` yields them
 
 
@@ -33,16 +34,29 @@ class Piece(NamedTuple):
     before: int = 0  # lines of the file before it
 
 
-def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> list[str]:
-    """Return the files to read, relative to `root`, sorted; the file's own name when `root` is one.
+class Shard(NamedTuple):
+    """What is read at once."""
+
+    content: str  # digest of names and bytes
+    pieces: list[Piece]
+    large: bool = False  # one file of more than SHARD_BYTES that only its records can cut
+
+
+def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple[list[str], int]:
+    """Return the files to read, relative to `root`, sorted, and how many `ignore` leaves out beside hidden ones.
+
+    The file's own name when `root` is one.
 
     A folder of `save_to_disk` is one such file. Raises SystemExit for a file of another kind, and for what is neither
     file nor folder, e.g. a link to a folder.
     """
-    folder, names = root.parent, [root.name]
+    folder, names, left_out = root.parent, [root.name], 0
     if root.is_dir() and not _is_dataset(root, params):
         folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
-        names = [name for name in names if not any(fnmatch(part, p) for part in name.split("/") for p in ignore)]
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+        wanted = [name for name in names if not _is_ignored(name, ignore)]
+        left_out = sum(1 for name in set(names) - set(wanted) if (root / name).is_file())
+        names = wanted
         datasets = {name for name in names if _is_dataset(folder / name, params)}
         names = [name for name in names if name in datasets or not datasets.intersection(_parents(name))]
         names = [name for name in names if name in datasets or not _is_folder(folder / name)]
@@ -65,7 +79,13 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> list[
             raise SystemExit(f"{path}: the file's name is not UTF-8, so the ledger cannot name it; rename it.")
     if not names:
         raise SystemExit(f"{root} holds no file to read; put {', '.join(suffixes)} files there.")
-    return names
+    return names, left_out
+
+
+def _is_ignored(name: str, patterns: list[str]) -> bool:
+    """Return whether a pattern means a path, a folder that holds it, or the name of one of them."""
+    paths = [name, *_parents(name)[:-1]]
+    return any(fnmatch(path, p) or fnmatch(path.rpartition("/")[2], p) for path in paths for p in patterns)
 
 
 def paths(root: Path, file: str) -> list[Path]:
@@ -92,8 +112,8 @@ def shards(
     digests: dict[str, str],
     params: raw_params.Params,
     lines: Callable[[Path, str | None], Iterable[LineShard]],
-) -> Iterator[tuple[str, list[Piece]]]:
-    """Yield (digest of the content, pieces) of about 4 MB, in order; digest "": a file too large to be one result.
+) -> Iterator[Shard]:
+    """Yield shards of about 4 MB, in order.
 
     `digests`: SHA-256 of each file below `root`. lines: as `line_shards`, of a file with this SHA-256. Small files are
     put together and large ones cut where their content says, so that a file or a line that comes or goes changes the
@@ -105,20 +125,21 @@ def shards(
         size = sum(path.stat().st_size for path in inside)
         path = root if file == root.name and not (root / file).exists() else root / file
         cuttable = raw_params.cuttable(path, params)
-        if size <= (SHARD_BYTES if cuttable else WHOLE_BYTES):
-            # One that has come since has none: the stage will refuse to publish.
-            known = [digests.get(_name(one, root)) for one in inside]
-            identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
+        size *= PACKED if path.suffix.lower() in COMPRESSIONS or params.format == "parquet" else 1
+        # One that has come since has none: the stage will refuse to publish.
+        known = [digests.get(_name(one, root)) for one in inside]
+        identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
+        if size <= SHARD_BYTES:
             small.append((Piece(file, path, 0, None), identity, size))
             continue
         yield from _grouped(small)
         small = []
         if not cuttable:
-            yield "", [Piece(file, path, 0, None)]
+            yield Shard(identity, [Piece(file, path, 0, None)], large=True)
             continue
-        for start, end, before, digest in lines(path, digests.get(_name(path, root))):
+        for start, end, before, digest in lines(path, known[0]):
             identity = hashlib.sha256(json.dumps([file, start == 0, digest]).encode()).hexdigest()
-            yield identity, [Piece(file, path, start, end, before)]
+            yield Shard(identity, [Piece(file, path, start, end, before)])
     yield from _grouped(small)
 
 
@@ -126,13 +147,13 @@ def _name(path: Path, root: Path) -> str:
     return "" if path == root else path.relative_to(root).as_posix()
 
 
-def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[tuple[str, list[Piece]]]:
+def _grouped(small: list[tuple[Piece, str, int]]) -> Iterator[Shard]:
     identities = np.array([int(identity[:8], 16) for _, identity, _ in small], dtype=np.uint32)
     begin = 0
     for end in cuts(identities, np.array([size for *_, size in small], dtype=np.int64), SHARD_BYTES):
         group = small[begin:end]
         digest = hashlib.sha256("".join(identity for _, identity, _ in group).encode()).hexdigest()
-        yield digest, [piece for piece, *_ in group]
+        yield Shard(digest, [piece for piece, *_ in group])
         begin = end
 
 

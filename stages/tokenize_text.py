@@ -124,7 +124,7 @@ def tokenise_shard(work: Work) -> Made:
     schema = tokens_schema(ids.type.value_type, work.masked)
     content = arrow.encode(pa.table(columns, schema=schema), schema)
     work.guard.check()
-    return Made({"tokens": content}, notes)
+    return Made([("tokens", content)], notes)
 
 
 def parts_of(segments: pa.ListArray) -> Iterator[pa.ListArray]:

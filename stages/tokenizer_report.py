@@ -20,7 +20,7 @@ from kit import arrow
 from rule_base import UNITS
 
 BATCH = 64  # documents read, and texts encoded, at once
-LONGEST = 20
+LONGEST, UNUSED = 20, 100
 
 
 class Sample:
@@ -152,18 +152,23 @@ class Report:
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         pieces = [(text, number) for text, number in vocabulary.items() if text not in added]
-        unused = sum(1 for _, number in pieces if not self.used[number])
+        unused = [number for _, number in sorted(pieces, key=lambda piece: piece[1]) if not self.used[number]]
         longest = heapq.nsmallest(LONGEST, pieces, key=lambda piece: (-len(piece[0]), piece[1]))
         total = {name: sum(row[name] for row in self.sources.values()) for name in ("bytes", "tokens")}
         return {
             "vocabulary": len(vocabulary),
-            "unused": unused,
-            "unused_share": round(unused / max(1, len(pieces)), 6),
+            "unused": len(unused),
+            "unused_share": round(len(unused) / max(1, len(pieces)), 6),
             "bytes_per_token": _ratio(total["bytes"], total["tokens"]),
             "round_trip_failures": sum(row["round_trip_failures"] for row in self.sources.values()),
             "sources": [{"source": name, **row} for name, row in sorted(self.sources.items())],
-            "longest": [self.tokenizer.decode([number], skip_special_tokens=False) for _, number in longest],
+            "longest": [self._spelt(number) for _, number in longest],
+            "unused_entries": [self._spelt(number) for number in unused[:UNUSED]],
         }
+
+    def _spelt(self, number: int) -> str:
+        spelt: str = self.tokenizer.decode([number], skip_special_tokens=False)
+        return spelt
 
 
 def _ratio(above: int, below: int) -> float:

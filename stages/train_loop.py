@@ -530,16 +530,24 @@ def sizes(model: Any) -> dict[str, int]:
 
 
 def save(
-    model: Any, tokenizer: Path, base: Path, params: Params, folder: Path, weights: dict[str, Any] | None = None
+    model: Any,
+    tokenizer: Path,
+    base: Path,
+    params: Params,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+    steps: int = 0,
 ) -> None:
     """Write the model, or its adapter, and the tokenizer into `folder`, the same bytes for the same weights.
 
-    training.json says what an adapter needs to be loaded as it was trained: its base and the base's quantization.
+    training.json says what an adapter needs to be loaded as it was trained, its base and the base's quantization, and
+    how much was shown: steps, and blocks with repetitions.
     """
     adapters.save(model, folder, weights)
     masked = {"objective", "mlm_probability", "whole_word_mask"} if params.objective == "mlm" else set()
     quantization = params.quantization.arguments() if params.quantization else None
     about = {"base": str(base), "quantization": quantization, **params.model_dump(include=masked)}
+    about |= {"steps": steps, "blocks": steps * params.global_batch_size}
     arrow.write_json(folder / "training.json", about)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = folder / "adapter_config.json"

@@ -218,7 +218,7 @@ def compute(
         model, train, held_out, BlockOrder(n_blocks, params.seed), steps, params, checkpoints, name
     )
     if distributed.first():
-        train_loop.save(model, tokenizer, base, params, model_folder, trained.weights)
+        train_loop.save(model, tokenizer, base, params, model_folder, trained.weights, trained.steps)
         (model_folder / train_loop.RECEIPTS).write_bytes(trained.receipts)
         train_loop.write_curves(trained.curves, plots)
     tokens = trained.steps * params.global_batch_size * train.block_size

@@ -108,6 +108,9 @@ class Params(BaseModel):
             raise ValueError(f"mode {self.mode} takes {', '.join(given)} from the base: leave it out")
         if self.chat_template is not None and self.chat_template not in TEMPLATES:
             raise ValueError(f"there is no chat_template `{self.chat_template}`; known: {', '.join(TEMPLATES)}")
+        end = end_of_turn(self.chat_template, self.eos_token)
+        if "eos_token" in self.model_fields_set and end != self.eos_token:
+            raise ValueError(f"chat_template {self.chat_template} ends documents with {end}: leave `eos_token` out")
         return self
 
 

@@ -389,7 +389,7 @@ def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
         guard = stage.Guard([path], {str(path): digests.state(path)[0]}, "")
         found.append(add_bos_eos.mark_shard(add_bos_eos.Work(path, guard, splits, folder, "")))
     assert found[0] == found[1]
-    assert found[0].notes["rows"] == pa.ipc.open_stream(found[0].parts["marked"]).read_all().num_rows == 750
+    assert found[0].notes["rows"] == pa.ipc.open_stream(dict(found[0].parts)["marked"]).read_all().num_rows == 750
 
 
 @pytest.mark.parametrize("what", ["documents", "tokenizer"])

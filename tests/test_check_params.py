@@ -249,6 +249,13 @@ def test_the_folder_of_a_phase_that_was_removed_is_refused(here: Path, path: str
     assert said(TEXT) == f"{path} belongs to no phase in params.yaml; delete it: rm -r {path}"
 
 
+def test_an_export_that_was_removed_is_refused(here: Path) -> None:
+    """It would be given away as it was, whatever is taken out of its model."""
+    write(here / "models/exports/old/model.gguf", "")
+    sentence = "models/exports/old belongs to no export in params.yaml, and no stage renews it; "
+    assert said(TEXT) == sentence + "delete it: rm -r models/exports/old"
+
+
 def test_folders_of_this_params_yaml_and_hidden_ones_are_no_leftovers(here: Path) -> None:
     """What a killed stage left (.tmp-*) is its own business; imported bases and configs belong to no phase."""
     for path in ("data/clean/law/laws", "data/clean/law/.tmp-laws", "data/blocks/law", "models/law/trained"):

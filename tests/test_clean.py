@@ -68,7 +68,7 @@ JSONL = {
 # `pytest tests/test_clean.py -k golden`, and copy the printed lines here; say in docs/decisions.md why old bytes end.
 GOLDEN = {
     "alpaca/documents/data-00000.arrow": "b99116fc66b0d6c82ccaa7edcef828d488dda2209422cdd717ce0667404a61ff",
-    "alpaca/ledger/data-00000.arrow": "bd0909cf601c03071808042baac3ae6ea8431a8350ae811e4ccb6b0e3451aa1f",
+    "alpaca/ledger/data-00000.arrow": "31a86aad42d2d991ceef1c658a17a7d29e4396937eb23ebca4810690797f04fd",
     "document/documents/data-00000.arrow": "f043cef2797831ace3acc631969bb1113d08662f4f4820f6ec87113f981f1c41",
     "document/documents/data-00001.arrow": "71f467bc9244fcf86a8a8eb8124f4f26d4888d948a24d64bbd6cd9095520c13d",
     "document/documents/data-00002.arrow": "46f725ced6072655ada06c83f5261ee82659591111259dfff5bf8c91aab69a80",
@@ -435,7 +435,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
     "nothing kept": (
         {"format": "text"},
         {"a.txt": b" \n"},
-        r"raw/s: none of its 1 records was kept \(\{'empty': 1\}\)",
+        r"raw/s: none of its 1 records was kept, by empty \(1\): nothing but white space; see s.clean in params.yaml",
     ),
     "an empty folder": ({"format": "text"}, {}, "raw/s is empty; put the files there"),
 }
@@ -467,6 +467,12 @@ def test_filled_placeholders_are_noted_and_one_that_stands_nowhere_is_refused(pr
     assert run_stage(project, "clean", "s").returncode == 0
     ledger = arrow.table(project / "data/clean/p/s/ledger")
     assert ledger["changes"].to_pylist() == ["fill:name 2, fill:author 1", None]
+    write_sources(project, s={"format": "text", "sample_by": "line", "fill": {"name": "Terra"}})
+    finished = run_stage(project, "clean", "s")
+    assert "raw/s/a.txt: line 1 holds {{author}}, which `fill` does not name; give it a value, or" in finished.stderr
+    write_sources(project, s={"format": "text", "sample_by": "line", "fill": {**fill, "author": "{{author}}"}})
+    assert run_stage(project, "clean", "s").returncode == 0
+    assert "by {{author}}." in arrow.table(project / "data/clean/p/s/documents")["text"][0].as_py()
     write_sources(project, s={"format": "text", "sample_by": "line", "fill": {**fill, "auhtor": "x"}})
     finished = run_stage(project, "clean", "s")
     assert finished.returncode == 1
@@ -494,14 +500,21 @@ def test_a_link_that_is_no_file_is_refused_not_passed_over(project: Path, run_st
 
 
 def test_ignore_leaves_out_files_and_whole_folders(tmp_path: Path) -> None:
-    write_files(tmp_path, {"a.txt": b"", "b.pdf": b"", "old/c.txt": b"", ".git/d.txt": b"", "new/old.txt": b""})
-    files = raw_shards.raw_files(tmp_path, params("document"), ["*.pdf", "old", ".*"])
-    assert files == ["a.txt", "new/old.txt"]
+    """By name, by a folder's name or by path; hidden ones always, whatever else is left out."""
+    kept = ["a.txt", "drafts/2/h.txt", "drafts/g.txt", "new/old.txt"]
+    write_files(tmp_path, dict.fromkeys([*kept, "b.pdf", "old/c.txt", ".git/d.txt", "new/.e/f.txt"], b""))
+
+    def found(*patterns: str) -> tuple[list[str], int]:
+        return raw_shards.raw_files(tmp_path, params("document"), ["*.pdf", "old", *patterns])
+
+    assert found() == (kept, 2)
+    assert found("drafts/*.txt") == (["a.txt", "new/old.txt"], 4)
+    assert found("drafts/2") == (["a.txt", "drafts/g.txt", "new/old.txt"], 3)
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     write_files(tmp_path, dict.fromkeys(("b.txt", "a/z.txt", "B.txt", "a.txt", "中.txt"), b"x"))
-    assert raw_shards.raw_files(tmp_path, params("document"), [".*"]) == [
+    assert raw_shards.raw_files(tmp_path, params("document"), [])[0] == [
         "B.txt",
         "a.txt",
         "a/z.txt",
@@ -515,10 +528,9 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_shards(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project in which a shard has 2 kB, a file of 8 kB is cut, and one that cannot be cut is read as a stream."""
+    """A project in which a shard has 2 kB, a larger file is cut, and one that cannot be cut is read as a stream."""
     monkeypatch.chdir(project)
     monkeypatch.setattr(raw_shards, "SHARD_BYTES", 2_000)
-    monkeypatch.setattr(raw_shards, "WHOLE_BYTES", 8_000)
     monkeypatch.setattr(clean, "BATCH_BYTES", 1_000)
     return project
 
@@ -565,20 +577,31 @@ def test_cut_and_whole_files_give_the_same_bytes(
 
 
 def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One too large to be a result gives the same rows as one that is not, between the same neighbours.
+    """One too large to be held gives the same rows as one that is not, between the same neighbours.
 
-    It is cut by content, too: a row that comes leaves most files of `documents` as they are.
+    It is cut by content, too: a row that comes leaves most files of `documents` as they are. It is remembered whole.
     """
     rows = b"".join(b'%d,"a\nb %d"\r\n' % (number, number) for number in range(900))
     write_files(
         small_shards / "data/raw/s", {"a.csv": b"id,body\n1,x\n", "b.csv": b"id,body\n" + rows, "c.csv": b"body\ny"}
     )
     write_sources(small_shards, s={"format": "csv", "columns": {"text": "body"}})
-    digests, _, _ = build(small_shards)
+    digests, shards, _ = build(small_shards)
+    assert shards == 3
     found = content(small_shards)
-    for size in (1, 700, 5_000, 2**20):
+    for size, ledger_rows in ((1, 4096), (700, 1), (5_000, 10), (2**20, 4096)):
         monkeypatch.setattr(clean, "BATCH_BYTES", size)
-        assert build(small_shards)[0] == digests
+        shutil.rmtree(small_shards / ".memo")
+        assert build(small_shards) == (digests, 3, 3)
+        monkeypatch.setattr(clean, "LEDGER_ROWS", ledger_rows)  # of the files in .memo
+        shutil.rmtree(small_shards / ".memo")
+        build(small_shards)
+        assert content(small_shards) == found
+        monkeypatch.setattr(clean, "LEDGER_ROWS", 4096)
+    (small_shards / "data/raw/s/d.csv").write_bytes(b"body\nnew\n")
+    assert build(small_shards)[1:] == (3, 1)
+    (small_shards / "data/raw/s/d.csv").unlink()
+    assert build(small_shards) == (digests, 3, 1)
     assert all(sum(map(len, texts)) <= 2 * 2_000 for texts in texts_of_shards(small_shards))
     before = ids_of_shards(small_shards)
     source = small_shards / "data/raw/s/b.csv"
@@ -593,6 +616,31 @@ def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monke
     build(small_shards)
     assert content(small_shards) == found
     assert len(found[0]) == 902
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "5"])
+def test_a_compressed_file_is_cut_by_what_it_holds(
+    small_shards: Path, workers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes on the disk may be a hundred times as many in memory."""
+    monkeypatch.setenv("TERROIR_WORKERS", workers)
+    packed = gzip.compress(b"".join(LINES))
+    assert 500 < len(packed) < 8_000 < len(b"".join(LINES))
+    write_files(small_shards / "data/raw/s", {"a.jsonl.gz": packed, "b.jsonl": LINES[0]})
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    digests, shards, _ = build(small_shards)
+    assert shards == 2
+    assert all(sum(map(len, texts)) <= 2 * 2_000 for texts in texts_of_shards(small_shards))
+    assert build(small_shards) == (digests, 2, 0)
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    shutil.rmtree(small_shards / ".memo")
+    assert build(small_shards) == (digests, 2, 2)
+    (small_shards / "data/raw/s/a.jsonl.gz").unlink()
+    write_files(small_shards / "data/raw/s", {"a.jsonl": b"".join(LINES)})
+    found = content(small_shards)
+    build(small_shards)
+    for mine, other in zip(content(small_shards), found, strict=True):
+        assert mine == [{**row, "file": row["file"].removesuffix(".gz")} for row in other]
 
 
 def texts_of_shards(project: Path) -> list[list[str]]:
@@ -947,7 +995,7 @@ def test_a_malformed_file_stops_the_stage_or_is_counted(
         assert sum(row["rule"] is not None for row in ledger) == dropped
     else:
         with pytest.raises(
-            SystemExit, match=rf"none of its {dropped} records was kept \(\{{'unreadable': {dropped}\}}\)"
+            SystemExit, match=rf"none of its {dropped} records was kept, by unreadable \({dropped}\): .*{sentence}"
         ):
             clean.main("s")
 

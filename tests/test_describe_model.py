@@ -42,12 +42,16 @@ def test_a_table() -> None:
 
 
 def test_the_card() -> None:
-    text = card("chat", "models/pretrain/merged", [ROW], EVALUATION, {"models/chat/merged": "ab" * 32})
+    shown = "Training showed 640 blocks."
+    text = card("chat", "models/pretrain/merged", [ROW], EVALUATION, shown, {"models/chat/merged": "ab" * 32})
+    assert "Its text: 5,000 tokens in 7 documents, of which 1 are held out. Training showed 640 blocks. It goes" in text
     assert text.startswith("---\n")
     assert '\nlanguage: ["zh"]\n' in text
     assert "| laws | CC0-1.0 | the state | gazette | zh |" in text
     assert "| laws | 1,234,567 | 10 | 1 | 2 | 6 | 1 | 5,000 |" in text
-    assert "see [its card](../pretrain/model_card.md)" in text
+    assert "whose text and licences are in reports/pretrain/model_card.md." in text
+    assert "Licences of these sources: CC0-1.0. Check them, and those of phase `pretrain`, before" in text
+    assert "](" not in text  # the card goes out with exports, where nothing lies beside it
     assert f"| `models/chat/merged` | `{'ab' * 32}` |" in text
     assert "> Q?" in text and "A." in text
 

@@ -102,6 +102,13 @@ def test_exports_are_redone_and_one_that_was_not_keeps_a_document_from_being_gon
     assert said.startswith("not rebuilt: models/exports/old: models/chat/merged has changed since export_model@old ran")
 
 
+def test_an_export_that_nothing_renews_keeps_a_document_from_being_gone(workspace: Path) -> None:
+    (workspace / "models/exports/given").mkdir(parents=True)
+    lineage = Lineage(workspace)
+    proof = prove(lineage, lineage.why("data/raw/tiny_notes.txt", 3)[0]["doc_id"])
+    assert "models/exports/given: params.yaml does not name it" in proof["models"]
+
+
 def test_a_copy_of_a_near_twin_that_names_no_twin_itself_is_found_by_its_id(tmp_path: Path) -> None:
     """As copies in another phase are."""
     lineage = project(

@@ -357,6 +357,7 @@ def write(path: Path, content: bytes) -> None:
         ("data/clean/chat/tiny_qa/source.json", b'"utf-8"', b'"uuf-8"', "cannot be read as it should be (LookupError"),
         ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "cannot be read as it should be"),
         ("models/pretrain/trained/training.json", b"models/configs/tiny", b"models/configs/tine", "names the base"),
+        ("models/pretrain/trained/training.json", b'"blocks": ', b'"blocks": 1', "tells of other steps or blocks"),
         ("models/pretrain/merged/config.json", b'"model_type"', b'"model_tipe"', "merged/config.json is not that of"),
         ("models/chat/trained/tokenizer.json", b"version", b"versian", "is not the tokenizer.json of"),
     ],

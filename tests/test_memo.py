@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,18 @@ from kit.memo import Made, Memo
 def shout(text: str) -> Made:
     if text == "bad":
         raise SystemExit("a.txt: bad; mend it.")
-    return Made({"loud": text.upper().encode(), "size": b"%d" % len(text)}, {"text": text})
+    notes: dict[str, str] = {}
+
+    def parts() -> Iterator[tuple[str, bytes]]:
+        yield "loud", text.upper().encode()
+        notes["text"] = text  # with the last file
+        yield "size", b"%d" % len(text)
+
+    return Made(parts(), notes)
 
 
 def clock(text: str) -> Made:
-    return Made({"now": os.urandom(8)}, {})
+    return Made([("now", os.urandom(8))], {})
 
 
 def done(memo: Memo, texts: Iterable[str], workers: int = 1) -> list[bytes]:
@@ -193,7 +200,7 @@ def test_a_sentence_from_a_worker_arrives(tmp_path: Path, workers: int) -> None:
 
 def die(text: str) -> Made:
     os.kill(os.getpid(), signal.SIGKILL)
-    return Made({}, {})
+    return Made([], {})
 
 
 def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_html_is_what_a_browser_shows() -> None:
     assert shown("<pre>\n if x:\n\n   y </pre>after<ul><li>1</li><li>2</ul>") == " if x:\n\n   y\nafter\n1\n2"
     assert shown("<div>" * 5_000 + "deep") == "deep"
     assert shown("no tags") == "no tags"
+    assert shown("a<p hidden>b<b>c</b></p><p style='color: red; Display: none'>d</p><p style='x'>e") == "a\ne"
     assert shown("") == ""
 
 
@@ -282,6 +283,26 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
         "sharegpt",
         {"system": "Brief.", "tools": '[{"name": "rain"}]', "conversations": [{"from": "gpt", "value": "No."}]},
         turns(("system", 'Brief.\n\n[{"name": "rain"}]'), ("assistant", "No.")),
+    ),
+    "a system text of the row, before that of the messages": (
+        "messages",
+        {"system": "Brief.", "messages": turns(("system", "Kind."), ("assistant", "No.")), "tools": [{"name": "rain"}]},
+        turns(("system", 'Brief.\n\nKind.\n\n[{"name": "rain"}]'), ("assistant", "No.")),
+    ),
+    "the same system text twice": (
+        "sharegpt",
+        {"system": "Brief.", "conversations": [{"from": "system", "value": "Brief."}, {"from": "gpt", "value": "No."}]},
+        turns(("system", "Brief."), ("assistant", "No.")),
+    ),
+    "a system turn without words": (
+        "messages",
+        {"system": " ", "messages": turns(("system", ""), ("user", "Rain?"), ("assistant", "No."))},
+        turns(("user", "Rain?"), ("assistant", "No.")),
+    ),
+    "prompt and completion with system and history": (
+        "prompt_completion",
+        {"system": "Brief.", "history": [["1+1", "2"]], "prompt": "2+2", "completion": "4"},
+        turns(("system", "Brief."), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4")),
     ),
     "sharegpt with no function": (
         "sharegpt",

@@ -203,11 +203,14 @@ def test_merged_models_answer(finished: Path) -> None:
 
 
 def test_model_card_quotes_true_digests(finished: Path) -> None:
-    """Each digest in a model card is that of the folder as it lies there."""
+    """Each digest in a model card is that of the folder as it lies there; what was shown is what the receipts count."""
     for phase in ("pretrain", "chat"):
         card = (finished / f"reports/{phase}/model_card.md").read_text(encoding="utf-8")
         quoted = re.findall(r"^\| `([\w/]+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE)
         assert len(quoted) >= 6
+        steps = (finished / f"models/{phase}/trained/receipts.bin").stat().st_size // 16
+        epoch = counts(finished / f"data/blocks/{phase}/train")["rows"]
+        assert re.search(rf"showed [\d,]+ blocks of \d+ tokens in {steps:,} steps; an epoch has {epoch:,}\.", card)
         for path, digest in quoted:
             assert digests.digest(finished / path) == digest, path
 

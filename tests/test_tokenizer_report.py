@@ -125,6 +125,7 @@ def test_counts_are_those_of_a_count_by_hand() -> None:
     assert (two["source"], two["bytes_per_token"]) == ("two", 0.0)
     assert (result["vocabulary"], result["unused"], result["unused_share"]) == (4, 1, 0.25)
     assert result["longest"] == ["the", "cat", "sat", "?"]
+    assert result["unused_entries"] == ["sat"]
     assert report.failures == ["01" * 16, "02" * 16]
 
 

@@ -36,10 +36,13 @@ INDEX = "index.jsonl"
 
 
 class Made(NamedTuple):
-    """What `work` made of a shard."""
+    """What `work` made of a shard: names and contents of files, each of which is made when the one before is written.
 
-    parts: dict[str, Any]  # bytes or a buffer; each becomes a file
-    notes: dict[str, Any]  # what the stage wants to know without reading the files, as JSON can hold it
+    notes: what the stage wants to know without reading the files, as JSON can hold it; complete with the last file.
+    """
+
+    parts: Iterable[tuple[str, Any]]  # bytes or a buffer
+    notes: dict[str, Any]
 
 
 class Result(NamedTuple):
@@ -200,13 +203,14 @@ def _make(work: Callable[[T], Made], what: T, target: Path | None) -> _Done:
     One after the other: they count once their line stands in the index, which is written behind them.
     """
     made = work(what)
-    if target:
-        temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-        for part, content in made.parts.items():
+    digests = {}
+    for part, content in made.parts:
+        if target:
+            temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
             with temporary.open("wb") as file:
                 file.write(content)
             temporary.replace(target.with_name(f"{target.name}.{part}"))
-    digests = {part: hashlib.sha256(content).hexdigest() for part, content in made.parts.items()}
+        digests[part] = hashlib.sha256(content).hexdigest()
     return _Done(digests, json.loads(json.dumps(made.notes)))
 
 
