@@ -892,18 +892,24 @@ class Replay:
             return [field("text")]
         if self.record != "alpaca" and field("tools") not in (None, "", "[]", []):
             return None
-        if self.record == "alpaca" and not field("history"):
-            question = f"{field('instruction')}\n{field('input') or ''}".strip()
-            return [*([field("system")] if field("system") else []), question, field("output")]
-        if self.record == "prompt_completion" and isinstance(field("prompt"), str):
-            return [field("prompt"), field("completion")]
-        turns, key = (field("messages"), "content") if self.record == "messages" else (field("conversations"), "value")
+        system = [field("system")] if str(field("system") or "").strip() else []
+        if self.record in ("alpaca", "prompt_completion") and field("history"):
+            return None
+        if self.record == "alpaca":
+            return [*system, f"{field('instruction')}\n{field('input') or ''}".strip(), field("output")]
+        if self.record == "prompt_completion":
+            said = [field("prompt"), field("completion")]
+            return [*system, *said] if all(isinstance(text, str) for text in said) else None
+        key = "content" if self.record == "messages" else "value"
+        turns = field("messages" if self.record == "messages" else "conversations")
         known = {"role", "from", key, "weight", "loss"}
         if not isinstance(turns, list) or any(turn[name] is not None for turn in turns for name in turn.keys() - known):
             return None
-        system = [field("system")] if self.record == "sharegpt" and field("system") else []
-        texts = [*system, *(turn[key] for turn in turns)]
-        return texts if all(isinstance(text, str) for text in texts) else None
+        said = [(turn.get("role", turn.get("from")) in ("system", "developer"), turn[key]) for turn in turns]
+        if not all(isinstance(text, str) for _, text in said):
+            return None
+        said = [(is_system, text) for is_system, text in said if text.strip() or not is_system]
+        return None if system and said and said[0][0] else [*system, *(text for _, text in said)]
 
     def apply(self, text: str, changed: set[str]) -> str:
         """Return the text after the rules that changed the record."""

@@ -348,7 +348,7 @@ def cut_lines(work: tuple[Path, stage.Guard]) -> Made:
     path, guard = work
     found = list(raw_shards.line_shards(path))
     guard.check()
-    return Made({}, {"lines": found})
+    return Made([], {"lines": found})
 
 
 def streamed(work: Work, counts: list[int]) -> Iterator[tuple[str, pa.Buffer]]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,8 @@ from lineage.pack import pack
 from lineage.questions import Lineage
 from ruamel.yaml import YAML
 
+import raw_params
+import raw_rows
 import tiny
 from block_order import BlockOrder, block_receipt, step_receipt
 from conftest import ROOT
@@ -567,3 +570,31 @@ def test_what_params_no_longer_names_is_listed_and_not_checked(altered: Path) ->
     assert any(one.status == "stops" and "clean@gone" in one.detail for one in report.findings)
     assert "gone" not in {source.name for source in Lineage(altered).sources}
     pack(altered, altered / "evidence.tar")  # does not ask for data/clean/pretrain/gone
+
+
+def said(*turns: tuple[str, str], role: str = "role", text: str = "content") -> list[dict[str, str]]:
+    return [{role: who, text: what} for who, what in turns]
+
+
+READ = [
+    ("alpaca", {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Brief."}),
+    ("alpaca", {"instruction": "Add.", "input": "", "output": "2", "system": " "}),
+    ("prompt_completion", {"prompt": "1+1", "completion": "2", "system": "Brief."}),
+    ("messages", {"messages": said(("user", "1+1"), ("assistant", "2")), "system": "Brief."}),
+    ("messages", {"messages": said(("system", ""), ("user", "1+1"), ("tool", ""), ("assistant", "2"))}),
+    ("messages", {"messages": said(("system", "Kind."), ("user", "1+1"), ("assistant", "2"))}),
+    ("sharegpt", {"conversations": said(("gpt", "2"), role="from", text="value"), "system": "Brief."}),
+]
+LEFT_OUT = [  # to `python -m lineage verify`
+    ("alpaca", {"instruction": "Add.", "input": "", "output": "2", "history": [["1+1", "2"]]}),
+    ("prompt_completion", {"prompt": "1+1", "completion": "2", "history": [["1+1", "2"]]}),
+    ("messages", {"messages": said(("system", "Kind."), ("assistant", "2")), "system": "Brief."}),
+]
+
+
+@pytest.mark.parametrize(("record", "row"), [*READ, *LEFT_OUT])
+def test_a_row_says_what_the_pipeline_reads_in_it_or_is_left_out(record: Any, row: dict[str, Any]) -> None:
+    source = SimpleNamespace(about={"format": "jsonl", "record": record, "encoding": "utf-8"}, params={})
+    found = verify.Replay(cast(Any, source)).texts(row)
+    read: Any = raw_rows.content_of(row, raw_params.Params(format="jsonl", record=record), "line 1")
+    assert found == (None if (record, row) in LEFT_OUT else [turn["content"] for turn in read])
