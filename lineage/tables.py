@@ -23,7 +23,7 @@ def show(answer: Any) -> None:
         _one(console, one)
 
 
-def _one(console: Console, answer: dict[str, Any]) -> None:
+def _one(console: Console, answer: dict[str, Any], of: str = "") -> None:
     tables = {key: value for key, value in answer.items() if _is_table(value)}
     plain = {key: value for key, value in answer.items() if key not in tables and value is not None}
     width = max(map(len, plain), default=0)
@@ -31,7 +31,7 @@ def _one(console: Console, answer: dict[str, Any]) -> None:
         console.print(Text(f"{key:{width}}  {_cell(value)}"))
     for key, rows in tables.items():
         names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(title=key.replace("_", " "), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=key.replace("_", " ") + of, title_justify="left", box=None, pad_edge=False)
         for name in names:
             table.add_column(name, justify="right" if all(isinstance(row.get(name), int) for row in rows) else "left")
         for row in rows:
@@ -39,7 +39,8 @@ def _one(console: Console, answer: dict[str, Any]) -> None:
         console.print(table)
         nested = [(number, row) for number, row in enumerate(rows) if any(_is_table(value) for value in row.values())]
         for _, row in nested:
-            _one(console, {name: value for name, value in row.items() if _is_table(value)})
+            below = {name: value for name, value in row.items() if _is_table(value)}
+            _one(console, below, f" of {_cell(next(iter(row.values())))}")
 
 
 def _short(text: str) -> str:

@@ -155,7 +155,20 @@ def decode(raw: bytes, codec: str, start: int, line: int) -> str:
         line += raw[: error.start].decode(codec, "replace").count("\n")
         name = codec.upper().removesuffix("-LE").removesuffix("-BE")
         raise ValueError(f"byte {start + error.start} (line {line}) is not {name}") from None
+    if codec == "gb18030" and _is_utf8(raw):
+        raise ValueError(f"line {line} is UTF-8, though it can be read as GB18030, too")
     return text.removeprefix("\ufeff") if start == 0 else text
+
+
+def _is_utf8(raw: bytes) -> bool:
+    """Return whether bytes are UTF-8 with 16 characters or more that are not ASCII.
+
+    One pair of bytes of GB18030 in seven is a character of UTF-8, too; sixteen in a row never are by accident.
+    """
+    try:
+        return sum(character > "\x7f" for character in raw.decode()) >= 16
+    except UnicodeDecodeError:
+        return False
 
 
 def record_of(raw: bytes, codec: str, start: int, line: int, parse: Parse) -> Record:

@@ -738,6 +738,12 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
         {"sample_by": "line"},
         [GOOD, (r"^byte 7 \(line 2\) is not UTF-8$", ""), GOOD],
     ),
+    "UTF-8 that GB18030 can read": (
+        "text",
+        "第一条中华人民共和国公民在法律面前一律平等制".encode(),
+        {"encoding": "gb18030"},
+        [("line 1 is UTF-8, though it can be read as GB18030", "")],
+    ),
     "not GB18030": ("text", b"ab\xff", {"encoding": "gb18030"}, [(r"byte 2 \(line 1\) is not GB18030", "")]),
     "UTF-16 without its mark": ("text", b"a\0b\0", {"encoding": "utf-16"}, [("no byte order mark", "")]),
     "UTF-16 with half a unit": (
