@@ -618,6 +618,37 @@ def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monke
     assert len(found[0]) == 902
 
 
+@pytest.mark.parametrize("format_", ["json", "tsv", "parquet", "arrow"])
+def test_a_large_file_of_any_format_is_read_alike_whole_and_as_a_stream(
+    small_shards: Path, format_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With records that are dropped, and a small file before and behind it."""
+    texts = ["", *(f"text {number} " + "word " * (number % 50) for number in range(300)), " ", "last"]
+    rows = pa.table({"body": texts, "more": list(range(len(texts)))})
+    (folder := small_shards / "data/raw/s").mkdir(parents=True)
+    for name, part in (("a", rows.slice(1, 2)), ("b", rows), ("c", rows.slice(0, 1)), ("d", rows.slice(3, 1))):
+        path = folder / f"{name}.{format_}"
+        if format_ == "json":
+            path.write_text(json.dumps(part.to_pylist()))
+        elif format_ == "tsv":
+            lines = ["body\tmore", *(f"{row['body']}\t{row['more']}" for row in part.to_pylist())]
+            path.write_text("\n".join(lines))
+        elif format_ == "parquet":
+            parquet.write_table(part, path, row_group_size=70)
+        else:
+            with pa.ipc.new_file(path, part.schema) as out:
+                out.write_table(part, max_chunksize=70)
+    write_sources(small_shards, s={"format": format_, "columns": {"text": "body"}})
+    _, shards, _ = build(small_shards)
+    found = content(small_shards)
+    assert max(sum(map(len, texts)) for texts in texts_of_shards(small_shards)) <= 2 * 2_000
+    assert len(found[1]) == 2 + 303 + 1 + 1 and len(found[0]) == 2 + 301 + 1
+    monkeypatch.setattr(raw_shards, "SHARD_BYTES", 2**22)
+    build(small_shards)
+    assert content(small_shards) == found
+    assert shards >= 3
+
+
 @pytest.mark.parametrize("workers", ["1", "2", "5"])
 def test_a_compressed_file_is_cut_by_what_it_holds(
     small_shards: Path, workers: str, monkeypatch: pytest.MonkeyPatch
