@@ -24,6 +24,7 @@ from kit.digests import WORK
 from kit.stage_code import STAGES
 
 CHECKED = WORK / "checked"  # says which params.yaml was last found in order, and by which code
+BESIDE = ("configs", "base", "tokenizers", "exports")  # in models/, and no phase
 
 
 def check() -> None:
@@ -53,18 +54,16 @@ def check_leftovers(content: dict[str, Any]) -> None:
     """Raise SystemExit when data/ or models/ holds the output of what is gone from params.yaml."""
     wanted = {f"{source['phase']}/{name}" for name, source in content["sources"].items()}
     found = [path for name in ("clean", "dedup", "marked", "tokens") for path in sorted(Path("data", name).glob("*/*"))]
-    gone = [path for path in found if _is_output(path) and f"{path.parent.name}/{path.name}" not in wanted]
+    left = [path for path in found if f"{path.parent.name}/{path.name}" not in wanted]
+    gone = [(path, "no source in params.yaml, but would still be read") for path in left if _is_output(path)]
+    for folder in ("data/blocks", "models/tokenizers", "models"):
+        kept = {*content["phases"], *(BESIDE if folder == "models" else ())}
+        left = [path for path in sorted(Path(folder).glob("*")) if path.name not in kept]
+        gone += [(path, "no phase in params.yaml") for path in left if _is_output(path)]
+    left = [path for path in sorted(Path("models/exports").glob("*")) if path.name not in content["exports"]]
+    gone += [(path, "no export in params.yaml, and no stage renews it") for path in left if _is_output(path)]
     if gone:
-        raise SystemExit(f"{gone[0]} belongs to no source in params.yaml, but would still be read; {_remove(gone)}")
-    folders = [Path("data/blocks"), Path("models/tokenizers"), Path("models")]
-    for path in sorted(path for folder in folders for path in folder.glob("*")):
-        beside = {"configs", "base", "tokenizers", "exports"} if path.parent.name == "models" else set()
-        gone += [path] if _is_output(path) and path.name not in {*content["phases"], *beside} else []
-    if gone:
-        raise SystemExit(f"{gone[0]} belongs to no phase in params.yaml; {_remove(gone)}")
-    exports = sorted(path for path in Path("models/exports").glob("*") if _is_output(path))
-    if gone := [path for path in exports if path.name not in content["exports"]]:
-        raise SystemExit(f"{gone[0]} belongs to no export in params.yaml, and no stage renews it; {_remove(gone)}")
+        raise SystemExit(f"{gone[0][0]} belongs to {gone[0][1]}; {_remove([path for path, _ in gone])}")
 
 
 def check_raw(content: dict[str, Any]) -> None:

@@ -249,6 +249,13 @@ def test_the_folder_of_a_phase_that_was_removed_is_refused(here: Path, path: str
     assert said(TEXT) == f"{path} belongs to no phase in params.yaml; delete it: rm -r {path}"
 
 
+def test_all_that_is_left_over_is_named_at_once(here: Path) -> None:
+    paths = ["data/tokens/law/gone", "models/gone", "models/exports/old"]
+    for path in paths:
+        write(here / path / "x", "")
+    assert str(said(TEXT)).endswith(f"delete it and 2 more: rm -r {' '.join(paths)}")
+
+
 def test_an_export_that_was_removed_is_refused(here: Path) -> None:
     """It would be given away as it was, whatever is taken out of its model."""
     write(here / "models/exports/old/model.gguf", "")

@@ -449,6 +449,7 @@ def test_receipts_of_1000_steps_are_computed_anew_and_one_altered_token_is_caugh
     path = tmp_path / "models/p/trained/receipts.bin"
     path.parent.mkdir(parents=True)
     path.write_bytes(receipts)
+    arrow.write_json(path.with_name("training.json"), {"steps": 1000, "blocks": 4000})
     (tmp_path / "metrics/runs").mkdir(parents=True)
     arrow.write_json(tmp_path / "metrics/runs/train_model@p.json", {"counts": [{"steps": 1000}]})
     params = "".join(f"          {name}: {json.dumps(value)}\n" for name, value in objective.items())

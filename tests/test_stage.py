@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -88,6 +89,26 @@ def test_help_names_the_keys_of_the_stage(capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit):
         stage.cli(dedup.main, dedup.__doc__)
     assert "eval_fraction (default: 0.05): share of the documents held out for evaluation" in capsys.readouterr().out
+
+
+def test_help_names_the_words_that_a_key_may_have() -> None:
+    import clean
+
+    said = " ".join(stage._keys(clean.main).split())
+    assert 'encoding (default: "utf-8"): [utf-8, gb18030, utf-16] of text' in said
+    assert "sample_by (default: null): [document, line, separator] document:" in said
+    assert 'owner (default: "unknown"): who holds the rights' in said
+
+
+def test_what_is_published_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (path := tmp_path / "deep/model.safetensors").touch(0o600)
+    before = os.umask(0o027)
+    try:
+        stage._sync(tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])

@@ -35,7 +35,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from kit.digests import (
     REMEMBERED,
@@ -100,8 +101,22 @@ def _keys(main: Callable[..., None]) -> str:
     lines = []
     for name, field in params.model_fields.items() if params else ():
         default = "" if field.is_required() else f" (default: {json.dumps(field.get_default(), default=str)})"
-        lines += ["", *textwrap.wrap(f"{name}{default}: {field.description}", 110, subsequent_indent="    ")]
+        choices = [f"[{', '.join(found)}]"] if (found := _choices(field.annotation)) else []
+        said = " ".join([f"{name}{default}:", *choices, str(field.description)])
+        lines += ["", *textwrap.wrap(said, 110, subsequent_indent="    ")]
     return "\n\nKeys in params.yaml:\n" + "\n".join(lines) if lines else ""
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the words that a key may have, where its type names them; null is its default or said beside it.
+
+    >>> _choices(Literal["a", "b"] | None), _choices(list[str])
+    (['a', 'b'], [])
+    """
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return [choice for one in get_args(annotation) for choice in _choices(one)] if is_union else []
 
 
 def _flags(words: list[str], flags: dict[str, Callable[[str], Any] | None]) -> dict[str, Any] | None:
@@ -440,7 +455,11 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
+    """Bring a folder to the disk, with the rights of any new file: safetensors gives none to others."""
+    os.umask(mask := os.umask(0o022))
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
