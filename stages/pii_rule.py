@@ -34,7 +34,7 @@ NUMBERED = re.compile(r"(?:\b(?:v|ver|version|release|section|clause|chapter)|[�
 HEADING = re.compile(r"\n[#\s]*\Z")
 MONEY = re.compile(r"[¥￥$€£]\s?\Z")
 AMOUNT = re.compile(
-    r"\s?[百千万亿]*(?:[元圆股吨亩升%％]|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]?克|毫[升米]|公斤|平方|立方|公顷|(?:[mk]g|ml)\b)"
+    r"\s?[百千万亿]*(?:[元圆股吨亩%％]|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]克|毫[升米]|公斤|平方|立方|公顷|(?:[mk]g|ml)\b)"
 )
 # GB/T 2260: the provinces, Taiwan 71, Hong Kong 81, Macao 82; 83 on the residence permits of Taiwan residents.
 PROVINCES = {
