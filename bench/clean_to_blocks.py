@@ -4,7 +4,7 @@
     grouping alone                                            150x English, 120x Chinese, with writing, without SHA-256
     bytes of a token on the disk                              2.05 at most
 
-Quiet, they are 18x to 24x, 11x to 18x, 230x to 250x and 210x, by how dear new memory is on the machine of the day;
+They were 18x to 24x, 11x to 21x, 157x to 295x and 210x to 243x, by how dear new memory is on the machine of the hour;
 docs/decisions.md says what keeps English from the 40x that were planned. For information: the same without clean and
 dedup, and grouping with SHA-256 (the time of a second pass over the same bytes), which the peer does not do.
 

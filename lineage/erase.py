@@ -196,14 +196,10 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
         shared[begin:end] |= any((span.source, span.row) not in members for span in found)
     own = int((~shared).sum())
     older = [f"{name}: {phase.state}" for name, phase in lineage.phases.items() if phase.has_older_model]
-    older += [
-        f"models/exports/{stage.item}: {why}"
-        for name, stage in lineage.stages.items()
-        if stage.name == "export_model" and (why := lineage.outdated.why(name))
-    ]
-    renewed = {stage.item for stage in lineage.stages.values() if stage.name == "export_model"}
-    there = sorted(path.name for path in (lineage.root / "models/exports").glob("[!.]*") if path.is_dir())
-    older += [f"models/exports/{name}: params.yaml does not name it" for name in there if name not in renewed]
+    folders = [path.name for path in (lineage.root / "models/exports").glob("[!.]*") if path.is_dir()]
+    exports: dict[str, str | None] = dict.fromkeys(sorted(folders), "params.yaml does not name it")
+    exports |= {s.item: lineage.outdated.why(name) for name, s in lineage.stages.items() if s.name == "export_model"}
+    older += [f"models/exports/{item}: {why}" for item, why in exports.items() if why]
     most, where = _containment(lineage, text)
     listed = exclusions.read(present(lineage.root, exclusions.FILE))
     is_listed = doc_id in listed or any(_raw_id(*one) in listed for one in members)

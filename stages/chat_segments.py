@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from kit import arrow
 from kit.tokenizer import Vocabulary
+from thoughts import THOUGHT, begins
 
 ROLES = ("system", "user", "assistant", "tool")
-THOUGHT = "<think>\n{}\n</think>\n\n"  # before an answer, as `clean` writes it and Qwen3's template prints it
 
 
 class Segment(NamedTuple):
@@ -81,7 +81,7 @@ class Marker:
         """
         # A template sees what it would see of a chat: not what is learned.
         shown = [{"role": message["role"], "content": message["content"]} for message in messages]
-        shape = tuple((message["role"], _has_thought(message)) for message in shown)
+        shape = tuple((turn["role"], turn["role"] == "assistant" and begins(turn["content"])) for turn in shown)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._skeleton(shape)
         own = self._skeletons[shape]
@@ -185,12 +185,6 @@ def chat_template(tokenizer: Path) -> str | None:
             "write the one that counts into chat_template.jinja, or set chat_template in the phase's train_tokenizer."
         )
     return str(named["default"])
-
-
-def _has_thought(message: dict[str, str]) -> bool:
-    begin, end = THOUGHT.split("{}")
-    said = message["content"]
-    return message["role"] == "assistant" and said.startswith(begin) and end in said[len(begin) :]
 
 
 def merged(segments: list[Segment]) -> list[Segment]:

@@ -352,10 +352,7 @@ def cut_lines(work: tuple[Path, stage.Guard]) -> Made:
 
 
 def streamed(work: Work, counts: list[int]) -> Iterator[tuple[str, pa.Buffer]]:
-    """Yield the files of a shard that is too large to be held, its documents cut by content; `counts` takes their rows.
-
-    How many records one has of the ledger follows from the records, too.
-    """
+    """Yield the files of a shard that is too large to be held, documents cut by content; `counts` takes their rows."""
     schema = documents_schema(work.params)
     waiting, records = schema.empty_table(), NOTED.empty_table()
     ledgers = itertools.count()

@@ -187,10 +187,8 @@ def main(phase: str) -> None:
         arrow.write_json(folder / "croissant.json", described)
         evaluation = arrow.read_json(Path("metrics", phase, "evaluation.json"))
         does = task(Path("models", phase, "merged"))
-        training, epoch = (
-            arrow.read_json(trained),
-            arrow.manifest(Path("data/blocks", phase, "train"))["counts"]["rows"],
-        )
+        training = arrow.read_json(trained)
+        epoch = arrow.manifest(Path("data/blocks", phase, "train"))["counts"]["rows"]
         shown = (
             f"Training showed {training['blocks']:,} blocks of {grouping['block_size']:,} tokens in "
             f"{training['steps']:,} steps; an epoch has {epoch:,}."

@@ -108,11 +108,10 @@ def check_references(everything: Everything) -> None:
                 f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
                 f"its sources: {', '.join(sources)}."
             )
-        if strangers := sorted(set(phase.dedup.priority) - set(sources)):
-            raise SystemExit(
-                f"params.yaml: phases.{name}.dedup.priority names {strangers[0]}, no source of this phase; "
-                f"its sources: {', '.join(sources)}."
-            )
+        try:
+            dedup.in_order(sources, phase.dedup.priority)
+        except ValueError as error:
+            raise SystemExit(f"params.yaml: phases.{name}.dedup: {error}") from None
         if name in ("configs", "base", "tokenizers", "exports", "runs"):
             raise SystemExit(
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."

@@ -7,6 +7,7 @@ from typing import Any
 
 from raw_params import COLUMNS, LEAVABLE, UNITS, Params
 from raw_records import Content, Message, Record, sentence
+from thoughts import THOUGHT
 
 ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt, observation: of ShareGPT
     **dict.fromkeys(("system", "developer"), "system"),
@@ -16,7 +17,6 @@ ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt
 }
 
 WEIGHTS = ("weight", "loss")  # of a message: OpenAI's fine-tuning, ms-swift
-THOUGHT = "<think>\n{}\n</think>\n\n"  # before an answer, as DeepSeek-R1 and Qwen3 write it
 
 
 def columns_of(params: Params, present: list[str]) -> list[str]:
@@ -53,8 +53,8 @@ def content_of(row: Any, params: Params, place: str) -> Content:
 
     alpaca {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Brief.", "history": [["1+1", "2"]]} gives
     system "Brief.", user "1+1", assistant "2", user "Add.\\n2+2", assistant "4". A row's `system` stands before what a
-    system turn says, its `tools` become JSON text behind that; a system turn without words is none. Answers
-    in a `prompt` of messages are examples, not learned.
+    system turn says, its `tools` become JSON text behind that; a system turn without words is none. Answers in
+    a `prompt` of messages are examples, not learned.
     """
     if isinstance(row, ValueError):
         raise row
@@ -85,9 +85,8 @@ def content_of(row: Any, params: Params, place: str) -> Content:
         turns = _turns(*field("messages"), "role", "content", params)
     elif params.record == "sharegpt":
         turns = _turns(*field("conversations"), "from", "value", params)
-    else:
+    elif params.record == "prompt_completion":
         turns = _asked(*field("history"))
-    if params.record == "prompt_completion":
         for role, standard in (("user", "prompt"), ("assistant", "completion")):
             value, where = field(standard)
             if isinstance(value, list):
@@ -95,10 +94,10 @@ def content_of(row: Any, params: Params, place: str) -> Content:
                 turns += [_not_learned(turn) for turn in said] if standard == "prompt" else said
             else:
                 turns.append({"role": role, "content": string_of(value, where)})
-    if params.record == "alpaca":
+    else:
         value, where = field("input")
         question = string_of(*field("instruction")) + "\n" + string_of("" if value is None else value, where)
-        turns += [{"role": "user", "content": question.strip()}, turn("assistant", "output")]
+        turns = [*_asked(*field("history")), {"role": "user", "content": question.strip()}, turn("assistant", "output")]
     turns = [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
     system = string_of(*field("system")) if field("system")[0] else ""
     tools = _tools(*field("tools"), params) if "tools" in COLUMNS[params.record][1] else ""

@@ -20,7 +20,7 @@ import raw_params
 from raw_records import COMPRESSIONS
 
 SHARD_BYTES = 4 * 2**20  # about; decides what stands in which file of `documents` and of all that is made of them
-PACKED = 4  # bytes of text for one of a compressed file, about: jsonl with gzip 3 to 12
+PACKED = 4  # bytes of text for one of a compressed file, about: 2.5 to 12 in jsonl with gzip
 LineShard = tuple[int, int, int, str]  # as `line_shards` yields them
 
 

@@ -480,9 +480,8 @@ def test_the_source_of_higher_priority_keeps_its_documents(project: Path, run_st
     content["phases"]["p"]["dedup"]["priority"] = ["c", "bb"]
     (project / "params.yaml").write_text(json.dumps(content))
     finished = run_stage(project, "dedup", "p")
-    assert finished.stderr == (
-        "params.yaml: phases.p.dedup.priority names bb, no source of this phase; its sources: a, b, c.\n"
-    )
+    said = "`priority` names `bb`, which is no source of this phase; did you mean `b`?"
+    assert finished.stderr == f"params.yaml: phases.p.dedup: {said}\n"
 
 
 def test_dvc_sees_the_priority_and_no_order_of_sources(project: Path, run_stage: Runner) -> None:
