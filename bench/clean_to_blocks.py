@@ -34,7 +34,7 @@ from typing import Any
 from corpus import DATA_STAGES, chinese, english, make_tokenizer, project, run_stage, write_jsonl
 
 BLOCK_SIZE = 1024
-ROUNDS = 2
+ROUNDS = 3
 FILES = 8
 CASES: dict[str, tuple[Callable[[int, int], Iterator[str]], int, int]] = {
     "English": (english, 64, 15),  # text, megabytes, budget

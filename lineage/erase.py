@@ -1,6 +1,6 @@
 """Take a document out of every model: where it is, how to exclude it, and what can be said afterwards.
 
-    python -m lineage erase plan  3f2a...     its copies and near twins, where they stand, what must be redone
+    python -m lineage erase plan  3f2a...     its copies and its cluster, where they stand, what must be redone
     python -m lineage erase apply 3f2a...     they go into data/exclusions.txt, keyed; then `dvc repro`
     python -m lineage erase prove 3f2a...     after that: is it, or a run of 16 units of it, in anything that was kept?
 
@@ -34,13 +34,12 @@ MODEL_STAGES = ("train_model", "merge_lora", "evaluate_model", "describe_model")
 
 
 def cluster(lineage: Lineage, identity: str) -> list[tuple[Source, int]]:
-    """Return the documents with an id, with the copies and near twins that dedup has named, in every phase.
+    """Return the documents with an id, with their copies and all of their clusters of near duplicates, in every phase.
 
-    Raises SystemExit when no document has the id. Two near twins that were both kept are not named by dedup; when it
-    excludes a document it takes those along, too.
+    So many does dedup take out with it. Raises SystemExit when no document has the id.
     """
     waiting = lineage.identified(identity)
-    named = _named(lineage)
+    named, together = _by(lineage, "twin"), _by(lineage, "cluster")
     found: dict[tuple[str, str, int], tuple[Source, int]] = {}
     while waiting:
         source, row = waiting.pop()
@@ -50,20 +49,21 @@ def cluster(lineage: Lineage, identity: str) -> list[tuple[Source, int]]:
         decision = source.decisions.row(row)
         waiting += lineage.identified(decision["doc_id"].hex())
         waiting += named.get((source.phase, f"{source.name}/{row}"), [])
+        waiting += together.get((source.phase, decision["cluster"]), [])
         if decision["twin"]:
             name, _, number = decision["twin"].rpartition("/")
             waiting += [(s, int(number)) for s in lineage.phases[source.phase].sources if s.name == name]
     return [found[key] for key in sorted(found)]
 
 
-def _named(lineage: Lineage) -> dict[tuple[str, str], list[tuple[Source, int]]]:
-    """Return the documents that name a kept one as their twin, by phase and name of that one."""
+def _by(lineage: Lineage, column: str) -> dict[tuple[str, str], list[tuple[Source, int]]]:
+    """Return the documents that name another one in a column of decisions, by phase and name of that one."""
     found: dict[tuple[str, str], list[tuple[Source, int]]] = {}
     for source in lineage.sources:
         for number, batch in enumerate(source.decisions.all()):
-            there = np.flatnonzero(batch["twin"].is_valid().to_numpy(zero_copy_only=False))
+            there = np.flatnonzero(batch[column].is_valid().to_numpy(zero_copy_only=False))
             for inside in there.tolist():
-                key = source.phase, batch["twin"][inside].as_py()
+                key = source.phase, batch[column][inside].as_py()
                 found.setdefault(key, []).append((source, int(source.decisions.starts[number]) + inside))
     return found
 

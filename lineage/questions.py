@@ -331,6 +331,8 @@ class Lineage:
             answer |= {"verdict": "dropped by dedup", "rule": decision["rule"], "evidence": decision["evidence"]}
             if decision["twin"]:
                 answer |= {"twin": self._twin(source.phase, decision["twin"]), "similarity": decision["similarity"]}
+            if decision["cluster"]:
+                answer |= {"cluster": self._twin(source.phase, decision["cluster"])}
             return answer
         if f"tokenize_text@{source.name}" not in self.stages:
             return {**answer, "split": decision["split"], "verdict": "kept, not tokenised yet"}

@@ -948,14 +948,23 @@ def exclusions(project: Project, report: Report) -> tuple[bytes, set[str]] | Non
 
 
 def check_decisions(project: Project, phase: str, sources: list[Source], report: Report) -> None:
-    """Each document has one decision; nothing is kept twice, on both sides, or although it is excluded."""
+    """Each document has one decision; nothing is kept twice, on both sides, or although it is excluded.
+
+    A cluster of near duplicates goes out as a whole, or stands on the side that the least of its ids draws.
+    """
     params = project.group("dedup", phase)
     fraction, seed = float(params.get("eval_fraction", 0.05)), int(params.get("seed", 0))
     excluded = exclusions(project, report)
     kept: dict[bytes, str] = {}
     twins: list[tuple[str, dict[str, Any]]] = []
     rows_of: dict[str, int] = {}
+    clusters: dict[str, tuple[set[str], bytes]] = {}  # what became of its documents, the least id
     outside = 0
+
+    def is_held_out(doc_id: bytes) -> bool:
+        key = hashlib.sha256(seed.to_bytes(8, "little") + doc_id).digest()[:7]
+        return (int.from_bytes(key, "little") >> 3) / 2**53 < fraction
+
     for source in sources:
         folder, counts = source.folder("dedup"), Counter[str]()
         documents = _rows(project.batches(source.folder("documents"), ["doc_id"]))
@@ -973,6 +982,10 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
                 "dropped",
             ):
                 raise Wrong(f"{where} is {row['split']} with the rule {row['rule']}")
+            if cluster := row["cluster"]:
+                fates, least = clusters.get(cluster, (set(), row["doc_id"]))
+                fates.add(row["rule"] if row["rule"] == "excluded" else row["split"])
+                clusters[cluster] = fates, min(least, row["doc_id"])
             if row["split"] == "dropped":
                 if row["twin"] is not None:
                     twins.append((where, row))
@@ -984,8 +997,7 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
             if row["doc_id"] in kept:
                 raise Wrong(f"{where} is kept although {kept[row['doc_id']]} has the same text")
             kept[row["doc_id"]] = where
-            key = hashlib.sha256(seed.to_bytes(8, "little") + row["doc_id"]).digest()[:7]
-            outside += ((int.from_bytes(key, "little") >> 3) / 2**53 < fraction) != (row["split"] == "eval")
+            outside += not cluster and is_held_out(row["doc_id"]) != (row["split"] == "eval")
         if next(documents, None):
             raise Wrong(f"{source.name} has more documents than decisions")
         rows_of[source.name] = counts.total()
@@ -998,13 +1010,15 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
             raise Wrong(f"{where} was dropped for {row['twin']}, which is not kept")
         if row["rule"] == "exact_duplicate" and by_place[row["twin"]] != row["doc_id"]:
             raise Wrong(f"{where} was dropped as equal to {row['twin']}, which has another text")
+    for cluster, (fates, least) in clusters.items():
+        if len(fates - {"dropped"}) > 1:
+            raise Wrong(f"the near duplicates of {cluster} are {' and '.join(sorted(fates - {'dropped'}))}")
+        outside += bool(fates & {"train", "eval"}) and is_held_out(least) != ("eval" in fates)
     folder = f"data/dedup/{phase}"
     report.ok("documents -> decisions", folder, f"{sum(rows_of.values()):,} documents, {len(kept):,} kept, each once")
-    if params.get("near_duplicates") is not None or "near_duplicates" in params:
-        report.stops(
-            "documents -> decisions", folder, "near duplicates and the split of their clusters are not searched"
-        )
-    elif outside > 1:  # one may stand in for an empty split
+    if params.get("near_duplicates") is not None:
+        report.stops("documents -> decisions", folder, "near duplicates are not searched")
+    if outside > 1:  # one may stand in for an empty split
         raise Wrong(f"{outside} documents are on another side of the split than seed and eval_fraction say")
 
 

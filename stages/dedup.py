@@ -70,6 +70,7 @@ DECISIONS = pa.schema(
         pa.field("rule", pa.string()),  # why it is dropped, else null
         pa.field("twin", pa.string()),  # the kept document, as source/row
         pa.field("similarity", pa.float32()),  # to the twin, 0 to 1
+        pa.field("cluster", pa.string()),  # of near duplicates: its first document, as source/row; null: it is alone
         pa.field("evidence", pa.string()),  # of decontaminate: file and line of the item, and what is in common
     ]
 )
@@ -125,6 +126,7 @@ class Decisions(NamedTuple):
     rows: Array  # of the duplicates, ascending, int32 (d,)
     twin: Array  # row of the kept document, int32 (d,)
     similarity: Array  # float32 (d,)
+    company: Company  # with the copies of its documents
 
 
 def in_order(sources: list[str], priority: list[str]) -> list[str]:
@@ -222,7 +224,18 @@ def decide(
     order = np.argsort(duplicates)
     twins = np.concatenate([copies.first[fate <= EVAL], twin[of_first], twin[own]])
     similarities = np.concatenate([np.ones(len(exact), np.float32), similarity[of_first], similarity[own]])
-    return Decisions(verdict, duplicates[order], twins[order], similarities[order])
+    return Decisions(
+        verdict, duplicates[order], twins[order], similarities[order], _with_copies(Company(rows, cluster), copies)
+    )
+
+
+def _with_copies(company: Company, copies: Copies) -> Company:
+    """Return the company with the copies of its documents."""
+    there = np.isin(copies.first, company.rows)
+    found = company.cluster[np.searchsorted(company.rows, copies.first[there])]
+    rows, cluster = np.append(company.rows, copies.rows[there]), np.append(company.cluster, found)
+    order = np.argsort(rows)
+    return Company(rows[order], cluster[order])
 
 
 def _least(ids: Ids, rows: Array, cluster: Array) -> Array:
@@ -347,9 +360,15 @@ def table(
     verdict = decisions.verdict[begin : begin + len(ids)]
     first, last = np.searchsorted(decisions.rows, [begin, begin + len(ids)])
     duplicate = slice(first, last)
-    twins = decisions.twin[duplicate].tolist()
-    sources = [bisect_right(firsts, twin) - 1 for twin in twins]
-    named = [f"{names[source]}/{twin - firsts[source]}" for source, twin in zip(sources, twins, strict=True)]
+    first, last = np.searchsorted(decisions.company.rows, [begin, begin + len(ids)])
+    together = slice(first, last)
+
+    def named(rows: Array) -> pa.Array:
+        """Return the names of documents, as source/row."""
+        sources = [bisect_right(firsts, row) - 1 for row in rows.tolist()]
+        each = zip(sources, rows.tolist(), strict=True)
+        return pa.array([f"{names[source]}/{row - firsts[source]}" for source, row in each], pa.string())
+
     found = [hits[begin + row] for row in np.flatnonzero(verdict == CONTAMINATED).tolist()]
     rules = pa.array([RULES.get(number) for number in range(6)], pa.string()).take(pa.array(verdict))
     if found:
@@ -367,8 +386,9 @@ def table(
         ids,
         pa.array(["train", "eval", "dropped"]).take(pa.array(np.minimum(verdict, 2))),
         rules,
-        spread(pa.array(named, pa.string()), own),
+        spread(named(decisions.twin[duplicate]), own),
         spread(pa.array(decisions.similarity[duplicate]), own),
+        spread(named(decisions.company.cluster[together]), decisions.company.rows[together] - begin),
         spread(pa.array([hit.evidence for hit in found], pa.string()), np.flatnonzero(verdict == CONTAMINATED)),
     ]
     return pa.Table.from_arrays(columns, schema=DECISIONS)

@@ -59,7 +59,7 @@ MESSAGES = [
 TOKENS = {**IDENTITY, "split": "train", "input_ids": [0, 65535, 1]}
 NOTES = {"rule": "empty", "evidence": "é", "changes": None}
 LEDGER = {"file": "a/文 1.txt", "end": 9, "number": 1, "raw_id": bytes(16), **NOTES}
-REASON = {"rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, "evidence": None}
+REASON = {"rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, "cluster": "a/1", "evidence": None}
 DECISION = {**IDENTITY, "split": "dropped", **REASON}
 KINDS: dict[str, tuple[pa.Schema, dict[str, Any]]] = {
     "text documents": (clean.TEXT_DOCUMENTS, {**IDENTITY, **PLACE, "text": "Hi </s>\n"}),

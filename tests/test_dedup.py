@@ -95,7 +95,7 @@ def test_the_worked_example_of_the_docstring() -> None:
     )
     tables = decisions({"a": [one, two], "b": [two, three]}, params)
     assert tables["a"]["split"].to_pylist() == ["train", "eval"]
-    none = {"evidence": None}
+    none = {"cluster": None, "evidence": None}
     assert tables["b"].to_pylist() == [
         {"doc_id": two, "split": "dropped", "rule": "exact_duplicate", "twin": "a/1", "similarity": 1.0, **none},
         {"doc_id": three, "split": "train", "rule": None, "twin": None, "similarity": None, **none},
@@ -261,6 +261,14 @@ def test_a_cluster_is_on_one_side() -> None:
         sides = {row["split"] for row in rows[len(OTHERS) :]} - {"dropped"}
         assert len(sides) == 1
         assert sum(row["split"] != "dropped" for row in rows[len(OTHERS) :]) > 1
+        assert [row["cluster"] for row in rows] == [None] * len(OTHERS) + [f"a/{len(OTHERS)}"] * len(chain)
+
+
+def test_a_copy_is_in_the_cluster_of_its_first() -> None:
+    near = LAW.replace("公民", "国民", 1)
+    rows = with_near({"a": [*OTHERS, near, OTHERS[0]], "b": [LAW, near, "alone"]}, NearParams())
+    assert [row["cluster"] for row in rows["a"]] == [None] * len(OTHERS) + ["a/8", None]
+    assert [row["cluster"] for row in rows["b"]] == ["a/8", "a/8", None]
 
 
 def test_a_cluster_is_one_to_choose_from() -> None:

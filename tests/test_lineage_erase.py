@@ -121,6 +121,20 @@ def test_a_copy_of_a_near_twin_that_names_no_twin_itself_is_found_by_its_id(tmp_
     assert [row for _, row in cluster(lineage, rows[0]["doc_id"].hex())] == [0, 1, 2]
 
 
+def test_near_twins_that_were_both_kept_are_found(tmp_path: Path) -> None:
+    """A chain whose ends are less alike than the threshold: dedup takes all of it out with any of it."""
+    lineage = project(tmp_path, ["alone", "one text", "near text", "far text"], ["train", "train", "dropped", "train"])
+    rows = arrow.table(tmp_path / "data/dedup/p/s").to_pylist()
+    for row in rows[1:]:
+        row["cluster"] = "s/1"
+    rows[2]["twin"] = "s/1"
+    with arrow.Writer(tmp_path / "data/dedup/p/s", dedup.DECISIONS) as out:
+        out.write(pa.Table.from_pylist(rows, dedup.DECISIONS))
+    for row in rows[1:]:
+        assert [number for _, number in cluster(lineage, row["doc_id"].hex())] == [1, 2, 3]
+    assert [number for _, number in cluster(lineage, rows[0]["doc_id"].hex())] == [0]
+
+
 def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: Path) -> None:
     with pytest.raises(SystemExit, match="give its text"):
         prove(Lineage(varied_project), "0" * 32)

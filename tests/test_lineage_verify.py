@@ -279,6 +279,23 @@ def other_side(rows: list[dict[str, Any]]) -> None:
         row["split"] = row["split"].removeprefix("to ")
 
 
+def cluster_of_two_sides(rows: list[dict[str, Any]]) -> None:
+    for side in ("train", "eval"):
+        next(row for row in rows if row["split"] == side)["cluster"] = "tiny_text/0"
+
+
+def clusters_on_the_other_side(rows: list[dict[str, Any]]) -> None:
+    for place, row in enumerate([row for row in rows if row["split"] == "train"][:6]):
+        row.update(split="eval", cluster=f"tiny_text/{place // 2}")
+    for row in [row for row in rows if row["split"] == "eval" and not row["cluster"]][:6]:
+        row.update(split="train")
+
+
+def cluster_of_which_one_is_excluded(rows: list[dict[str, Any]]) -> None:
+    next(row for row in rows if row["split"] == "dropped").update(rule="excluded", twin=None, cluster="tiny_notes/0")
+    next(row for row in rows if row["split"] == "train")["cluster"] = "tiny_notes/0"
+
+
 def segment(rows: list[dict[str, Any]]) -> None:
     rows[0]["segments"][1]["text"] += "!"
 
@@ -317,6 +334,9 @@ FORGERIES = [
     ("data/clean/pretrain/tiny_notes/ledger", lambda rows: rows[20].update(number=7), "calls line 21 of"),
     ("data/dedup/pretrain/tiny_notes", keep_the_duplicate, "has the same text"),
     ("data/dedup/pretrain/tiny_text", other_side, "another side of the split"),
+    ("data/dedup/pretrain/tiny_text", cluster_of_two_sides, "near duplicates of tiny_text/0 are eval and train"),
+    ("data/dedup/pretrain/tiny_text", clusters_on_the_other_side, "another side of the split"),
+    ("data/dedup/pretrain/tiny_notes", cluster_of_which_one_is_excluded, "tiny_notes/0 are excluded and train"),
     ("data/dedup/pretrain/tiny_text", lambda rows: swap(rows, "doc_id"), "decides about another document"),
     ("data/marked/pretrain/tiny_text", segment, "another text than in"),
     ("data/marked/pretrain/tiny_text", skip_record, "holds other documents"),
