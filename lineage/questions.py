@@ -28,6 +28,7 @@ from lineage import verify
 from lineage.folders import Array, Cache, Chosen, Folder, Ids, Places, present, read_json
 from lineage.layout import Layout, Piece
 from lineage.outdated import Outdated
+from source_register import left_out
 
 Answer = dict[str, Any]
 MOST = 20  # records of one line
@@ -358,6 +359,7 @@ class Lineage:
                 }
             )
         first = min((step for block in blocks for step in block["steps"]), default=None)
+        reached = sum(bool(block["steps"]) for block in blocks)
         if decision["split"] == "eval":
             verdict = "held out"
         elif not blocks:
@@ -368,7 +370,9 @@ class Lineage:
             made = f"train_model@{phase.name}" in self.stages
             verdict = f"in the training blocks, {'the model is not there' if made else 'no model yet'}"
         else:
-            verdict = "trained" if first is not None else f"not reached in {phase.steps} steps"
+            verdict = "trained" if reached == len(blocks) else f"not reached in {phase.steps} steps"
+            if 0 < reached < len(blocks):
+                verdict = f"trained in part: {reached} of its {len(blocks)} blocks in {phase.steps} steps"
         saw = first is not None or (phase.other_blocks and decision["split"] == "train")
         return {
             **answer,
@@ -552,11 +556,12 @@ class Lineage:
         self.check(f"train_model@{of.name}")
         present(self.root, f"models/{of.name}/trained/receipts.bin")
         sources = []
-        layout = of.layout("train")
+        layout, out = of.layout("train"), left_out(self.root / "data/blocks" / of.name)
         for source in of.sources:
             shown = layout.grouping["train"].get(source.name, {"documents": 0, "tokens": 0, "weight": 1.0})
             counts = {"records": source.about["records"], "documents": source.about["kept"]}
-            counts |= {"train": shown["documents"], "tokens": shown["tokens"], "weight": shown["weight"]}
+            held = shown["tokens"] - out["train", source.name]
+            counts |= {"train": shown["documents"], "tokens": held, "weight": shown["weight"]}
             names = ("license", "owner", "origin", "language", "collected_on")
             sources.append({"source": source.name, "raw": source.raw, **{n: source.about[n] for n in names}, **counts})
         total = sum(source["tokens"] for source in sources)

@@ -870,8 +870,13 @@ class Replay:
         if self.format == "text":
             return [text.rstrip("\r\n") if self.by_line else text]
         if self.format in ("csv", "tsv"):
+            quote = self.source.params.get("quotechar", '"')
             lines = csv.reader(
-                io.StringIO(text, newline=""), delimiter="\t" if self.format == "tsv" else ",", strict=True
+                io.StringIO(text, newline=""),
+                delimiter=self.source.params.get("delimiter") or ("\t" if self.format == "tsv" else ","),
+                quotechar=quote,
+                quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+                strict=True,
             )
             rows = list(lines)
             self.header = rows[0] if is_first else self.header

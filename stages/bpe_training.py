@@ -302,7 +302,7 @@ def why_not_extensible(tokenizer: dict[str, Any]) -> str | None:
 def extend(
     base: str, documents: Iterable[str], new_tokens: int, min_frequency: int, where: str
 ) -> tuple[Tokenizer, int]:
-    """Return the tokenizer of `base`, the text of tokenizer.json, with new tokens, and how many there are.
+    """Return the tokenizer of `base`, a tokenizer.json without dropout, with new tokens, and how many there are.
 
     Its training goes on: merges learned on `documents`, as the base cuts them, are appended to its own. So a text is
     cut as ever first and then put together further, ids stay, and any text comes back. A pair that makes a known token
@@ -315,8 +315,6 @@ def extend(
             "set train_tokenizer.mode to reuse."
         )
     tokenizer, model = Tokenizer.from_str(base), content["model"]
-    if model.get("dropout"):
-        model["dropout"] = None
     words: Counter[str] = Counter()
     for document in documents:
         text = tokenizer.normalizer.normalize_str(document) if tokenizer.normalizer else document

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -13,6 +15,8 @@ from raw_params import Params
 from raw_records import Content, Record, decode, library, lines_of, record_of
 from raw_rows import columns_of, content_of, record_of_row
 
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+RESTARTS = 100  # in a csv file, after a row that is wrong: each may read on to the end of the file
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 NOT_SHOWN = {"head", "script", "style", "noscript", "template"}
 BLOCKS = {
@@ -38,13 +42,23 @@ def read_text(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
         return
     text = data.decode(codec)
     begins = 1 if text.startswith("\ufeff") else 0  # where ^ matches: behind the byte order mark
-    matches = re.compile(params.separator, re.MULTILINE).finditer(text, begins)
-    cuts = [0, *(match.start() for match in matches if match.start() > begins), len(text)]
+    cuts = [0, *(place for place in _matches(params.separator, text, begins) if place > begins), len(text)]
     start, line = 0, 1
     for part in (text[begin:end] for begin, end in pairwise(cuts)):
         raw = data[start : start + len(part.encode(codec))]  # each codec here writes the bytes that it has read
         yield record_of(raw, codec, start, line, lambda text, line: text)
         start, line = start + len(raw), line + part.count("\n")
+
+
+def _matches(separator: str, text: str, begin: int) -> Iterator[int]:
+    r"""Yield where matches of a separator begin; its $ stands before CR LF, too, unless it names \r itself."""
+    lines, returns = text, list[int]()
+    if "\r\n" in text and "\r" not in separator and r"\r" not in separator:
+        lines = text.replace("\r\n", "\n")
+        found = re.finditer("\r\n", text)
+        returns = [match.start() - number for number, match in enumerate(found)]  # their places in `lines`
+    for match in re.compile(separator, re.MULTILINE).finditer(lines, begin):
+        yield match.start() + bisect_left(returns, match.start())
 
 
 def read_jsonl(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
@@ -150,14 +164,22 @@ class _Json:
         return row if after == len(text) else ValueError(f"{_place(text, after, line)} is not JSON (Extra data)")
 
 
-def read_csv(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
-    """One record for each row, of one line or more; fields in quotes may hold line ends. Tabs separate those of tsv."""
-    taken: list[bytes] = []  # lines of the row in hand
+def read_csv(source: Any, params: Params, codec: str) -> Iterator[Record]:
+    """One record for each row, of one line or more; fields in quotes may hold line ends.
+
+    Where a row of more lines is wrong, e.g. by a quote that nobody closes, its first line is a record and reading goes
+    on behind it.
+    """
+    file = lines_of(source, codec)
+    taken: list[tuple[int, int, bytes]] = []  # lines of the row in hand
+    again: deque[tuple[int, int, bytes]] = deque()  # lines to be read once more
     wrong: list[str] = []
+    restarts = 0
 
     def lines() -> Iterator[str]:
-        for start, line, raw in lines_of(source, codec):
-            taken.append(raw)
+        while one := again.popleft() if again else next(file, None):
+            taken.append(one)
+            start, line, raw = one
             try:
                 text = decode(raw, codec, start, line)
             except ValueError as error:  # a generator that raises has ended, and with it the file
@@ -165,7 +187,16 @@ def read_csv(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
                 text = raw.decode(codec, "replace")
             yield text
 
-    rows = csv.reader(lines(), delimiter="\t" if params.format == "tsv" else ",", strict=True)
+    def reader() -> Iterator[list[str]]:
+        return csv.reader(
+            lines(),
+            delimiter=params.delimiter or DELIMITERS[params.format],
+            quotechar=params.quotechar,
+            quoting=csv.QUOTE_MINIMAL if params.quotechar else csv.QUOTE_NONE,
+            strict=True,
+        )
+
+    rows = reader()
     header: list[str] | None = None
     before, skipped, problem = b"", 0, ""  # the header's bytes and lines, until a row has taken them, and its flaw
     start, line = 0, 1
@@ -176,9 +207,18 @@ def read_csv(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
         except StopIteration:
             break
         except csv.Error as error:
-            wrong.append(f"the row of {place} is not {params.format.upper()} ({str(error).split(' - ')[0]})")
-            fields = []
-        raw, height = before + b"".join(taken), skipped + len(taken)
+            why, fields = str(error).split(" - ")[0], []
+            is_quote = why.startswith(("unexpected end", "'"))  # none that closes, or text behind it
+            hint = "; `quotechar: null` takes quotes as text" if is_quote else ""
+            sentence = f"the row of {place} is not {params.format.upper()} ({why}){hint}"
+            if len(taken) > 1 and header is not None and restarts < RESTARTS and not source.raw.damage:
+                restarts += 1
+                again.extendleft(reversed(taken[1:]))
+                rows, wrong[:] = reader(), [sentence]
+                del taken[1:]
+            else:
+                wrong.append(sentence)
+        raw, height = before + b"".join(raw for _, _, raw in taken), skipped + len(taken)
         taken.clear()
         if header is None:
             header, before, skipped = fields, raw, height

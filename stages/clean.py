@@ -222,9 +222,13 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
         part = None if piece.end is None else raw_records.Part(piece.start, piece.end, piece.before + 1)
         for record in raw_formats.records(piece.path, params, part):
             if record.error and params.on_error == "fail":
+                hint = ""
+                if params.encoding.upper() in record.error:
+                    hint = ", name its `encoding` (gb18030, utf-16; of any other, `iconv -t utf-8` makes UTF-8)"
+                hint = hint or (", name what it has in `columns`" if " has no " in record.error else "")
                 raise SystemExit(
-                    f"{piece.path}: {record.error}; mend the file, name its `encoding` if that is another, leave it "
-                    "out with `ignore`, or drop what cannot be read with `on_error: drop`."
+                    f"{piece.path}: {record.error}; mend the file{hint}, leave it out with `ignore`, or drop what "
+                    "cannot be read with `on_error: drop`."
                 )
             if params.fill and (name := raw_formats.unnamed(record, params.fill)):
                 raise SystemExit(
@@ -483,7 +487,7 @@ def main(name: str) -> None:
             raise SystemExit(
                 f"{root}: none of its {ledger.rows} records was kept, by "
                 f"{', '.join(f'{rule} ({count})' for rule, count in dropped.most_common())}: {example[0]}; "
-                f"see {name}.clean in params.yaml."
+                f"see sources.{name}.clean in params.yaml."
             )
         counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
         about = params.model_dump(include=set(ABOUT))

@@ -114,7 +114,8 @@ def apply_to_messages(
 ) -> tuple[list[Message] | None, dict[str, int], tuple[str, str] | None]:
     """Return what `apply_rules` does for a conversation: each content is changed, all contents joined are judged.
 
-    A message that a rule leaves empty drops the conversation: an answer without its question teaches nothing.
+    For repetition each is judged by itself: an answer may take up its question. A message that a rule leaves empty
+    drops the conversation: an answer without its question teaches nothing.
 
     >>> apply_to_messages([{"role": "user", "content": "第 1 页"}], [BoilerplateRule()])
     (None, {'boilerplate': 1}, ('boilerplate', 'message 1 (user) became empty'))
@@ -127,9 +128,14 @@ def apply_to_messages(
         if number in idle and not changes:
             continue
         if rule.drops:
-            _, _, drop = rule.apply("\n".join(message["content"] for message in now))
-            if drop:
-                return None, changes, (rule.rule, drop)
+            if not rule.by_message:
+                drop = rule.apply("\n".join(message["content"] for message in now)).drop
+                if drop:
+                    return None, changes, (rule.rule, drop)
+                continue
+            for i, message in enumerate(now):
+                if drop := rule.apply(message["content"]).drop:
+                    return None, changes, (rule.rule, f"message {i + 1} ({message['role']}): {drop}")
             continue
         for i, message in enumerate(now):
             text, changed, _ = rule.apply(message["content"])

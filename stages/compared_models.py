@@ -78,7 +78,17 @@ def same_weights(files: dict[str, dict[str, str]], left: Path, right: Path) -> b
 
 
 def score(model: Any, documents: Sequence[Document], params: Params, masking: Masking | None) -> Array:
-    """Return nats, predicted tokens, right guesses and bytes of each document, (documents, 4)."""
+    """Return nats, predicted tokens, right guesses and bytes of each document, (documents, 4).
+
+    Raises SystemExit when the model has fewer positions than max_length.
+    """
+    from kit.model import max_positions
+
+    limit = max_positions(model)
+    if limit is not None and params.max_length > limit:
+        raise SystemExit(
+            f"evaluate_model.max_length is {params.max_length:,} but the model has positions for {limit:,}; lower it."
+        )
     settings = params.max_length, params.per_device_eval_batch_size
     sums = (
         model_scores.guesses(model, documents, *settings, masking)

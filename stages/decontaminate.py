@@ -70,8 +70,8 @@ def read(name: str, params: Params) -> Iterator[Item]:
     """Yield the items of a benchmark, those of fewer than SHORTEST units with run 0."""
     paths = [path for suffix in (".jsonl", ".txt") if (path := FOLDER / f"{name}{suffix}").is_file()]
     if len(paths) != 1:
-        found = " and ".join(map(str, paths)) or "neither"
-        raise SystemExit(f"the benchmark `{name}` is {FOLDER}/{name}.jsonl or .txt; there is {found}: keep one.")
+        found = f"there are {paths[0]} and {paths[1]}: keep one" if paths else "neither is there: put one there"
+        raise SystemExit(f"the benchmark `{name}` is {FOLDER}/{name}.jsonl or .txt; {found}.")
     for number, raw in enumerate(paths[0].read_bytes().splitlines(), start=1):
         place = f"{paths[0]} line {number}"
         try:

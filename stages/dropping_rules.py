@@ -62,6 +62,7 @@ class RepeatedLinesRule(DroppingRule):
     '0.5 > 0.3 of the lines'
     """
 
+    by_message = True  # an answer may take up its question
     rule: Literal["repeated_lines"] = "repeated_lines"
     max_lines: float = Field(0.30, ge=0, le=1, description="share of the lines that repeat an earlier line")
     max_chars: float = Field(0.20, ge=0, le=1, description="share of the characters that stand in such lines")
@@ -93,6 +94,7 @@ class RepeatedNgramsRule(DroppingRule):
     '0.9 > 0.7 of the characters in repeated runs of 10'
     """
 
+    by_message = True
     rule: Literal["repeated_ngrams"] = "repeated_ngrams"
     top_words: Shares = Field({2: 0.20, 3: 0.18, 4: 0.16}, description="n: share of the commonest run")
     words: Shares = Field(

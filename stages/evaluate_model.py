@@ -146,7 +146,7 @@ def main(phase: str) -> None:
         if sentence := score_report.missed(result, params.require):
             raise ValueError(
                 f"{sentence}; no evaluation was published: train further, or require less (DVC has removed the "
-                f"previous one, `git checkout metrics/{phase}` brings back what was committed)."
+                "previous one; with what gave it in params.yaml, `dvc repro` brings it back from its cache)."
             )
         arrow.write_json(folder / "evaluation.json", result, only_ascii=True)
         with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:

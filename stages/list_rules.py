@@ -82,6 +82,8 @@ class ListRule(BaseRule):
 class RegularExpressionRule(ListRule):
     r"""Regular expressions from a file, one a line, applied in order; ^ and $ are the ends of a line.
 
+    Blanks around an expression are not part of it; write \s or [ ] for one that is.
+
     With `（.{1,12}号令）` in rules/numbers.txt and `action: remove`:
     "关于修改条例的决定（国务院令第687号令）" -> "关于修改条例的决定"
     """
@@ -95,6 +97,8 @@ class RegularExpressionRule(ListRule):
 class BadWordsRule(ListRule):
     r"""Words from a file, in any case; words of spaced scripts whole, of Chinese and its like wherever they stand.
 
+    A blank between two words stands for any white space.
+
     With "ass" and "傻瓜" in rules/words.txt and `action: mask`:
     "你这个傻瓜! What an ass, not a class." -> "你这个***! What an ***, not a class."
     """
@@ -104,7 +108,7 @@ class BadWordsRule(ListRule):
     def _compiled(self) -> list[re.Pattern[str]]:
         trees: dict[bool, dict[str, Any]] = {}
         for entry, where in _entries(self.file):
-            word = _lower(entry)
+            word = " ".join(_lower(entry).split())
             if len(word) > 100 or (self.action == "mask" and set(word) & set(_lower(self.mask))):
                 raise ValueError(f"{where}: a word has 100 characters at most, and none of the mask {self.mask!r}")
             branch = trees.setdefault(WORD_CHARACTER.match(word[-1]) is not None, {})
@@ -139,5 +143,8 @@ def _lower(text: str) -> str:
 
 def _alternatives(branch: dict[str, Any]) -> str:
     """Return a regular expression for the words of a tree of characters, longest first; 10,000 words cost as 10 do."""
-    sources = [re.escape(character) + _alternatives(branch[character]) for character in sorted(branch, reverse=True)]
+    sources = [
+        (r"\s+" if character == " " else re.escape(character)) + _alternatives(branch[character])
+        for character in sorted(branch, reverse=True)
+    ]
     return sources[0] if len(sources) == 1 else f"(?:{'|'.join(sources)})" if sources else ""

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import clean
+import decontaminate
 import dedup
 import evaluate_model
 import export_model
@@ -112,6 +113,15 @@ def check_references(everything: Everything) -> None:
             dedup.in_order(sources, phase.dedup.priority)
         except ValueError as error:
             raise SystemExit(f"params.yaml: phases.{name}.dedup: {error}") from None
+        named = [("dedup.decontaminate", benchmark) for benchmark in phase.dedup.decontaminate]
+        named += [("evaluate_model.general", benchmark) for benchmark in phase.evaluate_model.general]
+        for key, benchmark in named:
+            files = [decontaminate.FOLDER / f"{benchmark}{suffix}" for suffix in (".jsonl", ".txt")]
+            if not any(file.is_file() for file in files):
+                raise SystemExit(
+                    f"params.yaml: phases.{name}.{key} names {benchmark}, but neither {files[0]} nor .txt is there; "
+                    "put it there, or remove the name."
+                )
         if name in ("configs", "base", "tokenizers", "exports", "runs"):
             raise SystemExit(
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
@@ -133,12 +143,19 @@ def check_references(everything: Everything) -> None:
                 )
             built_on.append(parts[1])
             phase = phases[parts[1]]
-        at_hand = parts[:2] != ("models", "base") or parts[2:3] in [(name,) for name in everything.bases]
-        if not at_hand and not Path(phase.base).exists():
-            raise SystemExit(
-                f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is not there and which `bases` does "
-                f"not bring; {_near(parts[-1], everything.bases, 'bases')}"
-            )
+        if not Path(phase.base).exists() and (wrong := _no_base(parts, everything)):
+            raise SystemExit(f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is {wrong}")
+
+
+def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:
+    """Return the rest of the sentence about a base that is not there, None when a stage will bring it."""
+    if parts[:2] == ("models", "base"):
+        near = _near(parts[-1], everything.bases, "bases")
+        return None if parts[2] in everything.bases else f"not there and which `bases` does not bring; {near}"
+    if parts[:2] == ("models", "configs"):
+        configs = {path.name: path for path in sorted(Path("models/configs").glob("*"))}
+        return f"not there; {_near(parts[-1], configs, 'configs')}" if configs else None
+    return "no folder here; of an open model name `repo_id` and `revision` under `bases`, and take models/base/NAME."
 
 
 def _near(name: str, known: dict[str, Any], kind: str = "phases") -> str:

@@ -56,7 +56,7 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
     """
     end = None if params.format in UNITS else 0
     number = 0
-    pattern = re.compile("|".join(r"\{\{" + re.escape(name) + r"\}\}" for name in params.fill))
+    pattern = re.compile("|".join(r"\{\{[ \t]*" + re.escape(name) + r"[ \t]*\}\}" for name in params.fill))
     try:
         found = TABLES[params.format](path, params) if params.format in UNITS else _tiled(path, params, part)
         if (params.format, params.sample_by) in WHOLE:
@@ -76,7 +76,7 @@ def records(path: Path, params: Params, part: Part | None = None) -> Iterator[Re
 def unnamed(record: Record, fill: dict[str, str]) -> str | None:
     """Return the first placeholder that stands in a record and that `fill` does not name."""
     texts = [record.content] if isinstance(record.content, str) else [turn["content"] for turn in record.content]
-    found = (name for text in texts for name in re.findall(r"\{\{(\w+)\}\}", text))
+    found = (name for text in texts for name in re.findall(r"\{\{[ \t]*(\w[\w .-]*?)[ \t]*\}\}", text))
     return next((name for name in found if name not in fill), None)
 
 
@@ -84,7 +84,7 @@ def _filled(record: Record, pattern: re.Pattern[str], fill: dict[str, str]) -> R
     names: list[str] = []
 
     def put(match: re.Match[str]) -> str:
-        names.append(match[0][2:-2])
+        names.append(match[0][2:-2].strip())
         return fill[names[-1]]
 
     if isinstance(record.content, str):

@@ -53,8 +53,18 @@ class Params(BaseModel):
     )
     separator: str | None = Field(
         None,
-        description="sample_by separator only: regular expression (^ and $ at each line), each match begins a document "
-        "and stays in it, e.g. `^# `",
+        description="sample_by separator only: regular expression (^ and $ at each line, whatever ends it), each match "
+        "begins a document and stays in it, e.g. `^# `",
+    )
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="of csv and tsv: what separates fields; null: a comma, or a tab"
+    )
+    quotechar: str | None = Field(
+        '"',
+        min_length=1,
+        max_length=1,
+        description="of csv and tsv: what may stand around a field, which may then hold line ends; null: nothing may, "
+        "quotes are text and each line is a row",
     )
     columns: dict[str, str | None] = Field(
         {},
@@ -65,7 +75,7 @@ class Params(BaseModel):
         "utf-8", description="of text, jsonl, json, csv, tsv and html; utf-16 must begin with its byte order mark"
     )
     fill: dict[str, str] = Field(
-        {}, description="placeholder -> value: {name: Terra} puts Terra where the content says {{name}}"
+        {}, description="placeholder -> value: {name: Terra} puts Terra where the content says {{name}} or {{ name }}"
     )
 
     @model_validator(mode="after")
@@ -81,14 +91,22 @@ class Params(BaseModel):
             raise ValueError("`sample_by: separator` and a `separator` go together; one of them is missing")
         if self.format in UNITS and self.encoding != "utf-8":
             raise ValueError(f"format {self.format} knows its own encoding; drop `encoding`")
+        for key in ("delimiter", "quotechar"):
+            if key in self.model_fields_set and self.format not in ("csv", "tsv"):
+                raise ValueError(f"`{key}` is for csv and tsv; format {self.format} has none")
+        read = {name: self.columns.get(name, name) for names in COLUMNS[self.record] for name in names}
         for name, column in self.columns.items():
+            if others := [one for one in read if one != name and name in read and column and read[one] == column]:
+                raise ValueError(
+                    f"`columns` reads `{column}` as `{name}` and as `{others[0]}`; give each its own, or null for one"
+                )
             if name not in known:
                 raise ValueError(f"`columns` names `{name}`, but record {self.record} reads {', '.join(known)}")
             if column is None and name in COLUMNS[self.record][0] and name not in LEAVABLE:
                 raise ValueError(f"`columns` leaves out `{name}`, which record {self.record} needs")
         for name in self.fill:
-            if not re.fullmatch(r"[^{}]+", name):
-                raise ValueError(f"`fill` names `{name}`; write the name without its braces")
+            if not re.fullmatch(r"[^{}]+", name) or name != name.strip():
+                raise ValueError(f"`fill` names `{name}`; write the name without its braces and blanks")
         try:
             if self.separator is not None and re.search(self.separator, "", re.MULTILINE):
                 raise ValueError(f"the separator {self.separator} matches the empty text, so it would cut anywhere")

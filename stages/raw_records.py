@@ -161,12 +161,14 @@ def decode(raw: bytes, codec: str, start: int, line: int) -> str:
 
 
 def _is_utf8(raw: bytes) -> bool:
-    """Return whether bytes are UTF-8 with 16 characters or more that are not ASCII.
+    """Return whether bytes are UTF-8 with some characters that are not ASCII: 16 of two bytes, or 5 of three.
 
-    One pair of bytes of GB18030 in seven is a character of UTF-8, too; sixteen in a row never are by accident.
+    One pair of bytes of GB18030 in seven is a character of UTF-8, too, and three pairs are hardly ever two of three
+    bytes; so many in a row never are by accident.
     """
     try:
-        return sum(character > "\x7f" for character in raw.decode()) >= 16
+        text = raw.decode()
+        return sum(one > "\x7f" for one in text) >= 16 or sum(one > "\u07ff" for one in text) >= 5
     except UnicodeDecodeError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -109,7 +110,10 @@ def content_of(row: Any, params: Params, place: str) -> Content:
 
 
 def _asked(pairs: Any, where: str) -> list[Message]:
-    """Return the turns of a `history`."""
+    """Return the turns of a `history`: pairs, or JSON text of them, as a cell of csv holds it."""
+    if isinstance(pairs, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            pairs = json.loads(pairs) if pairs.strip() else []
     pairs = pairs or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{where} is {_short(pairs)}, expected a list of pairs of question and answer")

@@ -50,14 +50,21 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
     A folder of `save_to_disk` is one such file. Raises SystemExit for a file of another kind, and for what is neither
     file nor folder, e.g. a link to a folder.
     """
-    folder, names, left_out = root.parent, [root.name], 0
+    folder, names, left_out = root.parent, [root.name], list[str]()
     if root.is_dir() and not _is_dataset(root, params):
         folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
         names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
         wanted = [name for name in names if not _is_ignored(name, ignore)]
-        left_out = sum(1 for name in set(names) - set(wanted) if (root / name).is_file())
+        left_out = sorted(name for name in set(names) - set(wanted) if (root / name).is_file())
         names = wanted
         datasets = {name for name in names if _is_dataset(folder / name, params)}
+        gone = {name for name in datasets if f"{name}/state.json" not in names}
+        names = [name for name in names if not gone.intersection((name, *_parents(name)))]
+        datasets -= gone
+        if part := [name for name in left_out if name.endswith(".arrow") and datasets.intersection(_parents(name))]:
+            raise SystemExit(
+                f"{folder / part[0]}: `ignore` names it, but the folder is read as a whole; name all of it or not this."
+            )
         names = [name for name in names if name in datasets or not datasets.intersection(_parents(name))]
         names = [name for name in names if name in datasets or not _is_folder(folder / name)]
         names = [name for name in names if params.format != "arrow" or Path(name).name != "dataset_dict.json"]
@@ -79,7 +86,7 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
             raise SystemExit(f"{path}: the file's name is not UTF-8, so the ledger cannot name it; rename it.")
     if not names:
         raise SystemExit(f"{root} holds no file to read; put {', '.join(suffixes)} files there.")
-    return names, left_out
+    return names, len(left_out)
 
 
 def _is_ignored(name: str, patterns: list[str]) -> bool:

@@ -10,7 +10,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,6 +58,8 @@ class BaseRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
     rule: str = Field(description="name of the rule; alone, it may stand without its braces")
+
+    by_message: ClassVar[bool] = False  # of one that drops: whether it judges each message of a conversation, or all
 
     @property
     def drops(self) -> bool:

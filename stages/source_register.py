@@ -44,6 +44,15 @@ def decided(folder: Path) -> Iterator[tuple[str, str | None]]:
         yield from zip(batch["split"].to_pylist(), batch["rule"].to_pylist(), strict=True)
 
 
+def left_out(blocks: Path) -> Counter[tuple[str, str]]:
+    """Return how many tokens `long_documents` kept out of the blocks of a phase, by split and source."""
+    found = Counter[tuple[str, str]]()
+    for batch in arrow.batches(blocks / "left_out") if (blocks / "left_out").is_dir() else ():
+        for row in batch.select(["split", "source", "left_out"]).to_pylist():
+            found[row["split"], row["source"]] += row["left_out"]
+    return found
+
+
 def funnel(phase: str, source: str, grouping: dict[str, Any]) -> dict[str, Any]:
     """Return the counts of one source at each stage. Raises ValueError where what goes in is not what comes out."""
     clean, decisions = Path("data/clean", phase, source), Path("data/dedup", phase, source)
@@ -65,6 +74,7 @@ def funnel(phase: str, source: str, grouping: dict[str, Any]) -> dict[str, Any]:
             size[name] += n_bytes
     tokens = arrow.manifest(Path("data/tokens", phase, source))["counts"]
     dropped = {name: n for name, n in sorted(documents.items()) if name not in ("train", "eval")}
+    out = left_out(Path("data/blocks", phase))
     blocks = {
         split: grouping[split].get(source, {"documents": 0, "tokens": 0, "weight": 1.0}) for split in ("train", "eval")
     }
@@ -82,7 +92,7 @@ def funnel(phase: str, source: str, grouping: dict[str, Any]) -> dict[str, Any]:
         "tokens": {"documents_in": tokens["rows"], **{name: tokens[name] for name in ("train", "eval", "learned")}},
         "blocks": {
             split: {
-                "tokens_in": tokens[split], "tokens_shown": one["tokens"],
+                "tokens_in": tokens[split], "tokens_shown": one["tokens"], "left_out": out[split, source],
                 "weight": one["weight"], "documents": one["documents"],
             }
             for split, one in blocks.items()
@@ -133,20 +143,21 @@ def totals(phase: str, grouping: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def register(phase: str, funnels: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry a source: what is declared about it, how much of it there is, and its share of the tokens."""
-    total = sum(one["blocks"]["train"]["tokens_shown"] for one in funnels.values())
+    """Return one entry a source: what is declared about it, how much there is of it, its share of what blocks hold."""
+    train = {name: one["blocks"]["train"] for name, one in funnels.items()}
+    held = {name: counts["tokens_shown"] - counts["left_out"] for name, counts in train.items()}
+    total = sum(held.values())
     entries = []
     for source, one in sorted(funnels.items()):
         about = arrow.read_json(Path("data/clean", phase, source, "source.json"))
-        shown = one["blocks"]["train"]["tokens_shown"]
         entries.append(
             {
                 "source": source,
                 **{name: about[name] for name in ABOUT},
                 **{name: about[name] for name in ("files", "bytes", "records")},
                 "train_documents": one["dedup"]["train"],
-                "train_tokens": shown,
-                "share_of_tokens": round(shown / total, 6) if total else 0.0,
+                "train_tokens": held[source],
+                "share_of_tokens": round(held[source] / total, 6) if total else 0.0,
                 "records_with_personal_information_replaced": one["clean"]["personal_information"],
             }
         )

@@ -9,7 +9,9 @@ does not grow with the corpus.
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kit import arrow
+from kit.tokenizer import UNICODE_TO_BYTE
 from rule_base import UNITS
 
 BATCH = 64  # documents read, and texts encoded, at once
@@ -109,10 +112,13 @@ class Report:
         self.used = np.zeros(max(ids, default=0) + 1, np.int64)
         self.sources: dict[str, dict[str, Any]] = {}
         self.failures: list[str] = []  # the first few doc_ids whose text does not come back
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self.special_in_text: list[str] = []  # the first few special tokens that stand in texts, with the doc_id
 
     def read(self, source: str, rows: Iterator[tuple[bytes, list[str]]]) -> None:
         """Measure the documents (doc_id, texts) of a source."""
-        totals = dict.fromkeys(("documents", "bytes", "units", "tokens", "reference", "failures"), 0)
+        totals = dict.fromkeys(("documents", "bytes", "units", "tokens", "reference", "failures", "special"), 0)
         waiting: list[tuple[bytes, str]] = []
         for doc_id, texts in rows:
             totals["documents"] += 1
@@ -130,6 +136,7 @@ class Report:
             "fertility": _ratio(tokens, totals["units"]),
             **({"reference_bytes_per_token": _ratio(totals["bytes"], totals["reference"])} if self.reference else {}),
             "round_trip_failures": totals["failures"],
+            "texts_with_special_tokens": totals["special"],
         }
 
     def _measure(self, rows: list[tuple[bytes, str]], totals: dict[str, int]) -> None:
@@ -141,9 +148,12 @@ class Report:
             totals["tokens"] += len(ids)
             totals["bytes"] += len(text.encode("utf-8"))
             totals["units"] += units(text)
+            if found := self.special.search(text):
+                totals["special"] += 1
+                self.special_in_text = [*self.special_in_text, f"{found[0]!r} in document {doc_id.hex()}"][:3]
             if text != back:
                 totals["failures"] += 1
-                self.failures = [*self.failures, doc_id.hex()][:3]
+                self.failures = list(dict.fromkeys([*self.failures, doc_id.hex()]))[:3]
         if self.reference:
             totals["reference"] += sum(map(len, self.reference.encode_batch_fast(texts, add_special_tokens=False)))
 
@@ -152,7 +162,8 @@ class Report:
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         pieces = [(text, number) for text, number in vocabulary.items() if text not in added]
-        unused = [number for _, number in sorted(pieces, key=lambda piece: piece[1]) if not self.used[number]]
+        unused = [(text, number) for text, number in sorted(pieces, key=itemgetter(1)) if not self.used[number]]
+        shown = [number for text, number in unused if text not in UNICODE_TO_BYTE]  # any text must be spelt: no waste
         longest = heapq.nsmallest(LONGEST, pieces, key=lambda piece: (-len(piece[0]), piece[1]))
         total = {name: sum(row[name] for row in self.sources.values()) for name in ("bytes", "tokens")}
         return {
@@ -161,9 +172,10 @@ class Report:
             "unused_share": round(len(unused) / max(1, len(pieces)), 6),
             "bytes_per_token": _ratio(total["bytes"], total["tokens"]),
             "round_trip_failures": sum(row["round_trip_failures"] for row in self.sources.values()),
+            "texts_with_special_tokens": sum(row["texts_with_special_tokens"] for row in self.sources.values()),
             "sources": [{"source": name, **row} for name, row in sorted(self.sources.items())],
             "longest": [self._spelt(number) for _, number in longest],
-            "unused_entries": [self._spelt(number) for number in unused[:UNUSED]],
+            "unused_entries": [self._spelt(number) for number in shown[:UNUSED]],
         }
 
     def _spelt(self, number: int) -> str:

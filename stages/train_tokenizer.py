@@ -15,13 +15,14 @@ Example: two documents "aaaa aaaa", vocabulary 263, specials <s> </s> <pad>
 
     ids 0-2 the specials, 3-258 the bytes, 259 "aa", 260 "aaaa", ...; "aaaa" -> [260]
 
-A text that does not come back from its ids fails the stage; a base may mean it so (lower case, NFKC), so where it has
-a normalizer, and for `reuse`, the number is reported.
+A text that does not come back from its ids fails the stage; a base may mean it so (lower case, NFKC, a space put before
+it), so where it has such a thing, and for `reuse`, the number is reported.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,6 +104,8 @@ class Params(BaseModel):
             )
         if (self.mode == "extend") != (self.new_tokens is not None):
             raise ValueError("`new_tokens` says by how many entries mode extend goes beyond the base; it belongs to it")
+        if self.mask_token in (self.bos_token, self.eos_token, self.pad_token, self.unk_token) and self.mask_token:
+            raise ValueError(f"mask_token {self.mask_token} has another use already; name one of its own")
         made = {"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "special_tokens", "pre_tokenizer"}
         if self.mode != "train" and (given := sorted(made & self.model_fields_set)):
             raise ValueError(f"mode {self.mode} takes {', '.join(given)} from the base: leave it out")
@@ -160,6 +163,24 @@ def reference(params: Params, base: Path) -> Tokenizer | None:
     return Vocabulary(base).tokenizer if params.mode == "extend" else None
 
 
+def without_dropout(path: Path) -> bool:
+    """Take dropout out of a tokenizer.json, where it has any: the same text would have other ids each time."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not content["model"].get("dropout"):
+        return False
+    content["model"]["dropout"] = None
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    return True
+
+
+def keeps_all(tokenizer: Tokenizer) -> bool:
+    """Return whether each text comes back from its ids: nothing changes it, stands before it or is stripped."""
+    content = json.loads(tokenizer.to_str())
+    stripped = any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+    prefixed = '"add_prefix_space": true' in json.dumps(content["pre_tokenizer"])
+    return not (content["normalizer"] or stripped or prefixed)
+
+
 def main(phase: str) -> None:
     params = read_params(f"phases.{phase}.train_tokenizer", Params)
     base = Path(read_params(f"phases.{phase}", Phase).base)
@@ -173,6 +194,11 @@ def main(phase: str) -> None:
             raise SystemExit(
                 f"{base} is a qwen2, which transformers opens with Qwen 2's own way to cut words; take "
                 f"a qwen3, or set phases.{phase}.train_tokenizer.mode to reuse."
+            )
+        if params.mode == "train" and any(base.glob("*.safetensors")):
+            raise SystemExit(
+                f"{base} has weights, which know the tokens of its own tokenizer and no new ones: set "
+                f"phases.{phase}.train_tokenizer.mode to reuse or extend, or take a base of config.json alone."
             )
         sources = {name: (clean / name, dedup / name) for name in phase_sources(phase, clean)}
         learned = drawn(list(sources.values()), ("train",), params.sample_bytes)
@@ -192,9 +218,11 @@ def main(phase: str) -> None:
             for name in FILES:
                 if (base / name).is_file():
                     shutil.copyfile(base / name, folder / name)
+            if without_dropout(folder / "tokenizer.json"):
+                print(f"{run.name}: the dropout of the base's tokenizer is left out", flush=True)
         if params.new_tokens:
             extended, entries = bpe_training.extend(
-                (base / "tokenizer.json").read_text(encoding="utf-8"),
+                (folder / "tokenizer.json").read_text(encoding="utf-8"),
                 documents,
                 params.new_tokens,
                 params.min_frequency,
@@ -214,9 +242,15 @@ def main(phase: str) -> None:
         result = report.result()
         if failures := result["round_trip_failures"]:
             what = f"{failures} texts do not come back from their ids, e.g. of document {', '.join(report.failures)}"
-            if params.mode == "train" or (params.mode == "extend" and not vocabulary.tokenizer.normalizer):
+            if params.mode == "train" or (params.mode == "extend" and keeps_all(vocabulary.tokenizer)):
                 raise ValueError(f"{what}; nothing was published (this is a bug).")
             print(f"{run.name}: {what}: the base's tokenizer is made so", flush=True)
+        if number := result["texts_with_special_tokens"]:
+            print(
+                f"{run.name}: {number:,} texts hold the name of a special token, e.g. {report.special_in_text[0]}: it "
+                "is learned as the text that it is, while the finished tokenizer reads the token",
+                flush=True,
+            )
         arrow.write_json(metrics / "tokenizer.json", result, only_ascii=True)
         run.count(vocabulary=vocabulary.size)
 

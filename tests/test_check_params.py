@@ -56,7 +56,8 @@ def said(text: str) -> str | None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in."""
+    """A folder to work in, with nothing but a base."""
+    (tmp_path / "models/configs/llama_small").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -156,6 +157,21 @@ MISTAKES = {
         "base: models/configs/llama_small",
         "base: models/base/bloom",
         r"phases\.law\.base is models/base/bloom, which is not there and .* does not bring; the bases are none",
+    ),
+    "a base of the configs": (
+        "base: models/configs/llama_small",
+        "base: models/configs/llama_smal",
+        r"phases\.law\.base is models/configs/llama_smal, which is not there; did you mean `llama_small`\?",
+    ),
+    "a base of the Hub": (
+        "base: models/configs/llama_small",
+        "base: Qwen/Qwen3-0.6B",
+        "which is no folder here; of an open model name `repo_id` and `revision` under `bases`, and take",
+    ),
+    "a benchmark that is not there": (
+        "    dedup: {eval_fraction: 0.05}\n",
+        "    dedup: {eval_fraction: 0.05, decontaminate: {quiz: {}}}\n",
+        r"phases\.law\.dedup\.decontaminate names quiz, but neither data/benchmarks/quiz\.jsonl nor \.txt is there",
     ),
     "a phase on itself": (
         "base: models/configs/llama_small",

@@ -435,7 +435,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
     "nothing kept": (
         {"format": "text"},
         {"a.txt": b" \n"},
-        r"raw/s: none of its 1 records was kept, by empty \(1\): nothing but white space; see s.clean in params.yaml",
+        r"raw/s: none of its 1 records was kept, by empty \(1\): nothing but white space; see sources.s.clean in",
     ),
     "an empty folder": ({"format": "text"}, {}, "raw/s is empty; put the files there"),
 }
@@ -1102,3 +1102,10 @@ def test_a_folder_of_save_to_disk_is_read_as_one_file(project: Path, monkeypatch
     found = arrow.table(project / "data/clean/p/two/ledger").to_pylist()
     assert [row["file"] for row in found] == ["test", *["train"] * 7]
     assert arrow.read_json(project / "data/clean/p/two/source.json")["unit"] == "row"
+    for pattern in ("test/*", "test"):
+        write_sources(project, two={"format": "arrow", "ignore": [pattern]})
+        clean.main("two")
+        assert set(arrow.table(project / "data/clean/p/two/ledger")["file"].to_pylist()) == {"train"}
+    write_sources(project, two={"format": "arrow", "ignore": ["train/data-*"]})
+    with pytest.raises(SystemExit, match=r"train/data-00000.*: `ignore` names it, but the folder is read as a whole"):
+        clean.main("two")

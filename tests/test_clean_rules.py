@@ -407,6 +407,14 @@ def test_bad_words(folder: Path) -> None:
     assert BadWordsRule(file="words.txt", max_count=2).apply("傻瓜和笨").drop is None
 
 
+def test_a_blank_between_bad_words_is_any_white_space(folder: Path) -> None:
+    (folder / "two.txt").write_text("go to  hell\ngo home", encoding="utf-8")
+    assert (
+        BadWordsRule(file="two.txt", action="mask").apply("Go  to\nhell, go\u3000home, gohome").text
+        == "***, ***, gohome"
+    )
+
+
 def test_a_mask_holds_no_bad_word(folder: Path) -> None:
     (folder / "stars.txt").write_text("f*ck", encoding="utf-8")
     assert BadWordsRule(file="stars.txt").apply("what the F*CK").drop
@@ -738,6 +746,20 @@ def test_conversations() -> None:
     assert (changes, drop) == ({"whitespace": 1, "pii": 1}, None)
     assert messages == copies
     assert apply_to_messages(messages, [LengthRule(min_chars=13)]) == (None, {}, ("length", "12 < 13 characters"))
+
+
+def test_an_answer_may_take_up_its_question() -> None:
+    """Repetition is looked for in each message, not between them."""
+    asked = " ".join(f"word{number}" for number in range(60))
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]
+    for rule in (RepeatedNgramsRule(), RepeatedLinesRule()):
+        assert rule.apply(f"{asked}\n{asked}").drop
+        assert apply_to_messages(messages, [rule]) == (messages, {}, None)
+    messages[1]["content"] = "buy now " * 30
+    assert apply_to_messages(messages, [RepeatedNgramsRule()])[2] == (
+        "repeated_ngrams",
+        "message 2 (assistant): 1 > 0.2 of the characters in the commonest run of 2",
+    )
 
 
 def test_a_message_that_becomes_empty_drops_the_conversation() -> None:

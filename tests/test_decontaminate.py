@@ -139,7 +139,7 @@ def test_a_jsonl_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("quiz.csv", "a", r"the benchmark `quiz` is data/benchmarks/quiz.jsonl or .txt; there is neither"),
+        ("quiz.csv", "a", r"the benchmark `quiz` is data/benchmarks/quiz.jsonl or .txt; neither is there"),
         ("quiz.jsonl", '{"text": "a"}\n{"text"', r"quiz.jsonl line 2 cannot be read \(.*\); mend the line"),
         ("quiz.jsonl", '{"text": "\\ud83d a"}', r"quiz.jsonl line 1 cannot be read \(.*surrogates.*\); mend the line"),
         ("quiz.jsonl", "[" * 100_000, r"quiz.jsonl line 1 cannot be read \(.*recursion.*\); mend the line"),

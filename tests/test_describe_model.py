@@ -114,6 +114,8 @@ def test_the_funnel_reconciles_records_bytes_and_tokens(
         assert sum(one["blocks"][split]["tokens_shown"] for one in funnels.values()) == blocks[split]["shown"]
         assert blocks[split]["shown"] == blocks[split]["in_blocks"] + blocks[split]["left_out"]
     assert sum(entry["share_of_tokens"] for entry in entries) == pytest.approx(1, abs=1e-5)
+    assert sum(entry["train_tokens"] for entry in entries) == blocks["train"]["in_blocks"]
+    assert (blocks["train"]["left_out"] > 0) == (phase != "docs")
 
 
 def test_what_was_dropped_stands_in_the_funnel_by_rule(varied_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import dedup
 import held_out
 import score_report
 import tiny
-from compared_models import same_weights
+from compared_models import same_weights, score
 from conftest import Runner
 from evaluate_model import Params
 from held_out import Document
@@ -202,6 +203,12 @@ def test_a_model_is_scored_once_when_nothing_was_merged() -> None:
     assert same_weights(known, Path("one"), Path("two"))
     assert not same_weights(known, Path("one"), Path("other"))
     assert not same_weights(known, Path("one"), Path("adapter"))
+
+
+def test_a_model_is_not_asked_beyond_its_positions() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64), named_modules=list)
+    with pytest.raises(SystemExit, match=r"max_length is 65 but the model has positions for 64; lower it"):
+        score(model, [], Params(max_length=65), None)
 
 
 def edit(workspace: Path, phase: str, **settings: Any) -> None:

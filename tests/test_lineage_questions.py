@@ -349,9 +349,18 @@ def test_models_are_those_trained_on_it_and_those_that_go_on_from_them(trained: 
             chained = [("chat", None)] if source.phase == "pretrain" else []
             assert models == ([(source.phase, steps[0]), *chained] if steps else [])
             assert not any("state" in one for one in found.get("models", []))
-            assert (found["verdict"] == "trained") == bool(steps)
+            whole = all(block["steps"] for block in found.get("blocks", []))
+            assert found["verdict"].startswith("trained") == bool(steps)
+            assert found["verdict"].startswith("trained in part") == (bool(steps) and not whole)
             seen[re.sub(r"\d+", "N", found["verdict"])] += 1
-    assert seen.keys() == {"trained", "held out", "not reached in N steps", "dropped by clean", "dropped by dedup"}
+    assert seen.keys() == {
+        "trained",
+        "trained in part: N of its N blocks in N steps",
+        "held out",
+        "not reached in N steps",
+        "dropped by clean",
+        "dropped by dedup",
+    }
 
 
 def test_the_steps_of_a_document_are_those_of_its_blocks(trained: Lineage) -> None:
@@ -421,6 +430,13 @@ def edit(root: Path, old: str, new: str) -> Lineage:
     assert text.count(old) >= 1
     (root / "params.yaml").write_text(text.replace(old, new, 1))
     return Lineage(root)
+
+
+def test_what_was_left_out_of_blocks_is_no_share_of_a_model(trained: Lineage, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = trained.phases["pretrain"].sources[0].name
+    before = trained.model("pretrain")["trainings"][0]["sources"][0]["tokens"]
+    monkeypatch.setattr("lineage.questions.left_out", lambda blocks: Counter({("train", name): 7, ("eval", name): 5}))
+    assert trained.model("pretrain")["trainings"][0]["sources"][0]["tokens"] == before - 7
 
 
 def test_a_model_of_older_params_says_so_and_so_does_the_one_that_goes_on_from_it(workspace: Path) -> None:

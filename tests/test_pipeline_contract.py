@@ -48,6 +48,7 @@ LATE = {  # imported inside a `main`
 }  # fmt: skip
 DYNAMIC = {"import_module", "__import__", "exec", "run_path", "run_module"}
 START_SECONDS = 0.6  # of CPU; the budget is 0.35 s of wall time on a quiet machine, which `make bench` measures
+IMPORT = "{questions_per_entry: 1}"
 BASE = "{repo_id: owner/name, revision: 4f42c91d806a19ae1a46af6c3fb5f4990d884cd6}"
 
 
@@ -86,8 +87,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "init", "--quiet")
     path = folder / "params.yaml"
     text = path.read_text(encoding="utf-8")
+    some = re.findall(r"(?m)^phases:.*\n(?:[ \t]*(?:#.*)?\n)*  (\w+):", text)[0]
+    text = re.sub(r"(?m)^imports: \{\}", f"imports: {{example: {IMPORT}}}", text)
     text = re.sub(r"(?m)^bases: \{\}", f"bases: {{example: {BASE}}}", text)
-    text = re.sub(r"(?m)^exports: \{\}", "exports: {example: {phase: chat, format: nf4}}", text)
+    text = re.sub(r"(?m)^exports: \{\}", f"exports: {{example: {{phase: {some}, format: nf4}}}}", text)
     path.write_text(text, encoding="utf-8")
     return folder
 

@@ -129,6 +129,14 @@ def test_separators_begin_documents_and_stay_in_them() -> None:
         "---\n",
     ]
     assert contents(read(b"ab", "text", sample_by="separator", separator="(?=b)")) == ["a", "b"]
+    windows = "\ufeff一\r\n---\r\n二\r\n\r\n---\r\n".encode()
+    for separator in ("^---$", r"^---\r$", r"^---\r?$"):
+        found = read(windows, "text", sample_by="separator", separator=separator)
+        assert [(record.number, record.content) for record in found] == [
+            (1, "一\r\n"),
+            (2, "---\r\n二\r\n\r\n"),
+            (5, "---\r\n"),
+        ]
 
 
 def test_lines_end_at_line_feeds_only() -> None:
@@ -159,6 +167,9 @@ def test_placeholders_are_filled_once_and_in_every_turn() -> None:
         turns(("user", "{{author}} Terroir {{x}} {name} dot {{aXb}}"), ("assistant", "I am {{author}}"))
     ]
     assert contents(read(b"{{author}}", "text", fill=fill)) == ["Terroir"]
+    (spaced,) = read(b"{{ author }} {{\tauthor}} {{\nauthor}} {{user-name }}", "text", fill=fill)
+    assert (spaced.content, spaced.filled) == ("Terroir Terroir {{\nauthor}} {{user-name }}", ("author", "author"))
+    assert raw_formats.unnamed(spaced, fill) == "user-name"
 
 
 def test_units() -> None:
@@ -414,6 +425,40 @@ def test_what_is_wrong_with_a_conversation_is_said(row: str) -> None:
     assert record.error and BAD_ROWS[row] in record.error
 
 
+def test_quotes_are_text_without_a_quotechar() -> None:
+    """One that opens a field takes all lines up to the next one; tables of sentences mean none of it."""
+    data = b'id\ttext\n1\t"Well," he said\n2\t"quoted"\n3\tit is 6"\n'
+    assert contents(read(data, "tsv", quotechar=None)) == ['"Well," he said', '"quoted"', 'it is 6"']
+    (wrong, *_) = read(data, "tsv")
+    assert wrong.error and wrong.error.endswith("; `quotechar: null` takes quotes as text")
+    assert contents(read(b"text\n'a\nb'\n", "csv", quotechar="'")) == ["a\nb"]
+
+
+def test_a_quote_that_nobody_closes_is_one_row() -> None:
+    """Also one that is closed by another row's, with text behind it: the rows between them are rows."""
+    rows = [b"%d,text %d\n" % (number, number) for number in range(300)]
+    rows[100], rows[200] = b'100,"an inch sign\n', b'200,say "hi" there\n'
+    for count, why in ((300, "',' expected"), (200, "unexpected end of data")):
+        found = read(b"".join([b"id,text\n", *rows[:count]]), "csv")
+        (wrong,) = (record for record in found if record.error)
+        assert wrong.error and why in wrong.error and (wrong.number, wrong.raw) == (102, rows[100])
+        assert len(found) == count
+    many = read(b"text\n" + b'"a\n' * 300, "csv")
+    assert [len(record.raw) for record in many] == [8, *[3] * 99, *[6] * 100]
+
+
+def test_fields_may_be_separated_otherwise() -> None:
+    assert contents(read(b"id;text\n1;eins, zwei\n", "csv", delimiter=";")) == ["eins, zwei"]
+
+
+def test_a_history_may_be_json_text() -> None:
+    """As a cell of csv holds it."""
+    rows = 'instruction,input,output,history\nq,,a,"[[""1+1"", ""2""]]"\nq,,a,[]\nq,,a,\n'
+    asked = turns(("user", "1+1"), ("assistant", "2"))
+    alone = turns(("user", "q"), ("assistant", "a"))
+    assert contents(read(rows.encode(), "csv", record="alpaca")) == [asked + alone, alone, alone]
+
+
 def test_a_history_must_be_pairs() -> None:
     for history in ("5", '"ab"', "[[1]]", '["ab"]', '{"a": 1}'):
         data = '{"instruction": "a", "input": "", "output": "b", "history": %s}' % history  # noqa: UP031
@@ -636,7 +681,8 @@ def test_text_is_cut_without_loss(text: str, encoding: str, separator: str | Non
     found = contents(read(data, "text", encoding=encoding, **more))
     assert "".join(found) == expected
     if separator:
-        begins = [m.start() for m in re.finditer(separator, expected, re.MULTILINE) if m.start()]
+        lines = expected if "\r" in separator else expected.replace("\r\n", "\n")
+        begins = [m.start() for m in re.finditer(separator, lines, re.MULTILINE) if m.start()]
         assert len(found) == len(set(begins)) + 1
     lines = expected.split("\n")
     lines = [line.rstrip("\r") for line in (lines if lines[-1] or len(lines) == 1 else lines[:-1])]
@@ -741,6 +787,12 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
     "UTF-8 that GB18030 can read": (
         "text",
         "第一条中华人民共和国公民在法律面前一律平等制".encode(),
+        {"encoding": "gb18030"},
+        [("line 1 is UTF-8, though it can be read as GB18030", "")],
+    ),
+    "UTF-8 of a few quotes": (
+        "text",
+        "\u201cyes\u201da \u201cno\u201db \u2013c".encode(),
         {"encoding": "gb18030"},
         [("line 1 is UTF-8, though it can be read as GB18030", "")],
     ),
@@ -852,7 +904,7 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
         "csv",
         b'text\ngood\n"a\nb\n',
         {},
-        [GOOD, ("the row of line 3 is not CSV .unexpected end", "")],
+        [GOOD, ("the row of line 3 is not CSV .unexpected end", ""), (None, "b")],
     ),
     "csv: text behind a quote": ("csv", b'text\n"a"b\ngood\n', {}, [("the row of line 2 is not CSV", ""), GOOD]),
     "csv: a lone CR": (
@@ -1042,7 +1094,14 @@ def test_one_long_line() -> None:
         ({"format": "text", "sample_by": "separator", "separator": "a*"}, r"separator a\* matches the empty text"),
         ({"format": "parquet", "encoding": "utf-16"}, "format parquet knows its own encoding"),
         ({"format": "jsonl", "columns": {"txt": "a"}}, "`columns` names `txt`, but record text reads text"),
-        ({"format": "jsonl", "fill": {"{{a}}": "b"}}, "write the name without its braces"),
+        ({"format": "jsonl", "fill": {"{{a}}": "b"}}, "write the name without its braces and blanks"),
+        ({"format": "jsonl", "fill": {" a": "b"}}, "write the name without its braces and blanks"),
+        ({"format": "jsonl", "quotechar": None}, "`quotechar` is for csv and tsv; format jsonl has none"),
+        ({"format": "text", "delimiter": ";"}, "`delimiter` is for csv and tsv; format text has none"),
+        (
+            {"format": "jsonl", "record": "alpaca", "columns": {"input": "instruction"}},
+            "`columns` reads `instruction` as `input` and as `instruction`; give each its own, or null for one",
+        ),
         ({"format": "jsonl", "text_column": "a"}, "Extra inputs"),
     ],
 )

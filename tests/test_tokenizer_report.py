@@ -121,6 +121,7 @@ def test_counts_are_those_of_a_count_by_hand() -> None:
         "fertility": 1.0,
         "reference_bytes_per_token": 3.4,
         "round_trip_failures": 2,  # a space is lost, "The" is written small, "dog" is unknown
+        "texts_with_special_tokens": 0,
     }
     assert (two["source"], two["bytes_per_token"]) == ("two", 0.0)
     assert (result["vocabulary"], result["unused"], result["unused_share"]) == (4, 1, 0.25)
@@ -144,5 +145,9 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_text_that_looks_like_a_special_token_is_text() -> None:
     report = Report(tiny_tokenizer(["abc"]), None)
-    report.read("s", iter([(bytes(16), ["</s>"])]))
-    assert report.result()["sources"][0]["tokens"] == 4
+    report.read("s", iter([(bytes(16), ["</s>", "s"])]))
+    result = report.result()
+    assert result["sources"][0]["tokens"] == 5
+    assert result["texts_with_special_tokens"] == result["sources"][0]["texts_with_special_tokens"] == 1
+    assert report.special_in_text == [f"'</s>' in document {'00' * 16}"]
+    assert result["unused"] > 200 and result["unused_entries"] == []  # bytes, which any text must find
