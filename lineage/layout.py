@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from document_turns import nothing_learned, times
+from document_turns import nothing_learned, rule_of, times
 from group_blocks import window_tokens
 from lineage.folders import Array, Cache, Columns, Folder, read_json
 from packing import layout
@@ -141,14 +141,15 @@ class Layout:
         return {"key": np.array(keys, np.uint64), "start": np.cumsum([0, *sums])}
 
     def _pieces(self) -> Columns:
-        rule, mode, most = self.grouping["long_documents"], self.grouping["mode"], window_tokens(self.size)
+        mode, most = self.grouping["mode"], window_tokens(self.size)
         of_turn: dict[int, list[tuple[Array, Array]]] = {}
         for turn, number, batch, rows, lengths in self._turns():
-            long = lengths > self.size
+            rule, long = rule_of(self.grouping["long_documents"], self.sources[number]), lengths > self.size
             if rule == "truncate" and long.any():
                 tokens = self.tokens[self.sources[number]]
                 long &= self._unanswered(tokens.batch(batch))[rows - int(tokens.starts[batch])]
             kept = ~long if rule in ("drop", "truncate") else np.ones(len(rows), bool)
+            lengths = np.minimum(lengths, self.size) if rule == "truncate" else lengths
             of_turn.setdefault(turn, []).append((np.int64(number) << 32 | rows[kept], lengths[kept]))
         columns: dict[str, list[Array]] = {name: [] for name in ("key", "from", "length", "block", "place")}
         blocks = 0
@@ -158,8 +159,7 @@ class Layout:
             while begin < len(keys):
                 before = int(reach[begin - 1]) if begin else 0
                 end = min(int(np.searchsorted(reach, before + most)) + 1, len(keys))
-                own = np.minimum(lengths[begin:end], self.size) if rule == "truncate" else lengths[begin:end]
-                document, start, length, block, place = layout(own, self.size, mode)
+                document, start, length, block, place = layout(lengths[begin:end], self.size, mode)
                 made = (keys[begin:end][document], start, length, block + blocks, place)
                 for name, values in zip(columns, made, strict=True):
                     columns[name].append(values)

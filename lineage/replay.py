@@ -22,6 +22,7 @@ import raw_params
 import raw_records
 from add_bos_eos import SEGMENT
 from chat_segments import Marker
+from document_turns import rule_of
 from lineage.questions import Answer, Lineage, Phase, Source
 from raw_shards import Piece
 from tokenize_text import Encoder
@@ -99,7 +100,8 @@ def _difference(phase: Phase, split: str, block: int, documents: Any) -> str | N
     ids, learn = [], []
     for piece in layout.block(block):
         own_ids, own_learn, place = documents(piece.source, piece.row)
-        if layout.grouping["long_documents"] == "truncate" and len(own_ids) > layout.size:
+        rule = rule_of(layout.grouping["long_documents"], piece.source)
+        if rule == "truncate" and len(own_ids) > layout.size:
             own_ids = [*own_ids[: layout.size - 1], _encoder(phase).vocabulary.special_ids["eos_token_id"]]
         ids += own_ids[piece.start : piece.start + piece.length]
         learn += own_learn[piece.start : piece.start + piece.length]

@@ -1201,6 +1201,7 @@ def _same_tokens(
 class Document(NamedTuple):
     """A document's turn in the stream of a split."""
 
+    source: str
     turn: int
     ids: pa.Array
     learn: pa.Array
@@ -1225,7 +1226,7 @@ def stream(project: Project, sources: list[Source], split: str, weights: dict[st
                 for row in rows:
                     begin, size = offsets[row] - first, offsets[row + 1] - offsets[row]
                     marks = learn.slice(begin, size) if learn is not None else pa.array([True] * size, pa.bool_())
-                    found.append(Document(turn, ids.slice(begin, size), marks))
+                    found.append(Document(source.name, turn, ids.slice(begin, size), marks))
                 yield found
         turn += 1
 
@@ -1284,7 +1285,7 @@ def _packed(
     documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int, eos: int
 ) -> Iterator[tuple[pa.Array, pa.Array, list[int], int]]:
     """Yield blocks of whole documents: ids, marks, where pieces begin and padding does, tokens."""
-    size, rule = grouping["block_size"], grouping["long_documents"]
+    size, rules = grouping["block_size"], grouping["long_documents"]
     most = max(2**21, 256 * size)
 
     def windows() -> Iterator[list[Document]]:
@@ -1292,11 +1293,12 @@ def _packed(
         length = 0
         for some in documents:
             for one in some:
-                long = len(one.ids) > size
-                if long and (
-                    rule == "drop" or (rule == "truncate" and not pc.any(one.learn.slice(0, size - 1)).as_py())
-                ):
-                    continue
+                rule = rules if isinstance(rules, str) else rules.get(one.source, "split")
+                if len(one.ids) > size and rule != "split":
+                    if rule == "drop" or not pc.any(one.learn.slice(0, size - 1)).as_py():
+                        continue
+                    cut = pa.concat_arrays([one.ids.slice(0, size - 1), pa.array([eos], one.ids.type)])
+                    one = one._replace(ids=cut, learn=one.learn.slice(0, size))
                 if window and window[0].turn != one.turn:
                     yield window
                     window, length = [], 0
@@ -1309,14 +1311,6 @@ def _packed(
             yield window
 
     for window in windows():
-        if rule == "truncate":
-            end = [pa.array([eos], window[0].ids.type)]
-            window = [
-                one._replace(ids=pa.concat_arrays([one.ids.slice(0, size - 1), *end]), learn=one.learn.slice(0, size))
-                if len(one.ids) > size
-                else one
-                for one in window
-            ]
         pieces = [
             (n, at, min(size, len(one.ids) - at)) for n, one in enumerate(window) for at in range(0, len(one.ids), size)
         ]

@@ -12,7 +12,7 @@ grouping.json alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +95,11 @@ def nothing_learned(learn: np.ndarray | None, lengths: np.ndarray, first: int) -
     reach, ends = np.append(0, np.cumsum(learn)), np.cumsum(lengths)
     begins = ends - lengths
     return reach[begins + np.minimum(lengths, first)] == reach[begins]
+
+
+def rule_of(long_documents: str | Mapping[str, str], source: str) -> str:
+    """Return what becomes of documents of a source that are longer than a block: split, truncate or drop."""
+    return long_documents if isinstance(long_documents, str) else long_documents.get(source, "split")
 
 
 def windows(stream: Iterator[Documents], tokens: int) -> Iterator[Documents]:

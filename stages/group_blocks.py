@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from document_turns import Documents, documents, expected_tokens, nothing_learned, windows
+from document_turns import Documents, documents, expected_tokens, nothing_learned, rule_of, windows
 from kit import arrow, stage
 from kit.params import phase_sources, read_params
 from kit.tokenizer import Vocabulary
@@ -55,6 +55,9 @@ LEFT_OUT = pa.schema(
 )
 
 
+LongRule = Literal["split", "truncate", "drop"]
+
+
 class Params(BaseModel):
     """`phases.PHASE.group_blocks`: the length of a block, what shares one, how often a source is shown."""
 
@@ -67,11 +70,11 @@ class Params(BaseModel):
     last_block: Literal["pad", "drop"] = Field(
         "pad", description="concat only. pad: the last block is filled up; drop: its tokens are left out and counted"
     )
-    long_documents: Literal["split", "truncate", "drop"] = Field(
+    long_documents: LongRule | dict[str, LongRule] = Field(
         "split",
         description="best_fit and line, a document longer than a block. split: it goes on in another; truncate: cut, "
         "its EOS is the last token, and left out where no answer is before that; drop: left out. What is left out is "
-        "counted and listed",
+        "counted and listed. Or by source, e.g. {qa: truncate}; others are split",
     )
     weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
         {},
@@ -83,12 +86,18 @@ class Params(BaseModel):
     def _consistent(self) -> Params:
         if self.mode != "concat" and self.last_block == "drop":
             raise ValueError(f"last_block: drop is for mode concat; mode {self.mode} pads each block and drops nothing")
-        if self.mode == "concat" and self.long_documents != "split":
+        if self.mode == "concat" and self.leaves_out:
             raise ValueError(
                 f"long_documents: {self.long_documents} is for modes best_fit and line; mode concat cuts no document "
                 "short, it goes on in the next block"
             )
         return self
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether documents that are longer than a block are not split, of some source."""
+        rules = self.long_documents
+        return any(rule != "split" for rule in ([rules] if isinstance(rules, str) else rules.values()))
 
 
 def blocks_schema(ids: pa.DataType, block_size: int, learn: bool, starts: bool = False) -> pa.Schema:
@@ -137,11 +146,10 @@ class Grouper:
         self.tokens += left
         return 0
 
-    def packed(self, window: Documents, mode: str, eos: int | None = None) -> None:
-        """Write documents as `packing.layout` places them; with `eos`, a longer one is cut and ends with it."""
+    def packed(self, window: Documents, mode: str) -> None:
+        """Write documents as `packing.layout` places them."""
         begins = np.cumsum(window.lengths) - window.lengths
-        lengths = window.lengths if eos is None else np.minimum(window.lengths, self.block_size)
-        document, start, length, block, place = layout(lengths, self.block_size, mode)
+        document, start, length, block, place = layout(window.lengths, self.block_size, mode)
         blocks = int(block[-1]) + 1
         ids = np.full(blocks * self.block_size, self.pad, self.dtype)
         learn = np.zeros(blocks * self.block_size if self.marked else 0, bool)
@@ -150,9 +158,6 @@ class Grouper:
             ids[to : to + count] = window.ids[at : at + count]
             if self.marked:
                 learn[to : to + count] = True if window.learn is None else window.learn[at : at + count]
-        if eos is not None:
-            # EOS takes the place and the mark of the token there: in an answer it is learned, in a question it is not.
-            ids[target[window.lengths[document] > self.block_size] + self.block_size - 1] = eos
         first = np.flatnonzero(place == 0)
         ends = np.append(first[1:], len(place)) - 1
         # The pieces of a block begin at their places, and one more number says where its padding begins.
@@ -171,35 +176,38 @@ class Grouper:
 
 
 class LeftOut:
-    """Takes documents longer than a block out of the way, as `long_documents` says, and lists them each time."""
+    """Cuts documents longer than a block or takes them out, as `long_documents` says, and lists them each time."""
 
-    def __init__(self, out: arrow.Writer | None, params: Params) -> None:
+    def __init__(self, out: arrow.Writer | None, params: Params, eos: int) -> None:
         """`out` takes the list; with `split` nothing is left out and there is none."""
-        self.out, self.rule, self.block_size = out, params.long_documents, params.block_size
+        self.out, self.params, self.block_size, self.eos = out, params, params.block_size, eos
         self.tokens = 0
 
     def __call__(self, found: Documents, split: str) -> Documents:
-        """Return the documents that go into blocks; `truncate` leaves it to `Grouper.packed` to cut them."""
-        long = found.lengths > self.block_size
-        if self.out is None or not long.any():
+        """Return what goes into blocks of neighbouring documents of a source."""
+        rule, long = rule_of(self.params.long_documents, found.source), found.lengths > self.block_size
+        if self.out is None or rule == "split" or not long.any():
             return found
         gone = long
-        if self.rule == "truncate":
+        if rule == "truncate":
             gone = long & nothing_learned(found.learn, found.lengths, self.block_size - 1)
         lengths = found.lengths[long]
         left_out = np.where(gone[long], lengths, lengths - self.block_size)
         self.tokens += int(left_out.sum())
         fixed = [pa.array([text] * len(lengths)) for text in (split, found.source)]
-        why = ["drop" if self.rule == "drop" else "no_answer" if one else "truncate" for one in gone[long].tolist()]
+        why = ["drop" if rule == "drop" else "no_answer" if one else "truncate" for one in gone[long].tolist()]
         numbers = [pa.array(values.astype(np.uint32)) for values in (lengths, left_out)]
         columns = [found.doc_ids.filter(pa.array(long)), *fixed, pa.array(why), *numbers]
         self.out.write(pa.Table.from_arrays(columns, schema=LEFT_OUT))
-        if not gone.any():
-            return found
-        kept = np.repeat(~gone, found.lengths)
+        begins = np.cumsum(found.lengths) - found.lengths
+        place = np.arange(len(found.ids)) - np.repeat(begins, found.lengths)
+        kept = np.repeat(~gone, found.lengths) & (place < self.block_size)
+        ids = found.ids[kept]
+        # EOS takes the place and the mark of the token there: in an answer it is learned, in a question it is not.
+        ids[(place == self.block_size - 1)[kept] & np.repeat(long, found.lengths)[kept]] = self.eos
         learn = None if found.learn is None else found.learn[kept]
-        doc_ids = found.doc_ids.filter(pa.array(~gone))
-        return found._replace(doc_ids=doc_ids, lengths=found.lengths[~gone], ids=found.ids[kept], learn=learn)
+        lengths = np.minimum(found.lengths, self.block_size)[~gone]
+        return found._replace(doc_ids=found.doc_ids.filter(pa.array(~gone)), lengths=lengths, ids=ids, learn=learn)
 
 
 def window_tokens(block_size: int) -> int:
@@ -215,9 +223,7 @@ class Shown(BaseModel):
     tokens: int = 0
 
 
-def group(
-    folders: list[Path], split: str, params: Params, grouper: Grouper, left_out: LeftOut, eos: int
-) -> dict[str, Shown]:
+def group(folders: list[Path], split: str, params: Params, grouper: Grouper, left_out: LeftOut) -> dict[str, Shown]:
     """Write all blocks of `split`; return what each source gave, before anything was left out."""
     weights = params.weights if split == "train" else {}
     shown = {folder.name: Shown(weight=weights.get(folder.name, 1.0)) for folder in folders}
@@ -234,7 +240,7 @@ def group(
         left_out.tokens += grouper.finish(params.last_block)
     else:
         for window in windows(counted(), window_tokens(params.block_size)):
-            grouper.packed(window, params.mode, eos if params.long_documents == "truncate" else None)
+            grouper.packed(window, params.mode)
     return shown
 
 
@@ -253,11 +259,11 @@ def main(phase: str) -> None:
         ids = first.schema.field("input_ids").type.value_type
         schema = blocks_schema(ids, params.block_size, learn, starts=params.mode != "concat")
         grouping: dict[str, Any] = params.model_dump()
-        listed = arrow.Writer(folder / "left_out", LEFT_OUT) if params.long_documents != "split" else None
+        listed = arrow.Writer(folder / "left_out", LEFT_OUT) if params.leaves_out else None
         for split in ("train", "eval"):
-            out, left_out = arrow.Writer(folder / split, schema), LeftOut(listed, params)
+            out, left_out = arrow.Writer(folder / split, schema), LeftOut(listed, params, eos)
             grouper = Grouper(out, params.block_size, pad)
-            shown = group(folders, split, params, grouper, left_out, eos)
+            shown = group(folders, split, params, grouper, left_out)
             grouping[split] = {name: one.model_dump() for name, one in shown.items()}
             n_documents = sum(one.documents for one in shown.values())
             out.close(tokens=grouper.tokens, dropped_tokens=left_out.tokens, documents=n_documents)

@@ -104,11 +104,14 @@ def check_references(everything: Everything) -> None:
                 f"params.yaml: phase `{name}` has no source; give a source `phase: {name}` or remove the phase."
             )
         sources = sorted(key for key, source in everything.sources.items() if source.phase == name)
-        if strangers := sorted(phase.group_blocks.weights.keys() - set(sources)):
-            raise SystemExit(
-                f"params.yaml: phases.{name}.group_blocks.weights names {strangers[0]}, no source of this phase; "
-                f"its sources: {', '.join(sources)}."
-            )
+        long_documents = phase.group_blocks.long_documents
+        rules = {} if isinstance(long_documents, str) else long_documents
+        for key, given in (("weights", phase.group_blocks.weights), ("long_documents", rules)):
+            if strangers := sorted(given.keys() - set(sources)):
+                raise SystemExit(
+                    f"params.yaml: phases.{name}.group_blocks.{key} names {strangers[0]}, no source of this phase; "
+                    f"its sources: {', '.join(sources)}."
+                )
         try:
             dedup.in_order(sources, phase.dedup.priority)
         except ValueError as error:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lineage import verify
 from tokenizers import Tokenizer
 
 import document_turns
@@ -100,9 +101,9 @@ def grouped(
             first += len(source)
         out = arrow.Writer(Path(name, "out"), blocks_schema(pa.uint16(), block_size, True, starts=mode != "concat"))
         listed = arrow.Writer(Path(name, "left_out"), LEFT_OUT)
-        left_out = LeftOut(listed if given.long_documents != "split" else None, given)
+        left_out = LeftOut(listed if given.leaves_out else None, given, EOS)
         grouper = Grouper(out, block_size, PAD)
-        shown = group(folders, split, given, grouper, left_out, EOS)
+        shown = group(folders, split, given, grouper, left_out)
         n_documents = sum(one.documents for one in shown.values())
         out.close(tokens=grouper.tokens, dropped_tokens=left_out.tokens, documents=n_documents)
         listed.close()
@@ -242,6 +243,42 @@ def test_a_truncated_document_keeps_its_eos_and_what_is_cut_is_counted(
     ]
 
 
+@given(sources=SOURCES, given_=LONG, rule=st.sampled_from(["truncate", "drop"]))
+def test_one_source_may_lose_what_another_keeps(sources: list[Documents], given_: dict[str, Any], rule: str) -> None:
+    """Of source 0 as if it were alone, of source 1 all of each document, in pieces."""
+    size = given_["block_size"]
+    blocks = grouped(sources, long_documents={"0": rule}, **given_)
+    alone = packed_pieces(grouped([sources[0]], long_documents=rule, **given_))
+    pieces = [tokens[at : at + size] for tokens in train_documents(sources[1:]) for at in range(0, len(tokens), size)]
+    assert sorted(packed_pieces(blocks)) == sorted([*alone, *pieces])
+    assert {row["source"] for row in blocks.left_out} <= {"0"}
+    everything = sum(map(len, train_documents(sources)))
+    assert blocks.counts["tokens"] + blocks.counts["dropped_tokens"] == everything
+    assert blocks.counts["dropped_tokens"] == sum(row["left_out"] for row in blocks.left_out)
+
+
+RULE = st.sampled_from(["split", "truncate", "drop"])
+
+
+@given(sources=SOURCES, given_=LONG, rules=RULE | st.dictionaries(st.sampled_from("01"), RULE))
+def test_verify_rebuilds_the_same_blocks(sources: list[Documents], given_: dict[str, Any], rules: Any) -> None:
+    """By its own code, from the same documents."""
+    blocks = grouped(sources, long_documents=rules, **given_)
+    documents = [
+        verify.Document(
+            str(number), 0, pa.array([one for one, _ in tokens], pa.uint16()), pa.array([m for _, m in tokens])
+        )
+        for number, source in enumerate(sources)
+        for split, tokens in source
+        if split == "train"
+    ]
+    made = list(verify._packed(iter([documents]), {**given_, "long_documents": rules}, PAD, EOS))
+    assert [ids.to_pylist() for ids, *_ in made] == blocks.ids
+    assert [learn.to_pylist() for _, learn, *_ in made] == blocks.learn
+    assert [starts for *_, starts, _ in made] == blocks.starts
+    assert sum(tokens for *_, tokens in made) == blocks.counts["tokens"]
+
+
 @given(sources=SOURCES, given_=LONG)
 def test_a_dropped_document_is_counted_and_listed(sources: list[Documents], given_: dict[str, Any]) -> None:
     size, documents = given_["block_size"], train_documents(sources)
@@ -342,6 +379,9 @@ def test_what_belongs_to_another_mode_is_refused() -> None:
         Params(block_size=8, mode="best_fit", last_block="drop")
     with pytest.raises(ValueError, match="long_documents: truncate is for modes best_fit and line"):
         Params(block_size=8, long_documents="truncate")
+    with pytest.raises(ValueError, match="mode concat cuts no document short"):
+        Params(block_size=8, long_documents={"a": "split", "b": "drop"})
+    assert not Params(block_size=8, long_documents={"a": "split"}).leaves_out
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ def params() -> dict[str, Any]:
     }
     groups: dict[str, dict[str, Any]] = {
         "docs": {"block_size": 24, "weights": {"line": 2.5, "csv": 0.5}},
-        "packs": {"block_size": 40, "mode": "best_fit", "long_documents": "truncate"},
-        "talk": {"block_size": 200, "mode": "line", "long_documents": "truncate"},
+        "packs": {"block_size": 40, "mode": "best_fit", "long_documents": {"packed": "truncate"}},
+        "talk": {"block_size": 200, "mode": "line", "long_documents": {"messages": "truncate", "alpaca": "drop"}},
     }
     phases = {
         name: {
