@@ -154,7 +154,8 @@ def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:
     """Return the rest of the sentence about a base that is not there, None when a stage will bring it."""
     if parts[:2] == ("models", "base"):
         near = _near(parts[-1], everything.bases, "bases")
-        return None if parts[2] in everything.bases else f"not there and which `bases` does not bring; {near}"
+        known = parts[2:] in [(name,) for name in everything.bases]
+        return None if known else f"not there and which `bases` does not bring; {near}"
     if parts[:2] == ("models", "configs"):
         configs = {path.name: path for path in sorted(Path("models/configs").glob("*"))}
         return f"not there; {_near(parts[-1], configs, 'configs')}" if configs else None

@@ -61,7 +61,8 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
         gone = {name for name in datasets if f"{name}/state.json" not in names}
         names = [name for name in names if not gone.intersection((name, *_parents(name)))]
         datasets -= gone
-        if part := [name for name in left_out if name.endswith(".arrow") and datasets.intersection(_parents(name))]:
+        inside = [name for name in left_out if datasets.intersection(_parents(name))]
+        if part := [name for name in inside if fnmatch(name, "*.arrow") and not fnmatch(name, "*/cache-*")]:
             raise SystemExit(
                 f"{folder / part[0]}: `ignore` names it, but the folder is read as a whole; name all of it or not this."
             )

@@ -158,6 +158,11 @@ MISTAKES = {
         "base: models/base/bloom",
         r"phases\.law\.base is models/base/bloom, which is not there and .* does not bring; the bases are none",
     ),
+    "a base without a name": (
+        "base: models/configs/llama_small",
+        "base: models/base",
+        "does not bring; the bases are none",
+    ),
     "a base of the configs": (
         "base: models/configs/llama_small",
         "base: models/configs/llama_smal",

@@ -1106,6 +1106,9 @@ def test_a_folder_of_save_to_disk_is_read_as_one_file(project: Path, monkeypatch
         write_sources(project, two={"format": "arrow", "ignore": [pattern]})
         clean.main("two")
         assert set(arrow.table(project / "data/clean/p/two/ledger")["file"].to_pylist()) == {"train"}
+    (project / "data/raw/two/train/cache-1.arrow").write_bytes(b"of datasets' own")
+    write_sources(project, two={"format": "arrow", "ignore": ["cache-*"]})
+    clean.main("two")
     write_sources(project, two={"format": "arrow", "ignore": ["train/data-*"]})
     with pytest.raises(SystemExit, match=r"train/data-00000.*: `ignore` names it, but the folder is read as a whole"):
         clean.main("two")

@@ -38,9 +38,7 @@ class Vocabulary:
         try:
             self._settings = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            if getattr(
-                self.tokenizer.model, "dropout", None
-            ):  # of a base: it would cut the same text otherwise each time
+            if getattr(self.tokenizer.model, "dropout", None):  # it would cut the same text otherwise each time
                 self.tokenizer.model.dropout = None
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise SystemExit(
