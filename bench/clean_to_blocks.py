@@ -4,7 +4,7 @@
     grouping alone                                            150x English, 120x Chinese, with writing, without SHA-256
     bytes of a token on the disk                              2.05 at most
 
-They were 18x to 24x, 11x to 21x, 157x to 295x and 210x to 243x, by how dear new memory is on the machine of the hour;
+They were 18x to 25x, 11x to 21x, 157x to 296x and 196x to 243x, by how dear new memory is on the machine of the hour;
 docs/decisions.md says what keeps English from the 40x that were planned. For information: the same without clean and
 dedup, and grouping with SHA-256 (the time of a second pass over the same bytes), which the peer does not do.
 

@@ -225,7 +225,8 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
                 hint = ""
                 if params.encoding.upper() in record.error:
                     hint = ", name its `encoding` (gb18030, utf-16; of any other, `iconv -t utf-8` makes UTF-8)"
-                hint = hint or (", name what it has in `columns`" if " has no " in record.error else "")
+                elif " has no column " in record.error or " has no field " in record.error:
+                    hint = ", name what it has in `columns`"
                 raise SystemExit(
                     f"{piece.path}: {record.error}; mend the file{hint}, leave it out with `ignore`, or drop what "
                     "cannot be read with `on_error: drop`."

@@ -151,7 +151,10 @@ def check_references(everything: Everything) -> None:
 
 
 def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:
-    """Return the rest of the sentence about a base that is not there, None when a stage will bring it."""
+    """Return the rest of the sentence about a base that is not there.
+
+    None when a stage will bring it, and in a project without any configs, whose stage says so.
+    """
     if parts[:2] == ("models", "base"):
         near = _near(parts[-1], everything.bases, "bases")
         known = parts[2:] in [(name,) for name in everything.bases]

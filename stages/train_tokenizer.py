@@ -104,7 +104,7 @@ class Params(BaseModel):
             )
         if (self.mode == "extend") != (self.new_tokens is not None):
             raise ValueError("`new_tokens` says by how many entries mode extend goes beyond the base; it belongs to it")
-        if self.mask_token in (self.bos_token, self.eos_token, self.pad_token, self.unk_token) and self.mask_token:
+        if self.mask_token and self.mask_token in (self.bos_token, self.eos_token, self.pad_token, self.unk_token):
             raise ValueError(f"mask_token {self.mask_token} has another use already; name one of its own")
         made = {"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "special_tokens", "pre_tokenizer"}
         if self.mode != "train" and (given := sorted(made & self.model_fields_set)):

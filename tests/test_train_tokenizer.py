@@ -340,21 +340,21 @@ def test_dropout_of_a_base_is_left_out(project: Path, run_stage: Runner, setting
     assert len({tuple(Vocabulary(base).tokenizer.encode(text).ids) for _ in range(20)}) == 1
 
 
-def test_no_tokenizer_is_trained_for_weights_that_know_another(project: Path, run_stage: Runner) -> None:
-    """Their rows would stand for other tokens than those that they learned."""
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("config.json", '{"model_type": "qwen2"}', "models/base/b is a qwen2"),  # transformers would replace it
+        ("model.safetensors", "", "models/base/b has weights, which know the tokens of its own tokenizer"),
+    ],
+)
+def test_no_tokenizer_is_trained_for_a_base_that_needs_its_own(
+    project: Path, run_stage: Runner, name: str, content: str, sentence: str
+) -> None:
     write_phase(project, {"mode": "train", "vocab_size": 300}, train="a", eval="b")
-    write(project / "models/base/b/model.safetensors", "")
+    write(project / "models/base/b" / name, content)
     finished = run_stage(project, "train_tokenizer", "p")
     assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
-    assert "models/base/b has weights, which know the tokens of its own tokenizer" in finished.stderr
-
-
-def test_no_tokenizer_is_trained_that_transformers_would_replace(project: Path, run_stage: Runner) -> None:
-    write_phase(project, {"mode": "train", "vocab_size": 300}, train="a", eval="b")
-    write(project / "models/base/b/config.json", '{"model_type": "qwen2"}')
-    finished = run_stage(project, "train_tokenizer", "p")
-    assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
-    assert "models/base/b is a qwen2" in finished.stderr
+    assert sentence in finished.stderr
 
 
 @pytest.mark.parametrize(
