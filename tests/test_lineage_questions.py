@@ -19,12 +19,13 @@ from lineage.__main__ import _counted
 from lineage.diff import at_revision, compare
 from lineage.erase import exclude
 from lineage.questions import Lineage
-from lineage.replay import records, replay
+from lineage.replay import _encoder, records, replay
 
 import tiny
 import varied
 from block_order import BlockOrder
 from conftest import ROOT, copy_project, git, repro, write
+from document_turns import rule_of
 from kit import arrow
 
 SPLITS = ("train", "eval")
@@ -72,6 +73,7 @@ def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
     pieces = 0
     for phase in of.phases.values():
         sources = {source.name: source for source in phase.sources}
+        eos = _encoder(phase).vocabulary.special_ids["eos_token_id"]
         for split in SPLITS:
             layout, from_blocks, tokens = phase.layout(split), set(), 0
             for number in range(layout.blocks):
@@ -79,8 +81,9 @@ def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
                 for piece in layout.block(number):
                     document = sources[piece.source].tokens.row(piece.row)
                     part = document["input_ids"][piece.start : piece.start + piece.length]
-                    if layout.grouping["long_documents"] == "truncate" and len(document["input_ids"]) > layout.size:
-                        part = [*part[:-1], stored[piece.place + piece.length - 1]]
+                    rule = rule_of(layout.grouping["long_documents"], piece.source)
+                    if rule == "truncate" and len(document["input_ids"]) > layout.size:
+                        part = [*part[:-1], eos]
                     assert stored[piece.place : piece.place + piece.length] == part
                     from_blocks.add(piece)
                     tokens += piece.length
