@@ -490,6 +490,11 @@ def main(name: str) -> None:
                 f"{', '.join(f'{rule} ({count})' for rule, count in dropped.most_common())}: {example[0]}; "
                 f"see sources.{name}.clean in params.yaml."
             )
+        if params.separator and ledger.rows == len(files):
+            raise SystemExit(
+                f"sources.{name}.clean.separator: `{params.separator}` cuts no file of {root}, each is one record; "
+                "correct it, or say that this is meant with `sample_by: document`."
+            )
         counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
         about = params.model_dump(include=set(ABOUT))
         about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}

@@ -151,17 +151,14 @@ def check_references(everything: Everything) -> None:
 
 
 def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:
-    """Return the rest of the sentence about a base that is not there.
-
-    None when a stage will bring it, and in a project without any configs, whose stage says so.
-    """
+    """Return the rest of the sentence about a base that is not there; None when a stage will bring it."""
     if parts[:2] == ("models", "base"):
         near = _near(parts[-1], everything.bases, "bases")
         known = parts[2:] in [(name,) for name in everything.bases]
         return None if known else f"not there and which `bases` does not bring; {near}"
     if parts[:2] == ("models", "configs"):
         configs = {path.name: path for path in sorted(Path("models/configs").glob("*"))}
-        return f"not there; {_near(parts[-1], configs, 'configs')}" if configs else None
+        return f"not there; {_near(parts[-1], configs, 'configs')}"
     return "no folder here; of an open model name `repo_id` and `revision` under `bases`, and take models/base/NAME."
 
 

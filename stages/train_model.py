@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,6 +241,7 @@ def main(phase: str, show: int = 0, plan: bool = False) -> None:
     if show:
         import train_loop
 
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
         train = train_loop.seen(blocks / "train", tokenizer, params)
         print(*examples(train, BlockOrder(len(train), params.seed), Vocabulary(tokenizer), show), sep="\n")
         return

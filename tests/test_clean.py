@@ -459,6 +459,16 @@ def test_a_bad_source_gets_one_sentence_and_the_previous_output_stays(
     assert tree(project / "data/clean") == before
 
 
+def test_a_separator_that_cuts_nothing_is_refused(project: Path, run_stage: Runner) -> None:
+    """Misspelt, it would leave each file one document; one file that it cuts is enough."""
+    write_files(project / "data/raw/s", {"a.txt": b"# 1\nx\n# 2\ny\n", "b.txt": b"one\n"})
+    for separator, status in (("^## ", 1), ("^# ", 0)):
+        write_sources(project, s={"format": "text", "sample_by": "separator", "separator": separator})
+        finished = run_stage(project, "clean", "s")
+        assert finished.returncode == status, finished.stderr
+        assert ("sources.s.clean.separator: `^## ` cuts no file of data/raw/s" in finished.stderr) == bool(status)
+
+
 def test_filled_placeholders_are_noted_and_one_that_stands_nowhere_is_refused(project: Path, run_stage: Runner) -> None:
     """A misspelt name in `fill` would leave its placeholders in the text, and the model would learn them."""
     write_files(project / "data/raw/s", {"a.txt": b"I am {{name}}, {{name}} by {{author}}.\nnone\n"})

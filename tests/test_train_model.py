@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -772,6 +776,12 @@ def test_the_command_line_shows_examples(project: Path, run_stage: Runner) -> No
         assert wrong.returncode == 2 and wrong.stdout.startswith(
             "usage: python stages/train_model.py NAME [--show N] [--plan]\n"
         )
+    reader, closed = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "stages/train_model.py", "pretrain", "--show", "2"]
+    headed = subprocess.run(command, cwd=project, stdout=closed, stderr=subprocess.PIPE, check=False)  # as by `| head`
+    os.close(closed)
+    assert (headed.returncode, headed.stderr) == (-signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": ALL}, {"mask_documents": True}], ids=["whole", "lora", "masks"])
