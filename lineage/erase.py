@@ -21,7 +21,7 @@ import pyarrow as pa
 import exclusions
 from lineage.folders import Folder, present
 from lineage.questions import Answer, Lineage, Source
-from lineage.trace import Index, answers, content_of, fingerprints, runs_of
+from lineage.trace import Index, answers, candidates_of, content_of, fingerprints, runs_of
 from lineage.verify import RECORDS
 from text_units import spans
 
@@ -189,7 +189,8 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
         text = content_of(*members[0])
     doc_id = members[0][0].decisions.row(members[0][1])["doc_id"] if members else bytes.fromhex(identity)
     kept = [f"{source.phase}: {source.name}/{row}" for source, row in members if _is_kept(source, row)]
-    holders = runs_of(lineage, text, dropped=False)
+    # Of all of them, for the last one may hold what the document alone seemed to have.
+    holders = runs_of(text, candidates_of(lineage, text), dropped=False)
     runs = answers(text, holders, limit=20)
     shared = np.zeros(len(spans(text)[0]), bool)
     for (begin, end, _), found in holders.items():

@@ -5,8 +5,8 @@
 
 An index is a few numbers for each batch of 1,024 or 256 rows (where it lies, what it begins with, sums up to it), and
 for identities a sorted list of 8-byte prefixes with their rows. It is built at the first question, kept in
-.work/lineage under the digest of the folder's manifest, and mapped: a question touches a few pages. Deleting .work is
-always safe.
+.work/lineage under the digest of the folder's manifest and of the code that builds it, and mapped: a question touches a
+few pages. Deleting .work is always safe.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import mmap
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kit.stage_code import STAGES, code_files
+
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
-FORMAT = "2"  # of the indexes; another one is another key
+BUILDERS = ("group_blocks", "text_units")  # in stages/: with what they import, all of it that indexes follow from
+
+
+@functools.cache
+def code() -> bytes:
+    """Return the SHA-256 of the code that indexes follow from: this package's, and that of BUILDERS."""
+    files = {*Path(__file__).parent.glob("*.py")}.union(*(code_files(STAGES / f"{name}.py") for name in BUILDERS))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(files))).digest()
 
 
 def present(root: Path, name: str) -> Path:
@@ -50,19 +60,26 @@ class Cache:
 
     def get(self, name: str, depends_on: list[Path], build: Callable[[], Columns]) -> Columns:
         """Return the arrays that `build` returned for the present content of these (small) files."""
-        digest = hashlib.sha256(FORMAT.encode())
+        digest = hashlib.sha256(code())
         for path in depends_on:
             digest.update(path.read_bytes())
         home = self.folder / name.replace("/", "%")
         target = home / digest.hexdigest()[:32]
         if not target.is_dir():
             made = build()
-            shutil.rmtree(home, ignore_errors=True)  # what belongs to earlier contents
-            temporary = home / f".tmp-{target.name}"
+            temporary = home / f".tmp-{target.name}-{os.getpid()}"
             temporary.mkdir(parents=True)
             for column, values in made.items():
                 np.save(temporary / f"{column}.npy", values)
-            temporary.replace(target)
+            earlier = [path for path in home.glob("[!.]*") if path != target]
+            try:
+                temporary.rename(target)
+            except OSError:  # another process that was asked at the same time was first
+                shutil.rmtree(temporary)
+                if not target.is_dir():
+                    raise
+            for path in earlier:
+                shutil.rmtree(path, ignore_errors=True)
         return {path.stem: np.load(path, mmap_mode="r") for path in target.glob("*.npy")}
 
 

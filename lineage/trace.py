@@ -11,17 +11,17 @@ goes beyond a document's end. All documents are looked at, also those that dedup
 reported as dropped. What clean dropped is no document; `why` knows it.
 
 The index lies in .work/lineage/fingerprints, a file for each shard of about 4 MB of documents, named after the ids of
-its documents, which are hashes of their content: a new document costs its own shard.
+its documents, which are hashes of their content, and the code: a new document costs its own shard.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import mmap
 import multiprocessing
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,16 +31,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lineage.folders import Array, Columns
+from lineage.folders import Array, Columns, code
 from lineage.questions import Answer, Lineage, Source
 from text_units import pieces, spans, texts_of, unit_hashes, whole_runs
 
 RUN, WINDOW = 8, 9
 SHORTEST = RUN + WINDOW - 1  # units that two texts must share to be found in any case
 BYTES = 4.25  # of a fingerprint in the index; see `_build`
-VERSION = "1"
 ENOUGH = 4  # fingerprints that a document must share to be read
-CANDIDATES = 2000  # documents compared with the text, those with the most common fingerprints first
+CANDIDATES = 2000  # documents that `trace` compares with the text, those with the most common fingerprints first
 
 
 def fingerprints(texts: pa.Array) -> tuple[Array, Array]:
@@ -116,7 +115,7 @@ class Index:
         folder, digests = self.source.documents, []
         ends = np.cumsum([shard["rows"] for shard in folder.manifest["shards"]])
         for first, last in zip([0, *ends], ends, strict=False):
-            digest = hashlib.sha256(VERSION.encode())
+            digest = hashlib.sha256(code())
             for batch, begin, end in _parts(folder, int(first), int(last)):
                 digest.update(memoryview(batch["doc_id"].buffers()[1])[16 * begin : 16 * end])
             digests.append(digest.digest()[:16])
@@ -240,25 +239,36 @@ def trace(lineage: Lineage, text: str, phase: str | None = None, limit: int = 20
     `phase`: only the documents of this phase and of those it goes on from. A run that lies within a longer one is left
     out, but for one that was trained on within one that was dropped. A text of fewer than SHORTEST units has no run.
     """
-    return answers(text, runs_of(lineage, text, phase, workers), limit)
+    candidates = candidates_of(lineage, text, phase, workers)
+    if len(candidates) > CANDIDATES:
+        print(
+            f"{len(candidates):,} documents may share a run with it; the {CANDIDATES:,} that share most were compared.",
+            file=sys.stderr,
+        )
+    return answers(text, runs_of(text, candidates[:CANDIDATES]), limit)
 
 
-def runs_of(lineage: Lineage, text: str, phase: str | None = None, workers: int = 1, dropped: bool = True) -> Runs:
-    """Return all runs of a text with the documents that hold them; `dropped`: also those that dedup dropped."""
-    units = spans(text)[0]
-    if len(units) < SHORTEST:
-        return {}
+def candidates_of(lineage: Lineage, text: str, phase: str | None = None, workers: int = 1) -> list[tuple[Source, int]]:
+    """Return the documents that may share a run with a text, those with the most common fingerprints first."""
+    if len(spans(text)[0]) < SHORTEST:
+        return []
     hashes = np.unique(whole_runs(unit_hashes(text), RUN))
     found: list[tuple[int, Source, int]] = []
     for source in lineage.sources if phase is None else _sources(lineage, phase):
         found += [(count, source, row) for row, count in Index(source, workers).candidates(hashes)]
     found.sort(key=lambda one: (-one[0], one[1].phase, one[1].name, one[2]))
-    splits = ((source, row, source.decisions.row(row)["split"]) for _, source, row in found)
-    wanted = (one for one in splits if dropped or one[2] != "dropped")
+    return [(source, row) for _, source, row in found]
+
+
+def runs_of(text: str, candidates: list[tuple[Source, int]], dropped: bool = True) -> Runs:
+    """Return all runs of a text with the documents that hold them; `dropped`: also those that dedup dropped."""
+    units = spans(text)[0]
     runs: Runs = defaultdict(list)
-    for source, row, split in itertools.islice(wanted, CANDIDATES):
-        for begin, end, start in matches(units, spans(content_of(source, row))[0]):
-            runs[begin, end, split].append(Span(begin, end, start, source, row))
+    for source, row in candidates:
+        split = str(source.decisions.row(row)["split"])
+        if dropped or split != "dropped":
+            for begin, end, start in matches(units, spans(content_of(source, row))[0]):
+                runs[begin, end, split].append(Span(begin, end, start, source, row))
     return runs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from lineage import trace
 from lineage.erase import apply, cluster, exclude, plan, prove
 from lineage.questions import Lineage
 from lineage.verify import Stage
@@ -174,6 +175,21 @@ def test_what_only_the_document_had_and_what_others_say_too_are_two_verdicts(tmp
     lineage = project(tmp_path / "unlisted", [own, *others], ["dropped", "train", "train"])
     write(tmp_path / "unlisted/data/exclusions.txt", "# none\n")
     assert not prove(lineage, "0" * 32, own)["own_absent"]
+
+
+def test_a_proof_compares_all_that_may_hold_a_part_and_trace_says_when_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that holds what seemed its own comes last of those that share a long formula."""
+    monkeypatch.setattr(trace, "CANDIDATES", 5)
+    draw = random.Random(8)
+    own, formula = written(draw, 40), written(draw, 120)
+    others = [f"{written(draw, 30)} {formula}" for _ in range(8)]
+    lineage, identity = excluded(tmp_path, [f"{own} {formula}", *others, f"Taken: {own}"])
+    assert (prove(lineage, identity)["own_absent"], prove(lineage, identity)["own_units"]) == (False, 0)
+    assert not capsys.readouterr().err
+    assert {run["units"] for run in trace.trace(lineage, f"{own} {formula}")} == {160, 120}
+    assert "10 documents may share a run with it; the 5 that share most were compared" in capsys.readouterr().err
 
 
 def test_a_kept_run_is_found_behind_many_that_were_dropped(tmp_path: Path) -> None:

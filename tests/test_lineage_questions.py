@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from lineage import verify
+from lineage import folders, verify
 from lineage.__main__ import _counted
 from lineage.diff import at_revision, compare
 from lineage.erase import exclude
@@ -26,9 +29,10 @@ import varied
 from block_order import BlockOrder
 from conftest import ROOT, copy_project, git, repro, write
 from document_turns import rule_of
-from kit import arrow
+from kit import arrow, stage_code
 
 SPLITS = ("train", "eval")
+LATER = {stage_code.STAGES / name for name in ("generation.py", "kit/model.py")}  # `trace --generate`: no index of it
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,46 @@ def test_a_block_is_made_of_the_documents_that_the_layout_says_and_back(
             assert {piece for source, row in rows for piece in layout.document(source, row)} == from_blocks
             pieces += len(from_blocks)
     assert pieces > 200
+
+
+def test_an_index_is_built_anew_for_other_files_and_for_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an edit of the packing, or of how texts are cut, made wrong is no answer; nor does an old index stay."""
+    write(tmp_path / "depends.json", "1")
+    built = itertools.count()
+
+    def get() -> int:
+        found = folders.Cache(tmp_path).get("a/b", [tmp_path / "depends.json"], lambda: {"n": np.array([next(built)])})
+        return int(found["n"][0])
+
+    assert (get(), get()) == (0, 0)
+    write(tmp_path / "depends.json", "2")
+    assert get() == 1
+    monkeypatch.setattr(folders, "code", lambda: b"edited")
+    assert (get(), get()) == (2, 2)
+    assert len(list((tmp_path / ".work/lineage/a%b").iterdir())) == 1
+    monkeypatch.undo()
+    builders = {path for name in folders.BUILDERS for path in stage_code.code_files(stage_code.STAGES / f"{name}.py")}
+    for module in ("folders", "layout", "trace"):
+        named = stage_code._imported((ROOT / f"lineage/{module}.py").read_bytes())
+        used = {stage_code.STAGES / f"{name.replace('.', '/')}.py" for name in named} - LATER
+        assert {path for path in used if path.is_file()} <= builders, module
+
+
+def test_two_questions_at_once_build_one_index(tmp_path: Path) -> None:
+    """The second one finds it there when it is to put its own in place, and takes it."""
+    write(tmp_path / "depends.json", "1")
+
+    def get(then: Callable[[], object]) -> int:
+        def build() -> dict[str, Any]:
+            then()
+            return {"n": np.array([7])}
+
+        return int(folders.Cache(tmp_path).get("a/b", [tmp_path / "depends.json"], build)["n"][0])
+
+    assert get(lambda: get(lambda: None)) == 7
+    assert [len(list(path.iterdir())) for path in (tmp_path / ".work/lineage/a%b").iterdir()] == [1]
 
 
 def test_random_blocks_come_out_of_the_raw_files_alike(lineage: Lineage) -> None:
