@@ -59,7 +59,10 @@ class Source:
 
     @functools.cached_property
     def decisions(self) -> Folder:
-        return self._folder("dedup", made_by=f"dedup@{self.phase}")
+        found = self._folder("dedup", made_by=f"dedup@{self.phase}")
+        if "cluster" not in found.manifest["schema"]:
+            raise SystemExit(f"{found.name} was made by an earlier dedup, which named no clusters; run `dvc repro`.")
+        return found
 
     @functools.cached_property
     def tokens(self) -> Folder:
@@ -359,7 +362,10 @@ class Lineage:
                 }
             )
         first = min((step for block in blocks for step in block["steps"]), default=None)
-        reached = sum(bool(block["steps"]) for block in blocks)
+        reached = np.zeros(answer["tokens"], bool)  # of its tokens: which any step showed
+        for block in blocks:
+            reached[block["from"] : block["from"] + block["tokens"]] |= bool(block["steps"])
+        n_reached = int(reached.sum())
         if decision["split"] == "eval":
             verdict = "held out"
         elif not blocks:
@@ -370,9 +376,9 @@ class Lineage:
             made = f"train_model@{phase.name}" in self.stages
             verdict = f"in the training blocks, {'the model is not there' if made else 'no model yet'}"
         else:
-            verdict = "trained" if reached == len(blocks) else f"not reached in {phase.steps} steps"
-            if 0 < reached < len(blocks):
-                verdict = f"trained in part: {reached} of its {len(blocks)} blocks in {phase.steps} steps"
+            verdict = "trained" if n_reached == len(reached) else f"not reached in {phase.steps} steps"
+            if 0 < n_reached < len(reached):
+                verdict = f"trained in part: {n_reached} of its {len(reached)} tokens in {phase.steps} steps"
         saw = first is not None or (phase.other_blocks and decision["split"] == "train")
         return {
             **answer,

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, BinaryIO
 
-from raw_params import Params
+from raw_params import DELIMITERS, Params
 from raw_records import Content, Record, decode, library, lines_of, record_of
 from raw_rows import columns_of, content_of, record_of_row
 
-DELIMITERS = {"csv": ",", "tsv": "\t"}
 RESTARTS = 100  # in a csv file, after a row that is wrong: each may read on to the end of the file
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 NOT_SHOWN = {"head", "script", "style", "noscript", "template"}

@@ -71,7 +71,7 @@ def check_raw(content: dict[str, Any]) -> None:
     written = {Path("data/raw", f"{name}_{kind}") for name in content["imports"] for kind in ("reference", "qa")}
     for name, source in content["sources"].items():
         path = Path(source["path"])
-        if not (path.exists() or path in written):
+        if not (path.exists() or written & {path, *path.parents}):
             tracked = path.with_name(f"{path.name}.dvc").is_file()
             how = "run `dvc pull`" if tracked else "put the files there, correct the path, or remove the source"
             raise SystemExit(f"sources.{name}.path: {path} does not exist; {how}.")

@@ -67,7 +67,7 @@ def parse(rule: Any) -> BaseRule:
         return rule
     given = {"rule": rule} if isinstance(rule, str) else rule
     name = given.get("rule") if isinstance(given, dict) else None
-    if not isinstance(given, dict) or name not in RULES:
+    if not isinstance(given, dict) or not isinstance(name, str) or name not in RULES:
         near = difflib.get_close_matches(str(name), RULES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"the rules are {', '.join(RULES)}"
         raise ValueError(f"there is no rule `{name}`; {hint}")
@@ -77,7 +77,7 @@ def parse(rule: Any) -> BaseRule:
             near = difflib.get_close_matches(str(key), kind.model_fields, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(kind.model_fields)}"
             raise ValueError(f"the rule `{name}` has no key `{key}`; {hint}")
-    return kind.model_validate(given)
+    return kind.model_validate(given, strict=True)
 
 
 Rule = Annotated[SerializeAsAny[BaseRule], PlainValidator(parse)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rule_base import UNITS, WORD, DroppingRule, Joined, Outcome
 
@@ -24,6 +24,14 @@ class LengthRule(DroppingRule):
     max_chars: int | None = Field(None, ge=1, description="characters at most")
     min_lines: int = Field(0, ge=0, description="lines at least, blank ones not counted")
     max_lines: int | None = Field(None, ge=1, description="lines at most")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for unit in ("chars", "lines"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if most is not None and most < least:
+                raise ValueError(f"no text has {least} {unit} at least and {most} at most; correct one of them")
+        return self
 
     def apply(self, text: str) -> Outcome:
         return Outcome(text, 0, self._evidence(text))

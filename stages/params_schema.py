@@ -26,6 +26,7 @@ import import_python_docs
 import merge_lora
 import train_model
 import train_tokenizer
+from chat_templates import TEMPLATES
 from kit import params
 
 
@@ -130,10 +131,7 @@ def check_references(everything: Everything) -> None:
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
             )
         built_on = [name]
-        while (parts := PurePosixPath(phase.base).parts)[:1] == ("models",) and parts[2:] in (
-            ("merged",),
-            ("trained",),
-        ):
+        while _is_model_of_a_phase(parts := PurePosixPath(phase.base).parts):
             if parts[1] not in phases:
                 raise SystemExit(
                     f"params.yaml: phases.{name}.base is {phase.base}, but there is no phase `{parts[1]}`; "
@@ -148,6 +146,28 @@ def check_references(everything: Everything) -> None:
             phase = phases[parts[1]]
         if not Path(phase.base).exists() and (wrong := _no_base(parts, everything)):
             raise SystemExit(f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is {wrong}")
+    for name, phase in phases.items():
+        sources_of = [source for source in everything.sources.values() if source.phase == name]
+        if flaw := _unfit_tokenizer(phase, sources_of):
+            raise SystemExit(f"params.yaml: phases.{name}.train_tokenizer: {flaw}")
+
+
+def _unfit_tokenizer(phase: Phase, sources: list[Source]) -> str | None:
+    """Return the rest of the sentence about a new tokenizer that this phase cannot use: found out before any work."""
+    made = phase.train_tokenizer
+    if made.mode != "train":
+        return None
+    if _is_model_of_a_phase(PurePosixPath(phase.base).parts):
+        return f"{phase.base} knows the tokens of its own tokenizer and no new ones; set mode to reuse or extend."
+    if made.chat_template is None and any(source.clean.record != "text" for source in sources):
+        return f"this phase holds conversations; name a chat_template, one of {', '.join(TEMPLATES)}."
+    if made.mask_token is None and phase.train_model.objective == "mlm":
+        return "`objective: mlm` needs a mask_token; add one, e.g. <mask>."
+    return None
+
+
+def _is_model_of_a_phase(parts: tuple[str, ...]) -> bool:
+    return parts[:1] == ("models",) and parts[2:] in (("merged",), ("trained",))
 
 
 def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:

@@ -22,6 +22,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 UNITS = {"parquet": "row", "arrow": "row", "pdf": "page", "docx": "paragraph"}  # all others: line
 WHOLE = (("pdf", "document"), ("docx", "document"))  # all pages or paragraphs of a file are one record
 # The columns of each kind of row: those that it must have, and those that it may have.
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "alpaca": (("instruction", "input", "output"), ("system", "history")),
@@ -94,6 +95,10 @@ class Params(BaseModel):
         for key in ("delimiter", "quotechar"):
             if key in self.model_fields_set and self.format not in ("csv", "tsv"):
                 raise ValueError(f"`{key}` is for csv and tsv; format {self.format} has none")
+            if getattr(self, key) in ("\r", "\n", "\0"):
+                raise ValueError(f"`{key}` cannot be a line end or NUL; name the sign that stands in the file")
+        if self.quotechar and self.quotechar == (self.delimiter or DELIMITERS.get(self.format)):
+            raise ValueError(f"{self.quotechar!r} cannot be both what separates fields and what stands around them")
         read = {name: self.columns.get(name, name) for names in COLUMNS[self.record] for name in names}
         for name, column in self.columns.items():
             if others := [one for one in read if one != name and name in read and column and read[one] == column]:

@@ -183,6 +183,52 @@ MISTAKES = {
         "base: models/law/merged",
         "the phases law build on each other",
     ),
+    "a new tokenizer for a model of another phase": (
+        "phases:\n",
+        "  chats:\n    phase: chat\n    path: data/raw/chats\n    clean: {format: text, license: CC0-1.0}\nphases:\n"
+        + SECOND.replace("models/configs/llama_small", "models/law/merged"),
+        r"phases\.chat\.train_tokenizer: models/law/merged knows the tokens of its own tokenizer and no new ones; set",
+    ),
+    "conversations without a template": (
+        "format: text",
+        "format: jsonl\n      record: messages",
+        r"phases\.law\.train_tokenizer: this phase holds conversations; name a chat_template, one of human_assistant",
+    ),
+    "a masked model without a mask": (
+        "max_steps: 1",
+        "max_steps: 1, objective: mlm",
+        r"phases\.law\.train_tokenizer: `objective: mlm` needs a mask_token; add one",
+    ),
+    "a word for one source that is none": (
+        "block_size: 16",
+        "block_size: 16, mode: line, long_documents: {laws: cut}",
+        r"line 16: `phases\.law\.group_blocks\.long_documents\.laws` is 'cut': input should be 'split', 'truncate' or",
+    ),
+    "a rule with a list for its name": (
+        "format: text",
+        "format: text\n      rules: [{rule: [length]}]",
+        r"there is no rule `\['length'\]`; did you mean `length`",
+    ),
+    "a rule with text for a number": (
+        "format: text",
+        "format: text\n      rules: [{rule: length, min_chars: '8'}]",
+        "input should be a valid integer",
+    ),
+    "a rule that keeps nothing": (
+        "format: text",
+        "format: text\n      rules: [{rule: length, min_chars: 9, max_chars: 8}]",
+        "no text has 9 chars at least and 8 at most; correct one of them",
+    ),
+    "a sign of two uses": (
+        "format: text",
+        "format: csv\n      quotechar: ','",
+        "',' cannot be both what separates fields and what stands around them",
+    ),
+    "a line end between fields": (
+        "format: text",
+        'format: csv\n      delimiter: "\\n"',
+        "`delimiter` cannot be a line end or NUL; name the sign that stands in the file",
+    ),
     "a key twice": ("phases:\n", "phases:\n  law: {}\n", "line 13, column 3: not valid YAML .*duplicate key"),
     "a stage left out": ("    dedup: {eval_fraction: 0.05}\n", "", r"line 12: the key `phases\.law\.dedup` is missing"),
     "no steps": (
@@ -233,10 +279,12 @@ def test_the_worked_example_of_the_docstring(here: Path) -> None:
 
 
 def test_a_number_is_read_as_dvc_reads_it(here: Path) -> None:
-    """YAML 1.2: 1e-3 is a number, `no` is text, and 010 is ten."""
+    """YAML 1.2: 1e-3 is a number, `no` is text, and 010 is ten. What is used is what stands there: no 1e3 for 1000."""
     assert said(TEXT.replace("license: CC0-1.0", "license: no")) is None
     assert said(TEXT.replace("block_size: 16", "block_size: 010")) is None
-    assert said(TEXT.replace("block_size: 16", "block_size: 1e3")) is None
+    for wrong in ("1e3", '"16"', "true"):
+        found = said(TEXT.replace("block_size: 16", f"block_size: {wrong}"))
+        assert found and "block_size` is" in found and "input should be a valid integer" in found
 
 
 @pytest.mark.parametrize(
@@ -387,6 +435,12 @@ def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner)
     assert "data/raw/laws does not exist; run `dvc pull`." in run_stage(project, "check_params").stderr
     write(project / "data/raw/laws/a.txt", "text")
     assert run_stage(project, "check_params").returncode == 0
+    for path, status in (("docs_qa", 0), ("docs_reference/modules", 0), ("docs_more", 1)):
+        imported = TEXT.replace("imports: {}", "imports: {docs: {questions_per_entry: 1}}").replace(
+            "data/raw/laws", f"data/raw/{path}"
+        )
+        write(project / "params.yaml", imported)
+        assert run_stage(project, "check_params").returncode == status, path
 
 
 def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

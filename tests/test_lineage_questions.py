@@ -386,6 +386,26 @@ def test_what_the_rules_changed_is_said(lineage: Lineage) -> None:
     assert lineage.why("data/raw/text/05.txt", 1)[0]["changes"] == "newlines 3, nfc 1, whitespace 1"
 
 
+@pytest.mark.parametrize(("name", "reach"), [("docs", 0.5), ("packs", 1.0)])
+def test_a_document_is_trained_when_each_of_its_tokens_was_shown(project: Path, name: str, reach: float) -> None:
+    """Once is enough of what has a weight above 1; of a long document that was cut the rest never was."""
+    fresh = Lineage(project)
+    phase = fresh.phases[name]
+    shown = int(reach * phase.layout("train").blocks)
+    phase.__dict__.update(steps=1, steps_of=lambda block: [1] if block < shown else [])
+    seen = Counter()
+    for source in phase.sources:
+        for row in range(len(source.documents)):
+            found = fresh.document(source, row)
+            if found.get("split") == "train" and found["blocks"]:
+                reached = {n for b in found["blocks"] if b["steps"] for n in range(b["from"], b["from"] + b["tokens"])}
+                part = f"trained in part: {len(reached)} of its {found['tokens']} tokens in 1 steps"
+                whole = "trained" if len(reached) == found["tokens"] else part
+                assert found["verdict"] == (whole if reached else "not reached in 1 steps")
+                seen[whole == "trained", all(b["steps"] for b in found["blocks"])] += 1
+    assert seen[True, False] if name == "docs" else seen[False, True]
+
+
 def test_models_are_those_trained_on_it_and_those_that_go_on_from_them(trained: Lineage) -> None:
     seen = Counter()
     for source in trained.sources:
@@ -396,13 +416,16 @@ def test_models_are_those_trained_on_it_and_those_that_go_on_from_them(trained: 
             chained = [("chat", None)] if source.phase == "pretrain" else []
             assert models == ([(source.phase, steps[0]), *chained] if steps else [])
             assert not any("state" in one for one in found.get("models", []))
-            whole = all(block["steps"] for block in found.get("blocks", []))
+            shown = {
+                n for b in found.get("blocks", []) if b["steps"] for n in range(b["from"], b["from"] + b["tokens"])
+            }
+            whole = len(shown) == found.get("tokens")
             assert found["verdict"].startswith("trained") == bool(steps)
             assert found["verdict"].startswith("trained in part") == (bool(steps) and not whole)
             seen[re.sub(r"\d+", "N", found["verdict"])] += 1
     assert seen.keys() == {
         "trained",
-        "trained in part: N of its N blocks in N steps",
+        "trained in part: N of its N tokens in N steps",
         "held out",
         "not reached in N steps",
         "dropped by clean",

@@ -41,6 +41,7 @@ def test_there_is_a_recipe_for_each_system() -> None:
 def test_a_recipe_is_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(install(name, tmp_path / "project"))
     check_params.check()
+    check_params.check_raw(load())  # as in a new clone, where the imports have not run
     assert not load()["bases"]  # nothing is downloaded
     for phase in load()["phases"].values():
         made = re.fullmatch(r"models/(\w+)/merged", phase["base"])

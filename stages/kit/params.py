@@ -101,10 +101,10 @@ def phase_sources(phase: str, folder: Path) -> list[str]:
 def validate(group: Any, model: type[Model], at: list[str] | None = None) -> Model:
     """Return `group` as a `model`; raise SystemExit naming the first wrong key and its line.
 
-    An empty group (`null` in YAML) stands for all defaults.
+    An empty group (`null` in YAML) stands for all defaults. A number in quotes is text, and none.
     """
     try:
-        return model.model_validate({} if group is None else group)
+        return model.model_validate({} if group is None else group, strict=True)
     except ValidationError as error:
         raise SystemExit(_sentence(error, model, at or [])) from None
 
@@ -112,7 +112,10 @@ def validate(group: Any, model: type[Model], at: list[str] | None = None) -> Mod
 def _sentence(error: ValidationError, model: type[BaseModel], at: list[str]) -> str:
     # An unknown key comes first: its twin, the missing key, is only its consequence.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = [*at, *(str(part) for part in first["loc"] if part != "[key]")]
+    # Where a key may be one of two kinds there is an error for each: the one that goes deeper knows what was meant.
+    alike = [e for e in error.errors() if _keys(e["loc"])[: len(_keys(first["loc"]))] == _keys(first["loc"])]
+    first = max(alike, key=lambda e: len(_keys(e["loc"])))
+    location = [*at, *_keys(first["loc"])]
     key, message = ".".join(location), first["msg"]
     line = _line(location)
     where = f"params.yaml line {line}" if line else "params.yaml"
@@ -126,6 +129,11 @@ def _sentence(error: ValidationError, model: type[BaseModel], at: list[str]) -> 
     if first["type"] == "value_error":
         return f"{where}: `{key}`: {message.removeprefix('Value error, ')}" if key else f"{where}: {message}"
     return f"{where}: `{key}` is {first['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of an error's location, without pydantic's names of kinds: `[key]`, `dict[str,int]`."""
+    return [str(part) for part in location if "[" not in str(part)]
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
