@@ -1,9 +1,9 @@
 """The part of train_tokenizer that measures: how well a tokenizer fits the text of each source.
 
-It reads a sample of each source (see `Sample`), one batch at a time, and keeps one count for each entry, so its memory
-does not grow with the corpus.
+It reads a sample of each source (see `Sample`), of a long text the beginning, one batch at a time, and keeps one count
+for each entry, so its memory grows neither with the corpus nor with the largest document.
 
-    "the cat 猫は" in 6 tokens: 15 bytes -> 2.5 bytes per token; 2 words and 2 characters -> fertility 1.5
+    "the cat 猫は" in 7 tokens: 14 bytes -> 2 bytes per token; 2 words and 2 characters -> fertility 1.75
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kit.tokenizer import UNICODE_TO_BYTE
 from rule_base import UNITS
 
 BATCH = 64  # documents read, and texts encoded, at once
+CHARACTERS = 2**20  # of a text that are measured, and of texts encoded at once; `tokenizers` takes some 100 bytes each
 LONGEST, UNUSED = 20, 100
 
 
@@ -122,10 +123,11 @@ class Report:
         waiting: list[tuple[bytes, str]] = []
         for doc_id, texts in rows:
             totals["documents"] += 1
-            waiting += [(doc_id, text) for text in texts]
-            if len(waiting) >= BATCH:
-                self._measure(waiting, totals)
-                waiting = []
+            for text in texts:
+                waiting.append((doc_id, text[:CHARACTERS]))
+                if len(waiting) >= BATCH or sum(len(text) for _, text in waiting) >= CHARACTERS:
+                    self._measure(waiting, totals)
+                    waiting = []
         self._measure(waiting, totals)
         tokens = totals["tokens"]
         self.sources[source] = {

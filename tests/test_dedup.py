@@ -264,6 +264,14 @@ def test_a_cluster_is_on_one_side() -> None:
         assert [row["cluster"] for row in rows] == [None] * len(OTHERS) + [f"a/{len(OTHERS)}"] * len(chain)
 
 
+def test_a_cluster_of_which_nobody_stays_is_no_stand_in_for_an_empty_split() -> None:
+    ids = sorted((bytes([n]) * 16 for n in range(50)), key=lambda identity: split_point(identity, 0))
+    pair = Near(Company(np.array([0, 1], np.int32), np.zeros(2, np.int32)), np.full(2, -1, np.int32), np.zeros(2))
+    for gone in ids[0], ids[1]:
+        rows = decisions({"a": ids[:4]}, Params(eval_fraction=1e-9), pair, frozenset([gone]))
+        assert rows["a"]["split"].to_pylist() == ["dropped", "dropped", "eval", "train"]
+
+
 def test_a_copy_is_in_the_cluster_of_its_first() -> None:
     near = LAW.replace("公民", "国民", 1)
     rows = with_near({"a": [*OTHERS, near, OTHERS[0]], "b": [LAW, near, "alone"]}, NearParams())

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import tiny
+from add_bos_eos import SEGMENT
 from kit.tokenizer import Vocabulary
+from tokenize_text import Encoder
 
 
 def with_settings(folder: Path, **changes: Any) -> Path:
@@ -46,3 +49,17 @@ def test_a_special_token_may_be_none(tmp_path: Path, value: Any) -> None:
     """Qwen's bases have no bos_token: null."""
     vocabulary = Vocabulary(with_settings(tmp_path / "tokenizer", bos_token=value))
     assert vocabulary.special == {"eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def test_the_size_of_a_vocabulary_with_gaps_is_beyond_its_last_id(tmp_path: Path) -> None:
+    """The width of ids and the rows of an embedding follow from it."""
+    folder = tiny.tokenizer(tmp_path / "tokenizer")
+    before = Vocabulary(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    assert before.size == before.tokenizer.get_vocab_size() == 1 + max(vocabulary.values())
+    vocabulary[before.tokenizer.encode("I").tokens[-1]] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert Vocabulary(folder).size == 70_001
+    segments = pa.array([[{"text": "I", "special": False, "learn": True}]], pa.list_(SEGMENT))
+    assert Encoder(folder).encode(segments)[0].to_pylist() == [[70_000]]

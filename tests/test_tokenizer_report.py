@@ -143,6 +143,21 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[0]["round_trip_failures"] == 0
 
 
+def test_of_a_long_text_the_beginning_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more at once, so that memory does not grow with a document."""
+    monkeypatch.setattr("tokenizer_report.CHARACTERS", 40)
+    texts = ["the cat sat. " * 50, *["the cat"] * 30, "the cat sat. " * 50]
+    report, measured = Report(tiny_tokenizer(texts), None), list[int]()
+    measure = report._measure
+    monkeypatch.setattr(
+        report, "_measure", lambda rows, totals: (measured.append(sum(len(t) for _, t in rows)), measure(rows, totals))
+    )
+    report.read("s", iter((bytes(16), [text]) for text in texts))
+    (row,) = report.result()["sources"]
+    assert (row["documents"], row["bytes"]) == (32, 2 * 40 + 30 * 7)
+    assert max(measured) < 40 + 40
+
+
 def test_text_that_looks_like_a_special_token_is_text() -> None:
     report = Report(tiny_tokenizer(["abc"]), None)
     report.read("s", iter([(bytes(16), ["</s>", "s"])]))

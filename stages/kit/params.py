@@ -101,10 +101,10 @@ def phase_sources(phase: str, folder: Path) -> list[str]:
 def validate(group: Any, model: type[Model], at: list[str] | None = None) -> Model:
     """Return `group` as a `model`; raise SystemExit naming the first wrong key and its line.
 
-    An empty group (`null` in YAML) stands for all defaults. A number in quotes is text, and none.
+    A number in quotes is text, and none.
     """
     try:
-        return model.model_validate({} if group is None else group, strict=True)
+        return model.model_validate(group, strict=True)
     except ValidationError as error:
         raise SystemExit(_sentence(error, model, at or [])) from None
 

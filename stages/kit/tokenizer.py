@@ -45,8 +45,11 @@ class Vocabulary:
                 f"{folder} holds no tokenizer that can be read ({error}); fetch the files again (a Git LFS pointer is "
                 "not the file), or set train_tokenizer.mode to train."
             ) from None
-        self.size = int(self.tokenizer.get_vocab_size())
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added, vocabulary = content["added_tokens"], content["model"]["vocab"]
+        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        # Not the number of entries: a vocabulary may have gaps.
+        self.size = 1 + max([*numbers, *(int(token["id"]) for token in added)], default=-1)
         self.special = {role: text for role in ROLES if (text := self.named(role))}
         self.special_texts = [token["content"] for token in added if token["special"]]
         if "eos_token" not in self.special:
