@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import functools
 import hashlib
 import hmac
 import io
@@ -1019,12 +1020,12 @@ def check_decisions(project: Project, phase: str, sources: list[Source], report:
         if len(fates - {"dropped"}) > 1:
             raise Wrong(f"the near duplicates of {cluster} are {' and '.join(sorted(fates - {'dropped'}))}")
         outside += bool(fates & {"train", "eval"}) and is_held_out(least) != ("eval" in fates)
+    if outside > 1:  # one may stand in for an empty split
+        raise Wrong(f"{outside} documents are on another side of the split than seed and eval_fraction say")
     folder = f"data/dedup/{phase}"
     report.ok("documents -> decisions", folder, f"{sum(rows_of.values()):,} documents, {len(kept):,} kept, each once")
     if params.get("near_duplicates") is not None:
         report.stops("documents -> decisions", folder, "near duplicates are not searched")
-    if outside > 1:  # one may stand in for an empty split
-        raise Wrong(f"{outside} documents are on another side of the split than seed and eval_fraction say")
 
 
 # --- documents -> marked -> tokens
@@ -1201,6 +1202,7 @@ def _same_tokens(
 class Document(NamedTuple):
     """A document's turn in the stream of a split."""
 
+    doc_id: bytes
     source: str
     turn: int
     ids: pa.Array
@@ -1226,7 +1228,8 @@ def stream(project: Project, sources: list[Source], split: str, weights: dict[st
                 for row in rows:
                     begin, size = offsets[row] - first, offsets[row + 1] - offsets[row]
                     marks = learn.slice(begin, size) if learn is not None else pa.array([True] * size, pa.bool_())
-                    found.append(Document(source.name, turn, ids.slice(begin, size), marks))
+                    doc_id = batch["doc_id"][row].as_py()
+                    found.append(Document(doc_id, source.name, turn, ids.slice(begin, size), marks))
                 yield found
         turn += 1
 
@@ -1240,18 +1243,73 @@ def check_blocks(project: Project, phase: str, sources: list[Source], tokenizer:
         if grouping.get(name) != value:
             raise Wrong(f"{folder}/grouping.json says {name} {grouping.get(name)}, dvc.lock says {value}")
     pad, eos = tokenizer.id("pad_token"), tokenizer.id("eos_token")
+    is_listed = (project.root / folder / "left_out").is_dir()
+    listed = _rows(project.batches(f"{folder}/left_out")) if is_listed else iter(())
+
+    def leave(**row: Any) -> None:
+        if (stored := next(listed, None)) != row:
+            told = "nothing" if stored is None else f"{stored['left_out']} tokens of {stored['doc_id'].hex()}"
+            raise Wrong(
+                f"{folder}/left_out names {told} where `{row['rule']}` leaves out {row['left_out']} tokens of document "
+                f"{row['doc_id'].hex()} ({split})"
+            )
+
     for split in ("train", "eval"):
         weights = grouping["weights"] if split == "train" else {}
-        documents = stream(project, sources, split, weights)
-        is_stream = grouping["mode"] == "concat"
-        made: Iterator[Any] = _concat(documents, grouping, pad) if is_stream else _packed(documents, grouping, pad, eos)
+        given = {
+            source.name: {"documents": 0, "tokens": 0, "weight": weights.get(source.name, 1)} for source in sources
+        }
+        documents = _counted(stream(project, sources, split, weights), given)
+        if grouping["mode"] == "concat":
+            made: Iterator[Any] = _concat(documents, grouping, pad)
+        else:
+            made = _packed(_shortened(documents, grouping, eos, functools.partial(leave, split=split)), grouping, pad)
         counts = _compare(project, f"{folder}/{split}", made, grouping)
         manifest = project.manifest(f"{folder}/{split}")["counts"]
+        for name, one in given.items():
+            if grouping[split].get(name) != one:
+                raise Wrong(f"{folder}/grouping.json says of {name} ({split}) {grouping[split].get(name)}, not {one}")
         shown = sum(one["tokens"] for one in grouping[split].values())
         if manifest["tokens"] != counts["tokens"] or manifest["tokens"] + manifest["dropped_tokens"] != shown:
             raise Wrong(f"{folder}/{split}: its counts of tokens do not add up to those of its documents")
         text = f"{counts['blocks']:,} blocks rebuilt, {counts['tokens']:,} tokens"
         report.ok("tokens -> blocks", f"{folder}/{split}", text)
+    if more := next(listed, None):
+        raise Wrong(
+            f"{folder}/left_out names document {more['doc_id'].hex()} ({more['split']}), which is in the blocks"
+        )
+
+
+def _counted(documents: Iterator[list[Document]], counts: dict[str, dict[str, float]]) -> Iterator[list[Document]]:
+    """Yield the documents, and add them and their tokens to the counts of their sources."""
+    for some in documents:
+        for one in some:
+            counts[one.source]["documents"] += 1
+            counts[one.source]["tokens"] += len(one.ids)
+        yield some
+
+
+def _shortened(
+    documents: Iterator[list[Document]], grouping: dict[str, Any], eos: int, leave: Callable[..., None]
+) -> Iterator[list[Document]]:
+    """Yield what `long_documents` leaves of documents; `leave` is told what it leaves out of each."""
+    size, rules = grouping["block_size"], grouping["long_documents"]
+    for some in documents:
+        found = []
+        for one in some:
+            rule = rules if isinstance(rules, str) else rules.get(one.source, "split")
+            if len(one.ids) > size and rule != "split":
+                if rule == "truncate" and not pc.any(one.learn.slice(0, size - 1)).as_py():
+                    rule = "no_answer"
+                stays = size if rule == "truncate" else 0
+                tokens = len(one.ids)
+                leave(doc_id=one.doc_id, source=one.source, rule=rule, tokens=tokens, left_out=tokens - stays)
+                if not stays:
+                    continue
+                cut = pa.concat_arrays([one.ids.slice(0, size - 1), pa.array([eos], one.ids.type)])
+                one = one._replace(ids=cut, learn=one.learn.slice(0, size))
+            found.append(one)
+        yield found
 
 
 def _concat(
@@ -1282,10 +1340,10 @@ def _filled(ids: pa.Array, learn: pa.Array, size: int, pad: int) -> tuple[pa.Arr
 
 
 def _packed(
-    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int, eos: int
+    documents: Iterator[list[Document]], grouping: dict[str, Any], pad: int
 ) -> Iterator[tuple[pa.Array, pa.Array, list[int], int]]:
     """Yield blocks of whole documents: ids, marks, where pieces begin and padding does, tokens."""
-    size, rules = grouping["block_size"], grouping["long_documents"]
+    size = grouping["block_size"]
     most = max(2**21, 256 * size)
 
     def windows() -> Iterator[list[Document]]:
@@ -1293,12 +1351,6 @@ def _packed(
         length = 0
         for some in documents:
             for one in some:
-                rule = rules if isinstance(rules, str) else rules.get(one.source, "split")
-                if len(one.ids) > size and rule != "split":
-                    if rule == "drop" or not pc.any(one.learn.slice(0, size - 1)).as_py():
-                        continue
-                    cut = pa.concat_arrays([one.ids.slice(0, size - 1), pa.array([eos], one.ids.type)])
-                    one = one._replace(ids=cut, learn=one.learn.slice(0, size))
                 if window and window[0].turn != one.turn:
                     yield window
                     window, length = [], 0

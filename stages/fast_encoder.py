@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from han_cuts import MARK, Cuts
 from kit.arrow import compute as pc
 from kit.stage_code import version
-from kit.tokenizer import BYTE_TO_UNICODE
+from kit.tokenizer import BYTE_TO_UNICODE, size
 from split_patterns import BYTE_LEVEL, LLAMA_3, O200K, QWEN_2
 
 # Equal ids were shown for these versions alone. With another one the tier is left out until tests/test_fast_encoder.py
@@ -225,10 +225,9 @@ def probes(tokenizer: Tokenizer) -> list[str]:
         texts.append(f"a{chr(code)}b 1{chr(code)} !{chr(code)}{chr(code)}\n{chr(code)}")
     for token in list(tokenizer.get_added_tokens_decoder().values())[:30]:
         texts += [token.content, f"a{token.content}b {token.content} {token.content * 2}\n"]
-    size = tokenizer.get_vocab_size()
+    ids = range(size(tokenizer))
     return texts + [
-        tokenizer.decode(list(range(start, min(start + 50, size))), skip_special_tokens=False)
-        for start in range(0, size, 50)
+        tokenizer.decode(list(ids[start : start + 50]), skip_special_tokens=False) for start in range(0, len(ids), 50)
     ]
 
 
@@ -246,7 +245,7 @@ class FastEncoder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self.dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+        self.dtype = np.uint16 if size(tokenizer) <= 2**16 else np.uint32
         tiers = [*ENGINES, "hf"]
         wanted = os.environ.get("TERROIR_ENCODER") or tiers[0]
         if wanted not in tiers:

@@ -264,15 +264,21 @@ RULE = st.sampled_from(["split", "truncate", "drop"])
 def test_verify_rebuilds_the_same_blocks(sources: list[Documents], given_: dict[str, Any], rules: Any) -> None:
     """By its own code, from the same documents."""
     blocks = grouped(sources, long_documents=rules, **given_)
+    names = (identity(number) for number in itertools.count())
     documents = [
         verify.Document(
-            str(number), 0, pa.array([one for one, _ in tokens], pa.uint16()), pa.array([m for _, m in tokens])
+            doc_id, str(number), 0, pa.array([i for i, _ in tokens], pa.uint16()), pa.array([m for _, m in tokens])
         )
         for number, source in enumerate(sources)
-        for split, tokens in source
+        for (split, tokens), doc_id in zip(source, names, strict=False)
         if split == "train"
     ]
-    made = list(verify._packed(iter([documents]), {**given_, "long_documents": rules}, PAD, EOS))
+    grouping, rows = {**given_, "long_documents": rules}, list[dict[str, Any]]()
+    shortened = verify._shortened(
+        iter([documents]), grouping, EOS, lambda **row: rows.append({**row, "split": "train"})
+    )
+    made = list(verify._packed(shortened, grouping, PAD))
+    assert rows == blocks.left_out
     assert [ids.to_pylist() for ids, *_ in made] == blocks.ids
     assert [learn.to_pylist() for _, learn, *_ in made] == blocks.learn
     assert [starts for *_, starts, _ in made] == blocks.starts

@@ -392,6 +392,42 @@ def test_altered_files_are_found_though_every_paper_agrees(
     assert said in str(list(failures(altered).values()))
 
 
+def lose_one_left_out(rows: list[dict[str, Any]]) -> None:
+    del rows[0]
+
+
+def one_more_left_out(rows: list[dict[str, Any]]) -> None:
+    rows.append(rows[-1])
+
+
+def more_left_out(rows: list[dict[str, Any]]) -> None:
+    rows[0]["left_out"] += 1
+
+
+def test_what_was_left_out_of_blocks_and_what_each_source_gave_is_counted_anew(
+    varied_project: Path, tmp_path: Path
+) -> None:
+    """Shares of sources, in the register and the model card, are made of these numbers alone."""
+    root = Path(shutil.copytree(varied_project, tmp_path / "project", symlinks=True))
+    assert not failures(root)
+    folder, grouping = root / "data/blocks/packs/left_out", root / "data/blocks/docs/grouping.json"
+    rows = arrow.table(folder).to_pylist()
+    for edit, said in (
+        (lose_one_left_out, "where `truncate` leaves out"),
+        (one_more_left_out, "which is in the blocks"),
+        (more_left_out, f"names {rows[0]['left_out'] + 1} tokens of {rows[0]['doc_id'].hex()} where `truncate` leaves"),
+    ):
+        forge(root, rewrite(folder, edit))
+        assert said in failures(root)["data/blocks/packs"]
+        forge(root, rewrite(folder, lambda now: now.__setitem__(slice(None), rows)))
+        assert not failures(root)
+    content = json.loads(grouping.read_text())
+    content["train"]["line"]["tokens"] += 10
+    content["train"]["csv"]["tokens"] -= 10
+    forge(root, lambda: arrow.write_json(grouping, content))
+    assert "grouping.json says of csv (train)" in failures(root)["data/blocks/docs"]
+
+
 def test_an_excluded_document_that_is_kept_is_found_another_key_too_and_a_missing_one_is_said(altered: Path) -> None:
     decisions = arrow.table(altered / "data/dedup/pretrain/tiny_text").to_pylist()
     kept = next(row["doc_id"] for row in decisions if row["split"] == "train")

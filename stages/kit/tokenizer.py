@@ -23,6 +23,11 @@ BYTE_TO_UNICODE = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n)
 UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
+def size(tokenizer: Tokenizer) -> int:
+    """Return the number of ids, from 0 to the last one; a vocabulary with gaps has fewer entries."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 class Vocabulary:
     """What tokenizer.json and tokenizer_config.json say.
 
@@ -45,11 +50,8 @@ class Vocabulary:
                 f"{folder} holds no tokenizer that can be read ({error}); fetch the files again (a Git LFS pointer is "
                 "not the file), or set train_tokenizer.mode to train."
             ) from None
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        added, vocabulary = content["added_tokens"], content["model"]["vocab"]
-        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        # Not the number of entries: a vocabulary may have gaps.
-        self.size = 1 + max([*numbers, *(int(token["id"]) for token in added)], default=-1)
+        self.size = size(self.tokenizer)
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
         self.special = {role: text for role in ROLES if (text := self.named(role))}
         self.special_texts = [token["content"] for token in added if token["special"]]
         if "eos_token" not in self.special:
