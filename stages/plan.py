@@ -13,6 +13,7 @@ weights, checkpointing, LoRA, a large vocabulary, Muon) were 4 % below to 24 % a
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,13 @@ def optimizer_bytes(name: str, trained: list[tuple[torch.Size, bool]]) -> float:
     return total
 
 
+class _FakeMode(FakeTensorMode):
+    """Tensors without values; a copy of one, as peft makes of `modules_to_save`, is of the same mode."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FakeMode:
+        return self
+
+
 def _build(base: Path, size: int, masked: bool) -> Any:
     config = AutoConfig.from_pretrained(base)
     config.vocab_size = max(size, config.vocab_size if has_weights(base) else 0)
@@ -125,7 +133,8 @@ def _adapt(model: Any, params: Params, steps: int, more_tokens: bool) -> Any:
     # Where the matrices begin does not change their size, and needs values.
     plain = params.lora.model_copy(update={"init_lora_weights": True})
     # Everything is where it belongs, and torch 2.13 cannot move a module of fake tensors.
-    with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+    with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by a copy of one
         return adapters.add(model, params.model_copy(update={"lora": plain}), steps, more_tokens)
 
 
@@ -152,7 +161,7 @@ def make(base: Path, tokenizer: Path, params: Params, block_size: int, steps: in
     """Return the plan of a training of `base` in `steps` steps, with blocks of `block_size` tokens."""
     check_base(base)
     rows, size = params.per_device_train_batch_size, Vocabulary(tokenizer).size
-    with FakeTensorMode():
+    with _FakeMode():
         model = _build(base, size, params.objective == "mlm")
         outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
         linear = {

@@ -132,7 +132,12 @@ def test_the_bits_of_a_quantised_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    "lora", [{**LORA, "init_lora_weights": "pissa"}, {"target_modules": "all-linear", "adalora": {}}]
+    "lora",
+    [
+        {**LORA, "init_lora_weights": "pissa"},
+        {"target_modules": "all-linear", "adalora": {}},
+        {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]},  # copies of what has no values
+    ],
 )
 def test_every_kind_of_adapter_has_the_size_of_the_real_one(base: Path, lora: dict[str, Any]) -> None:
     settings = params(lora=lora)

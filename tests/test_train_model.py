@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 import bpe_training
 import loss_head
 import optimizers
+import plan
 import tiny
 import train_loop
 import train_tokenizer
@@ -725,6 +726,8 @@ def test_an_adapter_learns_new_tokens(extended: tuple[Path, Path], tmp_path: Pat
     tied = arrow.read_json(weights / "config.json")["tie_word_embeddings"]
     settings = params(lora=ALL, max_steps=2)
     model, _ = run_training(weights, longer, settings, tmp_path / "run")
+    planned = plan.make(weights, longer, settings, 16, 2)
+    assert (planned.parameters, planned.trained) == tuple(train_loop.sizes(model).values())
     train_loop.save(model, longer, weights, settings, tmp_path / "trained")
     saved = load_file(tmp_path / "trained/adapter_model.safetensors")
     whole = sorted(name.split(".")[-2] for name, tensor in saved.items() if tensor.shape == (309, 64))
