@@ -42,6 +42,8 @@ recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
 chat: serving  ## make chat PHASE=...: talk to a merged model in the terminal; !help lists commands, !exit ends
 	@test -f models/$(PHASE)/merged/chat_template.jinja || { echo "models/$(PHASE)/merged has no chat template, so it \
 continues text but does not chat: make serve PHASE=$(PHASE), then POST /v1/completions"; exit 1; }
+	@! python -c 'import socket; socket.create_connection(("127.0.0.1", $(PORT)), 1)' 2>/dev/null || { \
+		echo "something answers on port $(PORT) already, perhaps with another model; make chat PORT=$$(($(PORT) + 1))"; exit 1; }
 	@$(SERVE) --log-level error >.work/serve.log 2>&1 & server=$$!; trap "exit 130" INT TERM HUP; \
 		trap "kill $$server 2>/dev/null; { wait $$server; } 2>/dev/null" EXIT; \
 		until python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:$(PORT)/health")' 2>/dev/null; do \

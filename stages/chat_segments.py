@@ -48,7 +48,7 @@ class Marker:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
 
             class Generation(Extension):
-                """{% generation %} ... {% endgeneration %}, with which some templates mark answers."""
+                """{% generation %} ... {% endgeneration %}, with which some templates mark answers; all are learned."""
 
                 tags = {"generation"}  # noqa: RUF012
 

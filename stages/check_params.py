@@ -72,7 +72,7 @@ def check_raw(content: dict[str, Any]) -> None:
     for name, source in content["sources"].items():
         path = Path(source["path"])
         if not (path.exists() or written & {path, *path.parents}):
-            tracked = path.with_name(f"{path.name}.dvc").is_file()
+            tracked = any(one.with_name(f"{one.name}.dvc").is_file() for one in (path, *path.parents) if one.name)
             how = "run `dvc pull`" if tracked else "put the files there, correct the path, or remove the source"
             raise SystemExit(f"sources.{name}.path: {path} does not exist; {how}.")
 

@@ -276,9 +276,10 @@ def main(phase: str) -> None:
             if not out.rows or (split == "train" and grouper.tokens + left_out.tokens < params.block_size):
                 key = "long_documents" if listed else "last_block"
                 beside = f" beside {left_out.tokens:,} that `{key}` leaves out" if left_out.tokens else ""
+                how = "raise" if listed and left_out.tokens else "lower"
                 raise SystemExit(
                     f"phase {phase}: the {split} split has {grouper.tokens:,} tokens{beside}, too few for a block of "
-                    f"{params.block_size:,}; lower phases.{phase}.group_blocks.block_size or add text"
+                    f"{params.block_size:,}; {how} phases.{phase}.group_blocks.block_size or add text"
                     f"{f', or change `{key}`' * bool(beside)}."
                 )
             padding = out.rows * params.block_size - grouper.tokens

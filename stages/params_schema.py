@@ -31,8 +31,8 @@ from kit import params
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", text):
-        raise ValueError(f"the name `{text}` becomes a folder: use lower-case letters, digits and _")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]{0,99}", text):
+        raise ValueError(f"the name `{text}` becomes a folder: use lower-case letters, digits and _, 100 at most")
     return text
 
 

@@ -54,7 +54,7 @@ class Params(BaseModel):
     )
     separator: str | None = Field(
         None,
-        description="sample_by separator only: regular expression (^ and $ at each line, whatever ends it), each match "
+        description="sample_by separator only: regular expression (^ and $ at each line, of LF or CR LF), each match "
         "begins a document and stays in it, e.g. `^# `",
     )
     delimiter: str | None = Field(

@@ -59,10 +59,13 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
         names = wanted
         datasets = {name for name in names if _is_dataset(folder / name, params)}
         gone = {name for name in datasets if f"{name}/state.json" not in names}
+        of_gone = [name for name in names if gone.intersection(_parents(name)) and _holds_rows(name)]
         names = [name for name in names if not gone.intersection((name, *_parents(name)))]
         datasets -= gone
         inside = [name for name in left_out if datasets.intersection(_parents(name))]
-        if part := [name for name in inside if fnmatch(name, "*.arrow") and not fnmatch(name, "*/cache-*")]:
+        part = [name for name in inside if _holds_rows(name)]
+        part += [f"{one}/state.json" for one in sorted(gone) if any(one in _parents(name) for name in of_gone)]
+        if part:
             raise SystemExit(
                 f"{folder / part[0]}: `ignore` names it, but the folder is read as a whole; name all of it or not this."
             )
@@ -112,6 +115,10 @@ def _is_folder(path: Path) -> bool:
 
 def _parents(name: str) -> list[str]:
     return [parent.as_posix() for parent in Path(name).parents]
+
+
+def _holds_rows(name: str) -> bool:
+    return fnmatch(name, "*.arrow") and not fnmatch(name, "*/cache-*")
 
 
 def shards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -189,6 +190,20 @@ def finish(folder: Path, **environment: str) -> Path:
     return folder
 
 
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """Return a folder that `build` has filled once for all processes that run tests; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder.with_name(f"{folder.name}.done")).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed, in which a second try might succeed
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The tiny project, finished twice from nothing; to be read, never written.
@@ -196,7 +211,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     What must not matter differs: the folder, the number of workers, the hash seed, time stamps, and the order in which
     the files came to lie in their folders. Both run at once, because the start of torch leaves a core idle.
     """
-    one, other = (write_tiny_project(tmp_path_factory.mktemp("finished") / path) for path in ("project", "a/twin"))
+    folder = shared(tmp_path_factory, "finished", _finish_twins)
+    return folder / "project", folder / "a/twin"
+
+
+def _finish_twins(folder: Path) -> None:
+    one, other = (write_tiny_project(folder / path) for path in ("project", "a/twin"))
     raw = other / "data/raw/tiny_text"
     for number, path in enumerate(sorted(raw.iterdir(), reverse=True)):
         content = path.read_bytes()
@@ -206,7 +226,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(finish, one, TERROIR_WORKERS="1", PYTHONHASHSEED="1")
         second = pool.submit(finish, other, TERROIR_WORKERS="2", PYTHONHASHSEED="2")
-        return first.result(), second.result()
+        first.result(), second.result()
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +246,7 @@ def varied_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project of tests/varied.py, run up to its blocks. To be read, never written."""
     import varied
 
-    return varied.build(tmp_path_factory.mktemp("varied") / "project")
+    return shared(tmp_path_factory, "varied", lambda folder: varied.build(folder / "project")) / "project"
 
 
 SCRIPT = '''"""Shout what the input says.

@@ -137,6 +137,7 @@ MISTAKES = {
     "an empty path": ("data/raw/laws", "''", "line 7: .* should have at least 1 character"),
     "a name with a slash": ("  laws:", "  a/b:", "line 5: .*the name `a/b` becomes a folder: use lower-case letters"),
     "a name in capitals": ("  laws:", "  Laws:", "line 5: .*the name `Laws` becomes a folder"),
+    "a name of 101 letters": ("  laws:", f"  {'a' * 101}:", "becomes a folder: use .*, 100 at most"),
     "an unknown phase": (
         "phase: law",
         "phase: lwa",

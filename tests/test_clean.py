@@ -1122,3 +1122,7 @@ def test_a_folder_of_save_to_disk_is_read_as_one_file(project: Path, monkeypatch
     write_sources(project, two={"format": "arrow", "ignore": ["train/data-*"]})
     with pytest.raises(SystemExit, match=r"train/data-00000.*: `ignore` names it, but the folder is read as a whole"):
         clean.main("two")
+    for pattern in ("*.json", "train/state.json"):
+        write_sources(project, two={"format": "arrow", "ignore": [pattern]})
+        with pytest.raises(SystemExit, match=r"/state.json: `ignore` names it, but the folder is read as a whole"):
+            clean.main("two")

@@ -391,17 +391,24 @@ def test_what_belongs_to_another_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "key"), [({"last_block": "drop"}, "last_block"), ({"mode": "line", "long_documents": "drop"}, "long_doc")]
+    ("group", "key", "how"),
+    [
+        ({"last_block": "drop"}, "last_block", "lower"),
+        ({"mode": "line", "long_documents": "drop"}, "long_documents", "raise"),
+    ],
 )
 def test_a_split_that_is_left_out_as_a_whole_is_not_called_empty(
-    project: Path, run_stage: Runner, group: dict[str, str], key: str
+    project: Path, run_stage: Runner, group: dict[str, str], key: str, how: str
 ) -> None:
     tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": {"block_size": 8, **group}})
     tiny.tokenizer(project / "models/tokenizers/p")
     rows: Documents = [("train", [(5, True)] * 8)] * 2 + [("eval", [(5, True)] * (9 if "mode" in group else 7))]
     write_tokens(project / "data/tokens/p/p_text", rows, learn=False)
     finished = run_stage(project, "group_blocks", "p")
-    assert f"the eval split has 0 tokens beside {len(rows[2][1])} that `{key}" in finished.stderr
+    said = (
+        f"the eval split has 0 tokens beside {len(rows[2][1])} that `{key}` leaves out, too few for a block of 8; {how}"
+    )
+    assert said in finished.stderr
 
 
 def test_a_block_larger_than_the_corpus_is_refused_and_the_previous_blocks_stay(

@@ -150,6 +150,25 @@ def test_random_blocks_come_out_of_the_raw_files_alike(lineage: Lineage) -> None
     assert {one["phase"] for one in found} == {"docs", "packs", "talk"}
 
 
+@pytest.mark.parametrize(
+    ("column", "said"), [("input_ids", "the tokens of data/raw/"), ("learn", "what is learned is not")]
+)
+def test_a_block_that_is_not_what_the_raw_files_give_is_named(
+    project: Path, tmp_path: Path, column: str, said: str
+) -> None:
+    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+    folder = root / "data/blocks/talk/train"
+    table = arrow.table(folder)
+    schema, rows, counts = table.schema, table.to_pylist(), arrow.manifest(folder)["counts"]
+    del table
+    rows[3][column][2] = rows[3][column][2] + 1 if column == "input_ids" else not rows[3][column][2]
+    with arrow.Writer(folder, schema) as out:
+        out.write(pa.Table.from_pylist(rows, schema))
+        out.counts = counts
+    wrong = [one["wrong"] for one in replay(Lineage(root), ["talk"], 300, seed=5) if one["wrong"]]
+    assert len(wrong) == 1 and wrong[0].startswith(f"block 3: {said}")
+
+
 def test_random_records_are_judged_anew_and_a_forged_reason_is_found(
     lineage: Lineage, project: Path, tmp_path: Path
 ) -> None:

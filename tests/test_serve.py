@@ -88,6 +88,21 @@ def test_the_openai_client_gets_the_pipelines_answer(workspace: Path, server: st
     assert client.models.list().object == "list"
 
 
+def test_a_chat_does_not_talk_to_a_server_that_is_there_already(workspace: Path) -> None:
+    """It may be of another project; its answers would be taken for those of this model."""
+    command = ["make", "--no-print-directory", "-n", "chat", "PHASE=chat", f"PORT={(port := free_port())}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
+    (line,) = (line for line in printed.splitlines() if "create_connection" in line)
+    ask = ["sh", "-c", line.replace("python", shlex.quote(sys.executable), 1)]
+    assert subprocess.run(ask, cwd=workspace, check=False).returncode == 0
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", port))
+        one.listen()
+        done = subprocess.run(ask, cwd=workspace, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"perhaps with another model; make chat PORT={port + 1}\n")
+
+
 @pytest.mark.parametrize("end", ["!exit", "Ctrl-C"])
 def test_a_chat_in_the_terminal(workspace: Path, end: str) -> None:
     """What a user types is answered; `!exit` or Ctrl-C ends the chat and, without any help, the server."""
