@@ -141,6 +141,53 @@ def test_a_lost_document_is_never_published(varied_project: Path, monkeypatch: p
         described(varied_project, "packs")
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "said"),
+    [
+        ("clean", "records_in", "records of clean: 6 went in, 5 came out"),
+        ("clean", "documents_out", "records of clean: 5 went in, 6 came out"),
+        ("dedup", "documents_in", "documents of dedup: 4 went in, 5 came out"),
+        ("dedup", "train", "documents after dedup: 4 went in, 5 came out"),
+        ("dedup", "eval_bytes", "bytes after dedup: 40 went in, 41 came out"),
+        ("tokens", "documents_in", "documents of tokens: 3 went in, 4 came out"),
+        ("blocks", "tokens_shown", "train tokens of blocks: 7 went in, 8 came out"),
+    ],
+)
+def test_what_does_not_add_up_is_never_published(stage: str, key: str, said: str) -> None:
+    found: dict[str, Any] = {
+        "clean": {"records_in": 5, "documents_out": 4, "dropped": {"length": 1}},
+        "dedup": {"documents_in": 4, "train": 2, "eval": 1, "dropped": {"exact_duplicate": 1}}
+        | {"bytes_in": 40, "train_bytes": 20, "eval_bytes": 10, "dropped_bytes": 10},
+        "tokens": {"documents_in": 3},
+        "blocks": {"train": {"weight": 1, "tokens_in": 7, "tokens_shown": 7}},
+    }
+    source_register._conserved("laws", found, True)
+    with pytest.raises(ValueError, match=r"laws: .* went in"):
+        source_register._conserved("laws", found, False)
+    place = found[stage]["train"] if stage == "blocks" else found[stage]
+    place[key] += 1
+    with pytest.raises(ValueError, match=f"laws: {said}; nothing was published"):
+        source_register._conserved("laws", found, True)
+    found["blocks"]["train"]["weight"] = 2  # shown twice
+    if stage == "blocks":
+        source_register._conserved("laws", found, True)
+
+
+@pytest.mark.parametrize("phase", ["packs", "talk"])
+def test_what_blocks_leave_out_is_what_they_leave_out_of_their_sources(
+    varied_project: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    monkeypatch.chdir(varied_project)
+    grouping = arrow.read_json(Path(f"data/blocks/{phase}/grouping.json"))
+    by_source, all_ = source_register.left_out(Path("data/blocks", phase)), source_register.totals(phase, grouping)
+    for split in ("train", "eval"):
+        assert all_[split]["left_out"] == sum(n for (of, _), n in by_source.items() if of == split)
+    assert all_["train"]["left_out"]
+    grouping["eval"][next(iter(grouping["eval"]))]["tokens"] += 1
+    with pytest.raises(ValueError, match="eval tokens were shown, its blocks account for others"):
+        source_register.totals(phase, grouping)
+
+
 @pytest.mark.parametrize("phase", ["docs", "packs", "talk"])
 def test_the_croissant_names_every_shard_with_its_digest_and_every_source(
     varied_project: Path, monkeypatch: pytest.MonkeyPatch, phase: str
