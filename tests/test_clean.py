@@ -92,7 +92,8 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 def write_sources(project: Path, **groups: dict[str, Any]) -> None:
     """Write a params.yaml whose sources are `groups`: name -> its `clean` group; each reads data/raw/NAME."""
-    tiny.params_yaml(project, p={"base": "models/configs/llama_small"})
+    tokenizer = {"mode": "train", "vocab_size": 300, "chat_template": "human_assistant"}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "train_tokenizer": tokenizer})
     content = json.loads((project / "params.yaml").read_text())
     content["sources"] = {
         name: {"phase": "p", "path": f"data/raw/{name}", "clean": {"license": "unknown", **group}}

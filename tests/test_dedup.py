@@ -464,7 +464,8 @@ def test_a_system_turn_that_all_share_makes_no_twins_of_them(project: Path, run_
     ]
     write(project / "data/benchmarks/quiz.txt", f"{QUIZ}\n")
     how = {"near_duplicates": {}, "decontaminate": {"quiz": {}}}
-    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "dedup": how})
+    tokenizer = {"mode": "train", "vocab_size": 300, "chat_template": "human_assistant"}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "dedup": how, "train_tokenizer": tokenizer})
     content = json.loads((project / "params.yaml").read_text())
     content["sources"]["p_text"]["clean"] = {"format": "jsonl", "record": "messages", "license": "unknown"}
     write(project / "params.yaml", json.dumps(content))

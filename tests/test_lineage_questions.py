@@ -165,7 +165,7 @@ def test_a_block_that_is_not_what_the_raw_files_give_is_named(
     with arrow.Writer(folder, schema) as out:
         out.write(pa.Table.from_pylist(rows, schema))
         out.counts = counts
-    wrong = [one["wrong"] for one in replay(Lineage(root), ["talk"], 300, seed=5) if one["wrong"]]
+    wrong = [said for one in replay(Lineage(root), ["talk"], 300, seed=5) for said in one["wrong"]]
     assert len(wrong) == 1 and wrong[0].startswith(f"block 3: {said}")
 
 
@@ -278,7 +278,9 @@ def test_the_canaries_come_back_with_the_steps_and_models_that_saw_them(project:
         first = min(step for block in found["blocks"] for step in block["steps"])
         model = {"phase": phase.name, "model": f"models/{phase.name}/merged", "state": "not made yet; run `dvc repro`"}
         assert found["models"] == [{**model, "first_step": first}]
-        assert found["verdict"] == "trained"
+        reached = {n for block in found["blocks"] for n in range(block["from"], block["from"] + block["tokens"])}
+        part = f"trained in part: {len(reached)} of its {found['tokens']} tokens in {phase.steps} steps"
+        assert found["verdict"] == ("trained" if len(reached) == found["tokens"] else part)
         seen += 1
     assert seen >= 10
 

@@ -378,7 +378,7 @@ def write(path: Path, content: bytes) -> None:
         ("data/raw/tiny_text/03.txt", b"bridges", b"ferries", "line 1 is not the record whose raw_id"),
         ("data/clean/chat/tiny_qa/source.json", b'"dropped": 0', b'"dropped": 1', "source.json says 1 dropped"),
         ("data/clean/chat/tiny_qa/source.json", b'"utf-8"', b'"uuf-8"', "cannot be read as it should be (LookupError"),
-        ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "cannot be read as it should be"),
+        ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "says of tiny_qa (eval)"),
         ("models/pretrain/trained/training.json", b"models/configs/tiny", b"models/configs/tine", "names the base"),
         ("models/pretrain/trained/training.json", b'"blocks": ', b'"blocks": 1', "tells of other steps or blocks"),
         ("models/pretrain/merged/config.json", b'"model_type"', b'"model_tipe"', "merged/config.json is not that of"),
