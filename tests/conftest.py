@@ -191,7 +191,7 @@ def finish(folder: Path, **environment: str) -> Path:
 
 
 def shared(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
-    """Return a folder that `build` has filled once for all processes that run tests; the others wait for it."""
+    """Return this process's copy of a folder that `build` fills once for all processes that run tests."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
@@ -201,7 +201,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[
             folder.mkdir()
             build(folder)
             done.touch()
-    return folder
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / "own", symlinks=True))
 
 
 @pytest.fixture(scope="session")
