@@ -169,7 +169,8 @@ def build(root: Path, records: int) -> dict[str, Any]:
     params = train_tokenizer.Params(mode="train", vocab_size=300, min_frequency=1)
     (root / "models/tokenizers/p").mkdir(parents=True)
     train_tokenizer.train(iter(["some text"] * 3), params).save(str(root / "models/tokenizers/p/tokenizer.json"))
-    arrow.write_json(home / "source.json", {"unit": "line", "format": "jsonl", "encoding": "utf-8"})
+    (root / "data/sources/p/big").mkdir(parents=True)
+    arrow.write_json(root / "data/sources/p/big/source.json", {"unit": "line", "format": "jsonl", "encoding": "utf-8"})
     (root / "dvc.lock").write_text(LOCK)
     return {"known": known, "blocks": blocks, "ledger": size(home / "ledger") / records}
 

@@ -68,7 +68,7 @@ class Cache:
         if not target.is_dir():
             made = build()
             temporary = home / f".tmp-{target.name}-{os.getpid()}"
-            temporary.mkdir(parents=True)
+            temporary.mkdir(parents=True, exist_ok=True)  # of a killed process of the same number
             for column, values in made.items():
                 np.save(temporary / f"{column}.npy", values)
             earlier = [path for path in home.glob("[!.]*") if path != target]

@@ -47,7 +47,7 @@ class Source:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        return read_json(self.lineage.root, f"data/clean/{self.phase}/{self.name}/source.json")
+        return read_json(self.lineage.root, f"data/sources/{self.phase}/{self.name}/source.json")
 
     @functools.cached_property
     def ledger(self) -> Folder:

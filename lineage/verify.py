@@ -482,8 +482,8 @@ class Project:
             out = next((path for path in stage.outs if path.startswith(f"data/clean/{phase}/")), None)
             if stage.name == "clean" and out:
                 raw = next(path for path in stage.inputs if path != RULES)
-                about = json.loads((self.root / out / "source.json").read_text(encoding="utf-8"))
-                found.append(Source(stage.item, phase, raw, stage.group, about))
+                about = (self.root / "data/sources" / phase / stage.item / "source.json").read_text(encoding="utf-8")
+                found.append(Source(stage.item, phase, raw, stage.group, json.loads(about)))
         return sorted(found, key=lambda source: source.name)
 
     def group(self, stage: str, item: str) -> dict[str, Any]:
@@ -658,7 +658,8 @@ def check_strangers(project: Project, report: Report) -> None:
     outs = {out for stage in project.all.values() for out in (*stage.outs, *stage.deps)}
     # The run records of what params.yaml no longer names stay in Git, and are listed with their stages as not checked.
     outs |= {f"{RECORDS}/{name}.json" for name in project.gone}
-    for top in ("data/clean", "data/dedup", "data/marked", "data/tokens", "data/blocks", "models", RECORDS):
+    kinds = ("clean", "sources", "dedup", "marked", "tokens", "blocks")
+    for top in (*(f"data/{kind}" for kind in kinds), "models", RECORDS):
         for file in project.digests.files(top):
             if not any(file == out or file.startswith(out + "/") for out in outs) and "/configs/" not in file:
                 report.fail("dvc.lock", file, "no stage that dvc.lock and params.yaml name has written it")
@@ -1806,11 +1807,12 @@ def verify(root: Path, phase: str | None = None, key: bytes | None = None) -> Re
 
 
 def _check_phase(project: Project, phase: str, report: Report) -> None:
-    clean, decisions, tokens, blocks = (f"data/{kind}/{phase}" for kind in ("clean", "dedup", "tokens", "blocks"))
+    kinds = ("sources", "clean", "dedup", "tokens", "blocks")
+    declared, clean, decisions, tokens, blocks = (f"data/{kind}/{phase}" for kind in kinds)
     trained, merged, at = f"models/{phase}/trained", f"models/{phase}/merged", f"models/tokenizers/{phase}"
-    sources = attempt(report, "sources", clean, [], project.sources, phase) or []
+    sources = attempt(report, "sources", declared, [], project.sources, phase) or []
     for source in sources:
-        needs = [source.folder("ledger"), source.folder("documents")]
+        needs = [source.folder(kind) for kind in ("ledger", "documents", "sources")]
         attempt(report, "raw -> documents", needs[0], needs, check_raw, project, source, report)
     if sources and f"dedup@{phase}" in project.stages:
         needs = [clean, decisions, EXCLUSIONS]

@@ -41,7 +41,7 @@ def read_text(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
         return
     text = data.decode(codec)
     begins = 1 if text.startswith("\ufeff") else 0  # where ^ matches: behind the byte order mark
-    cuts = [0, *(place for place in _matches(params.separator, text, begins) if place > begins), len(text)]
+    cuts = [0, *(place for place in matches(params.separator, text, begins) if place > begins), len(text)]
     start, line = 0, 1
     for part in (text[begin:end] for begin, end in pairwise(cuts)):
         raw = data[start : start + len(part.encode(codec))]  # each codec here writes the bytes that it has read
@@ -49,7 +49,7 @@ def read_text(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
         start, line = start + len(raw), line + part.count("\n")
 
 
-def _matches(separator: str, text: str, begin: int) -> Iterator[int]:
+def matches(separator: str, text: str, begin: int) -> Iterator[int]:
     r"""Yield where matches of a separator begin; its $ stands before CR LF, too, unless it names \r itself."""
     lines, returns = text, list[int]()
     if "\r\n" in text and "\r" not in separator and r"\r" not in separator:

@@ -53,7 +53,8 @@ def _state() -> str:
 def check_leftovers(content: dict[str, Any]) -> None:
     """Raise SystemExit when data/ or models/ holds the output of what is gone from params.yaml."""
     wanted = {f"{source['phase']}/{name}" for name, source in content["sources"].items()}
-    found = [path for name in ("clean", "dedup", "marked", "tokens") for path in sorted(Path("data", name).glob("*/*"))]
+    kinds = ("clean", "sources", "dedup", "marked", "tokens")
+    found = [path for name in kinds for path in sorted(Path("data", name).glob("*/*"))]
     left = [path for path in found if f"{path.parent.name}/{path.name}" not in wanted]
     gone = [(path, "no source in params.yaml, but would still be read") for path in left if _is_output(path)]
     for folder in ("data/blocks", "models/tokenizers", "models"):

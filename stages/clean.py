@@ -1,9 +1,10 @@
 """Turn raw files into documents, with a ledger row for every raw record.
 
 Reads:  the source's `path` in data/raw (a file or a folder), the lists in data/rules that its rules name
-Writes: data/clean/PHASE/SOURCE/documents   kept records, in the order of file name and place in the file
-        data/clean/PHASE/SOURCE/ledger      every raw record: where it stands, kept or dropped, by which rule
-        data/clean/PHASE/SOURCE/source.json licence, owner, origin and so on, how it was read, counts
+Writes: data/clean/PHASE/SOURCE/documents       kept records, in the order of file name and place in the file
+        data/clean/PHASE/SOURCE/ledger          every raw record: where it stands, kept or dropped, by which rule
+        data/sources/PHASE/SOURCE/source.json   licence, owner, origin and so on, how it was read, counts: apart, so
+                                                that a corrected note re-runs describe_model alone
 Params: sources.SOURCE.clean
 
 Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x81\\r\\n\\nlast":
@@ -38,6 +39,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field
 from pydantic_core import to_json
 
+import byte_formats
 import clean_rules
 import list_rules
 import raw_formats
@@ -402,12 +404,19 @@ def text_bytes(content: pa.Array) -> np.ndarray:
     return np.diff(reach[content.offsets.to_numpy()])
 
 
+def _stands(params: Params, root: Path, files: list[str]) -> bool:
+    """Return whether the separator of texts matches anywhere, perhaps where each file begins."""
+    found = (record.content for file in files for record in raw_formats.records(paths(root, file)[0], params))
+    return any(True for text in found for _ in byte_formats.matches(str(params.separator), str(text), 0))
+
+
 def main(name: str) -> None:
     params = read_params(f"sources.{name}.clean", Params)
     where = read_params(f"sources.{name}", Source)
     root = Path(where.path)
-    with stage.run("clean", name, [str(root), str(list_rules.FOLDER)], [f"data/clean/{where.phase}/{name}"]) as run:
-        (folder,) = run.outputs
+    outputs = [f"data/{kind}/{where.phase}/{name}" for kind in ("clean", "sources")]
+    with stage.run("clean", name, [str(root), str(list_rules.FOLDER)], outputs) as run:
+        folder, beside = run.outputs
         for rule in params.rules:
             rule.load()
         run.guard(list_rules.FOLDER).check()
@@ -490,15 +499,15 @@ def main(name: str) -> None:
                 f"{', '.join(f'{rule} ({count})' for rule, count in dropped.most_common())}: {example[0]}; "
                 f"see sources.{name}.clean in params.yaml."
             )
-        if params.separator and ledger.rows == len(files):
+        if params.separator and ledger.rows == len(files) and not _stands(params, root, files):
             raise SystemExit(
-                f"sources.{name}.clean.separator: `{params.separator}` cuts no file of {root}, each is one record; "
-                "correct it, or say that this is meant with `sample_by: document`."
+                f"sources.{name}.clean.separator: `{params.separator}` stands in no file of {root}, so each is one "
+                "record; correct it, or say that this is meant with `sample_by: document`."
             )
         counts = {"files": len(files), "records": ledger.rows, "kept": documents.rows, "dropped": dropped.total()}
         about = params.model_dump(include=set(ABOUT))
         about |= {**counts, "bytes": size, "changed": changed, "unit": raw_params.unit(params)}
-        arrow.write_json(folder / "source.json", about)
+        arrow.write_json(beside / "source.json", about)
         memo.sweep()
         ends.sweep()
         run.count(**counts, ignored_files=ignored, changed=changed)

@@ -1,7 +1,7 @@
 """Write the model card of a phase: what it was trained on, how well it does, and the digests that prove it.
 
-Reads:  data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE, models/PHASE/merged,
-        models/PHASE/trained/training.json
+Reads:  data/sources, data/clean, data/dedup, data/tokens and data/blocks of PHASE, metrics/PHASE,
+        models/PHASE/merged, models/PHASE/trained/training.json
 Writes: reports/PHASE/model_card.md    in the form of a Hugging Face model card
         reports/PHASE/generations.md   what base and merged model wrote, one under the other
         reports/PHASE/funnel.json      records, bytes and tokens into and out of each stage, for each source
@@ -35,7 +35,7 @@ def data_rows(phase: str, sources: list[str]) -> list[dict[str, Any]]:
     """Return one row per source: origin, licence, owner and the conserved counts of each stage."""
     rows = []
     for source in sources:
-        about = arrow.read_json(Path("data/clean", phase, source, "source.json"))
+        about = source_register.read_about(phase, source)
         ledger = arrow.manifest(Path("data/clean", phase, source, "ledger"))["counts"]
         dedup = arrow.manifest(Path("data/dedup", phase, source))["counts"]
         tokens = arrow.manifest(Path("data/tokens", phase, source))["counts"]
@@ -163,7 +163,7 @@ def generations(phase: str, evaluation: dict[str, Any]) -> str:
 
 def main(phase: str) -> None:
     base = read_params(f"phases.{phase}", Phase).base
-    inputs = [f"data/{name}/{phase}" for name in ("clean", "dedup", "tokens", "blocks")]
+    inputs = [f"data/{name}/{phase}" for name in ("sources", "clean", "dedup", "tokens", "blocks")]
     trained = Path("models", phase, "trained/training.json")
     inputs += [f"metrics/{phase}", f"models/{phase}/merged", str(trained)]
     with stage.run("describe_model", phase, inputs, [f"reports/{phase}"]) as run:

@@ -119,6 +119,9 @@ def command(script: str, *arguments: str) -> list[str]:
                 f"for {number} on a CPU set NUM_PROCESSES and no ACCELERATE_CONFIG_FILE."
             )
         how = ["accelerate.commands.launch", "--config_file", config]
+        if _config().get("main_process_port") is None:
+            # A free one: accelerate's is 29500, on which two trainings that start together would meet.
+            how += ["--main_process_port", "0"]
         how += ["--num_processes", os.environ["NUM_PROCESSES"]] if "NUM_PROCESSES" in os.environ else []
     return [sys.executable, "-m", *how, script, *arguments]
 

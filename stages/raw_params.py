@@ -21,8 +21,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 UNITS = {"parquet": "row", "arrow": "row", "pdf": "page", "docx": "paragraph"}  # all others: line
 WHOLE = (("pdf", "document"), ("docx", "document"))  # all pages or paragraphs of a file are one record
-# The columns of each kind of row: those that it must have, and those that it may have.
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+# The columns of each kind of row: those that it must have, and those that it may have.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "alpaca": (("instruction", "input", "output"), ("system", "history")),

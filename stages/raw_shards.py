@@ -58,17 +58,18 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
         left_out = sorted(name for name in set(names) - set(wanted) if (root / name).is_file())
         names = wanted
         datasets = {name for name in names if _is_dataset(folder / name, params)}
-        gone = {name for name in datasets if f"{name}/state.json" not in names}
-        of_gone = [name for name in names if gone.intersection(_parents(name)) and _holds_rows(name)]
-        names = [name for name in names if not gone.intersection((name, *_parents(name)))]
-        datasets -= gone
-        inside = [name for name in left_out if datasets.intersection(_parents(name))]
-        part = [name for name in inside if _holds_rows(name)]
-        part += [f"{one}/state.json" for one in sorted(gone) if any(one in _parents(name) for name in of_gone)]
-        if part:
-            raise SystemExit(
-                f"{folder / part[0]}: `ignore` names it, but the folder is read as a whole; name all of it or not this."
-            )
+        for name in sorted(datasets):
+            inside = [one for one in [*names, *left_out] if one.startswith(f"{name}/")]
+            needed = set(filter(_is_needed, inside))
+            part = sorted(needed.intersection(left_out))
+            if len(part) == len(needed):  # all of it is ignored
+                datasets.remove(name)
+                names = sorted(set(names).difference(inside, [name]))
+            elif part:
+                raise SystemExit(
+                    f"{folder / part[0]}: `ignore` names it, but the folder is read as a whole; name all of it or not "
+                    "this."
+                )
         names = [name for name in names if name in datasets or not datasets.intersection(_parents(name))]
         names = [name for name in names if name in datasets or not _is_folder(folder / name)]
         names = [name for name in names if params.format != "arrow" or Path(name).name != "dataset_dict.json"]
@@ -117,8 +118,9 @@ def _parents(name: str) -> list[str]:
     return [parent.as_posix() for parent in Path(name).parents]
 
 
-def _holds_rows(name: str) -> bool:
-    return fnmatch(name, "*.arrow") and not fnmatch(name, "*/cache-*")
+def _is_needed(name: str) -> bool:
+    """Return whether a file of a folder of `save_to_disk` says what its rows are; the others are caches and notes."""
+    return name.endswith("/state.json") or (name.endswith(".arrow") and not fnmatch(name, "*/cache-*"))
 
 
 def shards(

@@ -53,10 +53,15 @@ def left_out(blocks: Path) -> Counter[tuple[str, str]]:
     return Counter({(row["split"], row["source"]): row["left_out_sum"] for row in sums})
 
 
+def read_about(phase: str, source: str) -> dict[str, Any]:
+    """Return what is declared about a source, how it was read, and its counts."""
+    return dict(arrow.read_json(Path("data/sources", phase, source, "source.json")))
+
+
 def funnel(phase: str, source: str, grouping: dict[str, Any]) -> dict[str, Any]:
     """Return the counts of one source at each stage. Raises ValueError where what goes in is not what comes out."""
     clean, decisions = Path("data/clean", phase, source), Path("data/dedup", phase, source)
-    about = arrow.read_json(clean / "source.json")
+    about = read_about(phase, source)
     ledger = arrow.manifest(clean / "ledger")["counts"]
     rules = {name.removeprefix("dropped_"): n for name, n in ledger.items() if name.startswith("dropped_")}
     personal = 0
@@ -149,7 +154,7 @@ def register(phase: str, funnels: dict[str, dict[str, Any]]) -> list[dict[str, A
     total = sum(held.values())
     entries = []
     for source, one in sorted(funnels.items()):
-        about = arrow.read_json(Path("data/clean", phase, source, "source.json"))
+        about = read_about(phase, source)
         entries.append(
             {
                 "source": source,

@@ -310,7 +310,7 @@ def test_the_published_folder_accounts_for_every_record(machines: list[Path], ru
     for name in FORMATS:
         assert run_stage(project, "clean", name).returncode == 0
         folder, raw = project / "data/clean/p" / name, project / "data/raw" / name
-        about = arrow.read_json(folder / "source.json")
+        about = arrow.read_json(project / "data/sources/p" / name / "source.json")
         visible = sorted(str(p.relative_to(raw)) for p in raw.rglob("*") if p.is_file() and p.name != ".hidden.txt")
         ledger, documents = arrow.table(folder / "ledger").to_pylist(), arrow.table(folder / "documents")
         assert list(dict.fromkeys(row["file"] for row in ledger)) == visible
@@ -461,13 +461,13 @@ def test_a_bad_source_gets_one_sentence_and_the_previous_output_stays(
 
 
 def test_a_separator_that_cuts_nothing_is_refused(project: Path, run_stage: Runner) -> None:
-    """Misspelt, it would leave each file one document; one file that it cuts is enough."""
-    write_files(project / "data/raw/s", {"a.txt": b"# 1\nx\n# 2\ny\n", "b.txt": b"one\n"})
-    for separator, status in (("^## ", 1), ("^# ", 0)):
+    """Misspelt, it would leave each file one document; one match is enough, also where a file begins."""
+    write_files(project / "data/raw/s", {"a.txt": b"one\n", "b.txt": b"# 1\r\nx\r\n"})
+    for separator, status in (("^## ", 1), ("^# .$", 0)):
         write_sources(project, s={"format": "text", "sample_by": "separator", "separator": separator})
         finished = run_stage(project, "clean", "s")
         assert finished.returncode == status, finished.stderr
-        assert ("sources.s.clean.separator: `^## ` cuts no file of data/raw/s" in finished.stderr) == bool(status)
+        assert ("sources.s.clean.separator: `^## ` stands in no file of data/raw/s" in finished.stderr) == bool(status)
 
 
 def test_filled_placeholders_are_noted_and_one_that_stands_nowhere_is_refused(project: Path, run_stage: Runner) -> None:
@@ -778,16 +778,15 @@ def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
 
 
 def test_another_licence_or_purpose_reads_nothing_again(small_shards: Path) -> None:
-    """They stand in source.json and decide about no document."""
+    """They stand in source.json, apart from what later stages read, and decide about no document."""
     write_files(small_shards / "data/raw/s", {"big.jsonl": b"".join(LINES)})
     write_sources(small_shards, s=FORMATS["jsonl"])
     first, shards, _ = build(small_shards)
     notes = {"license": "MIT", "owner": "o", "origin": "g", "language": "en", "collected_on": "2026", "purpose": "p"}
     write_sources(small_shards, s={**FORMATS["jsonl"], **notes})
     second, *rest = build(small_shards)
-    assert rest == [shards, 0]
-    assert {name for name in first if first[name] != second[name]} == {"source.json"}
-    assert arrow.read_json(small_shards / "data/clean/p/s/source.json").items() >= notes.items()
+    assert (second, *rest) == (first, shards, 0)
+    assert arrow.read_json(small_shards / "data/sources/p/s/source.json").items() >= notes.items()
 
 
 @pytest.mark.parametrize(
@@ -1112,7 +1111,7 @@ def test_a_folder_of_save_to_disk_is_read_as_one_file(project: Path, monkeypatch
     assert [(row["file"], row["number"], row["end"]) for row in found] == [("one", n, None) for n in range(1, 8)]
     found = arrow.table(project / "data/clean/p/two/ledger").to_pylist()
     assert [row["file"] for row in found] == ["test", *["train"] * 7]
-    assert arrow.read_json(project / "data/clean/p/two/source.json")["unit"] == "row"
+    assert arrow.read_json(project / "data/sources/p/two/source.json")["unit"] == "row"
     for pattern in ("test/*", "test"):
         write_sources(project, two={"format": "arrow", "ignore": [pattern]})
         clean.main("two")

@@ -91,6 +91,10 @@ def test_a_config_file_goes_to_accelerate(monkeypatch: pytest.MonkeyPatch, tmp_p
         distributed.wanted()
     (tmp_path / "no.yaml").write_text("")
     assert distributed.command("x.py")[2:4] == ["accelerate.commands.launch", "--config_file"]
+    # Two trainings on one machine must not meet at accelerate's usual port.
+    assert distributed.command("x.py")[5:7] == ["--main_process_port", "0"]
+    (tmp_path / "no.yaml").write_text("main_process_port: 29511")
+    assert "--main_process_port" not in distributed.command("x.py")
 
 
 @pytest.mark.parametrize(
@@ -226,17 +230,27 @@ if "TERROIR_WORKER" in os.environ:
 """
 
 
+HOW_A_WORKER_ENDS = """
+import atexit, os, sys
+if "RANK" in os.environ:
+    def say():
+        group = "open" if sys.modules["torch.distributed"].is_initialized() else "closed"
+        open(os.environ["ENDED"], "a").write(group + " ")
+
+    atexit.register(say)
+"""
+
+
 def fsdp_over_gloo(site: Path) -> dict[str, str]:
     """Return the environment for two processes that share weights by FSDP 2, with the keys of docs/accelerate.
 
     accelerate 1.15 takes FSDP for accelerators alone; a module that each worker imports first says otherwise.
     """
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(FSDP_ON_A_CPU)
+    with (site / "sitecustomize.py").open("a") as file:
+        file.write(FSDP_ON_A_CPU)
     keys = yaml.safe_load((ROOT / "docs/accelerate/fsdp.yaml").read_text())["fsdp_config"]
     environment = {key.upper(): str(value) for key, value in keys.items()}
-    seen = {"PYTHONPATH": str(site), "SEEN": str(site / "seen")}
-    return {**environment, **seen, "ACCELERATE_USE_FSDP": "true", "NUM_PROCESSES": "2"}
+    return {**environment, "SEEN": str(site / "seen"), "ACCELERATE_USE_FSDP": "true", "NUM_PROCESSES": "2"}
 
 
 DEEPSPEED = ROOT / ".work/deepspeed"  # where .ci/run installs it
@@ -247,7 +261,7 @@ def deepspeed_over_gloo(stage: str) -> dict[str, str]:
     return {
         "ACCELERATE_CONFIG_FILE": str(ROOT / f"docs/accelerate/deepspeed_{stage}.yaml"),
         "NUM_PROCESSES": "2",
-        "PYTHONPATH": os.pathsep.join([str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # hundreds of lines, before what a failed worker says
         # It compiles an operation when it first starts on a CPU: with this ninja, into this folder.
         "PATH": os.pathsep.join([str(DEEPSPEED / "bin"), os.environ["PATH"]]),
         "TORCH_EXTENSIONS_DIR": str(ROOT / ".work/torch_extensions"),
@@ -255,10 +269,15 @@ def deepspeed_over_gloo(stage: str) -> dict[str, str]:
 
 
 def launch(how: str, site: Path) -> dict[str, str]:
-    """Return the environment of a stage that starts two processes."""
+    """Return the environment of a stage that starts two processes, each of which says in `site`/ended how it ended."""
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(HOW_A_WORKER_ENDS)
+    environment, places = {"NUM_PROCESSES": "2"}, [str(site), os.environ.get("PYTHONPATH", "")]
     if how == "fsdp":
-        return fsdp_over_gloo(site)
-    return deepspeed_over_gloo(how) if how.startswith("zero") else {"NUM_PROCESSES": "2"}
+        environment = fsdp_over_gloo(site)
+    elif how.startswith("zero"):
+        environment, places = deepspeed_over_gloo(how), [str(DEEPSPEED), *places]
+    return {**environment, "PYTHONPATH": os.pathsep.join(places), "ENDED": str(site / "ended")}
 
 
 WAYS = {
@@ -328,6 +347,8 @@ def test_two_processes_train_the_model_of_one(
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step 6 of 6, loss") == 1
     assert how != "fsdp" or (tmp_path / "site/seen").is_file()
+    # A group of gloo's that is open when the interpreter ends can abort a worker that is done.
+    assert (tmp_path / "site/ended").read_text() == "closed closed "
     assert how[:4] != "zero" or "DeepSpeed" in done.stdout
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
@@ -374,9 +395,8 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 ) -> None:
     changes: dict[str, Any] = {"max_steps": 20, "eval_steps": 20}
     one, two = alone_trained(**changes), make(tmp_path / "two", **changes)
-    kill_at(
-        two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **launch("ddp", tmp_path)
-    )
+    environment = launch("ddp", tmp_path / "site")
+    kill_at(two, ".work/train_model@pretrain/*/checkpoint-*/whole", "train_model", "pretrain", **environment)
     again = run_stage(two, "train_model", "pretrain")
     assert "going on from step" in again.stdout, again.stdout + again.stderr
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()

@@ -623,7 +623,7 @@ def test_what_is_not_there_is_one_sentence(workspace: Path) -> None:
         ("models/tokenizers/pretrain/tokenizer.json", lambda: lineage.block("pretrain", 0)),
         ("data/blocks/pretrain/grouping.json", lambda: Lineage(workspace).block("pretrain", 0)),
         ("data/tokens/chat/tiny_qa/data-00000.arrow", lambda: Lineage(workspace).block("chat", 0)),
-        ("data/clean/chat/tiny_qa/source.json", lambda: Lineage(workspace).model("chat")),
+        ("data/sources/chat/tiny_qa/source.json", lambda: Lineage(workspace).model("chat")),
         ("models/pretrain/trained/receipts.bin", lambda: Lineage(workspace).model("pretrain")),
         ("data/exclusions.txt", lambda: exclude(workspace, set())),
     ):

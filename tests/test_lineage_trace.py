@@ -49,7 +49,8 @@ def project(root: Path, documents: list[str], splits: list[str], sizes: Sequence
     ]
     with arrow.Writer(root / "data/dedup/p/s", dedup.DECISIONS) as writer:
         writer.write(pa.Table.from_pylist(decided, dedup.DECISIONS))
-    arrow.write_json(home / "source.json", {"unit": "line", "format": "text"})
+    (root / "data/sources/p/s").mkdir(parents=True, exist_ok=True)
+    arrow.write_json(root / "data/sources/p/s/source.json", {"unit": "line", "format": "text"})
     (root / "dvc.lock").write_text(LOCK.replace("data/raw/v", "data/raw/s"))
     return Lineage(root)
 

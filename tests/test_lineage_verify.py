@@ -376,8 +376,8 @@ def write(path: Path, content: bytes) -> None:
     ("file", "old", "new", "said"),
     [
         ("data/raw/tiny_text/03.txt", b"bridges", b"ferries", "line 1 is not the record whose raw_id"),
-        ("data/clean/chat/tiny_qa/source.json", b'"dropped": 0', b'"dropped": 1', "source.json says 1 dropped"),
-        ("data/clean/chat/tiny_qa/source.json", b'"utf-8"', b'"uuf-8"', "cannot be read as it should be (LookupError"),
+        ("data/sources/chat/tiny_qa/source.json", b'"dropped": 0', b'"dropped": 1', "source.json says 1 dropped"),
+        ("data/sources/chat/tiny_qa/source.json", b'"utf-8"', b'"uuf-8"', "cannot be read as it should be (Look"),
         ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "says of tiny_qa (eval)"),
         ("models/pretrain/trained/training.json", b"models/configs/tiny", b"models/configs/tine", "names the base"),
         ("models/pretrain/trained/training.json", b'"blocks": ', b'"blocks": 1', "tells of other steps or blocks"),

@@ -176,6 +176,13 @@ def test_comment_in_clean_runs_clean_alone(workspace: Path) -> None:
     assert digests(workspace) == before
 
 
+def test_corrected_licence_runs_clean_and_the_card(workspace: Path) -> None:
+    """A note about a source decides no document: nothing is trained or evaluated again."""
+    param("sources.tiny_qa.clean.license", "MIT")(workspace)
+    assert runs(workspace) == {"clean@tiny_qa", "describe_model@chat"}
+    assert "MIT" in (workspace / "reports/chat/model_card.md").read_text()
+
+
 def test_project_that_moves_runs_nothing(workspace: Path, tmp_path: Path) -> None:
     """No output depends on where the repository lies, nor on the number of workers."""
     moved = Path(shutil.move(workspace, tmp_path / "elsewhere/project"))

@@ -129,7 +129,7 @@ def test_nothing_is_lost_between_stages(finished: Path, source: str) -> None:
     """in = kept + dropped, from raw bytes to tokens."""
     phase = source.split("/")[0]
     ledger = arrow.table(finished / "data/clean" / source / "ledger").to_pylist()
-    about = arrow.read_json(finished / "data/clean" / source / "source.json")
+    about = arrow.read_json(finished / "data/sources" / source / "source.json")
     ends = {row["file"]: row["end"] for row in ledger}  # the last of each file's, whose records tile it
     assert sum(ends.values()) == about["bytes"]
     assert len(ledger) == about["records"] == about["kept"] + about["dropped"]
