@@ -178,9 +178,9 @@ def main(name: str) -> None:
         memo = Memo(Path(".memo") / run.name, run.recipe([digest, sorted(content)]))
         ends = np.cumsum([rows for _, rows, _ in found], dtype=np.int64)
         parts = np.split(splits, ends[:-1])
-        guard = run.guard(documents)
+        guard = run.guards[str(documents)]
         _marker(tokenizer, digest)  # workers inherit it
-        run.guard(tokenizer).check()
+        run.guards[str(tokenizer)].check()
         shards = (
             (
                 f"{ids} {hashlib.sha256(part.tobytes()).hexdigest()}",

@@ -12,6 +12,7 @@ Example: `soruces:` in params.yaml
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -31,12 +32,13 @@ def check() -> None:
     """Raise SystemExit with one sentence when params.yaml, or what it left behind, is not fit to work with."""
     content = params.load()
     state = _state()
-    if not CHECKED.is_file() or CHECKED.read_text(encoding="utf-8") != state:
+    if not CHECKED.is_file() or CHECKED.read_bytes() != state.encode():
         import params_schema  # with every stage: 0.15 s, which a stage does not wait for
 
         params_schema.validate(content)
-        CHECKED.parent.mkdir(exist_ok=True)
-        CHECKED.write_text(state, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk: nothing is remembered
+            CHECKED.parent.mkdir(exist_ok=True)
+            CHECKED.write_bytes(state.encode())
     check_leftovers(content)
 
 

@@ -281,7 +281,7 @@ def row_of(piece: Piece, record: raw_records.Record, params: Params, idle: Colle
     if start == 0 and raw.startswith(BYTE_ORDER_MARKS[params.encoding]):
         changes = {"byte_order_mark": 1, **changes}
     if filled:
-        changes = {f"fill:{name}": filled.count(name) for name in params.fill if name in filled} | changes
+        changes = {f"fill:{name}": filled.count(name) for name in sorted(set(filled))} | changes
     noted = ", ".join(f"{name} {count}" for name, count in changes.items()) if changes else None
     number -= piece.before
     if start is not None and end is not None:
@@ -419,7 +419,7 @@ def main(name: str) -> None:
         folder, beside = run.outputs
         for rule in params.rules:
             rule.load()
-        run.guard(list_rules.FOLDER).check()
+        run.guards[str(list_rules.FOLDER)].check()
         files, ignored = raw_files(root, params, params.ignore)
         lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
@@ -432,7 +432,7 @@ def main(name: str) -> None:
                 ]
             ),
         )
-        guard = run.guard(root)
+        guard = run.guards[str(root)]
         # A large file that has not changed is not read to be cut again.
         ends = Memo(Path(".memo") / f"{run.name}.lines", run.recipe("lines"))
 

@@ -144,7 +144,9 @@ def shards(
         cuttable = raw_params.cuttable(path, params)
         size *= PACKED if path.suffix.lower() in COMPRESSIONS or params.format == "parquet" else 1
         # One that has come since has none: the stage will refuse to publish.
-        known = [digests.get(_name(one, root)) for one in inside]
+        known: list[Any] = [digests.get(_name(one, root)) for one in inside]
+        if inside != [path]:  # state.json says which of them are read, by name
+            known = [[_name(one, path), sha256] for one, sha256 in zip(inside, known, strict=True)]
         identity = hashlib.sha256(json.dumps([file, known], ensure_ascii=False).encode()).hexdigest()
         if size <= SHARD_BYTES:
             small.append((Piece(file, path, 0, None), identity, size))

@@ -38,7 +38,7 @@ class Account:
 
     def __init__(self, run: stage.Run, root: Path, params: raw_params.Params) -> None:
         self.run, self.tiled = run, raw_params.unit(params) == "line"
-        states = run.states[str(root)]
+        states = run.guards[str(root)].states.values()
         folder = root if root.is_dir() else root.parent
         self.sizes = {Path(name).relative_to(folder).as_posix(): size for name, _, _, size, *_ in states}
         self.file, self.end = "", 0  # in hand, and where its last record ended

@@ -37,10 +37,12 @@ def read_arrow(path: Path, params: Params) -> Iterator[Record]:
         return
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [path / item["filename"] for item in state["_data_files"]]
+        names = [str(item["filename"]) for item in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError("no state.json names its data files; of a DatasetDict take the folder of one split") from None
-    yield from _rows(chain.from_iterable(_arrow_batches(file, params) for file in files), params)
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"state.json names {elsewhere[0]}, which is not in the folder")
+    yield from _rows(chain.from_iterable(_arrow_batches(path / name, params) for name in names), params)
 
 
 def _arrow_batches(path: Path, params: Params) -> Iterator[pa.RecordBatch]:

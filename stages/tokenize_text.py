@@ -154,11 +154,11 @@ def main(name: str) -> None:
         masked = manifest["counts"]["segments_not_learned"] > 0
         memo = Memo(Path(".memo") / run.name, run.recipe([run.digests[str(tokenizer)], masked]))
         paths = [marked / shard["name"] for shard in manifest["shards"] if shard["rows"]]
-        guard = run.guard(marked)
+        guard = run.guards[str(marked)]
         work = (Work(path, guard.of([path]), tokenizer, masked) for path in paths)
         shards = ((run.files[str(marked)][one.path.name], one) for one in work)
         dtype = encoder(tokenizer).dtype
-        run.guard(tokenizer).check()
+        run.guards[str(tokenizer)].check()
         # Beside gigatoken a process is worth its start from some 64 MB on.
         worth = len(paths) // 16 if encoder(tokenizer).fast.name == "gigatoken" else len(paths)
         workers = max(1, min(stage.workers(), worth))

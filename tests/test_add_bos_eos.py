@@ -22,7 +22,7 @@ from chat_segments import Marker, Segment, merged
 from chat_templates import TEMPLATES
 from clean import MESSAGES
 from conftest import Runner, with_other_content, write
-from kit import arrow, digests, stage
+from kit import arrow, stage
 from tokenize_text import Encoder
 
 BOS, EOS = Segment("<s>", True, False), Segment("</s>", True, True)
@@ -386,7 +386,7 @@ def test_what_is_made_of_a_shard_does_not_depend_on_where_its_batches_end(
     for name, size in (("a", 256), ("b", batch_rows)):
         path = tmp_path / name
         path.write_bytes(arrow.encode(rows, rows.schema, size))
-        guard = stage.Guard([path], {str(path): digests.state(path)[0]}, "")
+        guard = stage.guard(path, "")
         found.append(add_bos_eos.mark_shard(add_bos_eos.Work(path, guard, splits, folder, "")))
     assert found[0] == found[1]
     assert found[0].notes["rows"] == pa.ipc.open_stream(dict(found[0].parts)["marked"]).read_all().num_rows == 750

@@ -470,6 +470,15 @@ def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.Monk
     check_params.check()
 
 
+def test_a_damaged_note_of_what_was_checked_is_no_traceback(here: Path) -> None:
+    assert said(TEXT) is None
+    check_params.CHECKED.write_bytes(b"\xff\xfe")
+    assert said(TEXT) is None
+    check_params.CHECKED.unlink()
+    check_params.CHECKED.mkdir()  # as on a full disk, nothing can be noted
+    assert said(TEXT) is None
+
+
 def test_a_mistake_is_refused_each_time(here: Path) -> None:
     """Only a file in order is remembered, and folders of removed sources are looked for in any case."""
     wrong = TEXT.replace("phase: law", "phase: lwa")

@@ -188,6 +188,32 @@ def test_no_store_into_a_mapped_file_is_missed(here: Path, read: list[str]) -> N
             inputs_of_a_run()
 
 
+def test_a_store_into_a_small_mapped_file_is_seen_by_the_stage_that_reads_it(here: Path, noting: None) -> None:
+    """Its SHA-256 is not remembered, but the stage and its workers ask its times whether it stayed as it was."""
+    assert Path("input/a.txt").stat().st_size < digests.REMEMBERED
+    with Path("input/a.txt").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[:] = b"ho"  # from here on no store would show, but for what the stage does
+        with (
+            pytest.raises(SystemExit, match="input changed while the stage ran"),
+            stage.run("shout", "x", ["input"], ["out/x"]) as run,
+        ):
+            write(run.outputs[0] / "text", "HO")
+            mapped[:] = b"no"
+            run.guards["input"].check()
+
+
+@pytest.mark.parametrize("count", [2, 100])
+def test_all_pages_of_settled_files_are_written_out(here: Path, noting: None, count: int) -> None:
+    """Of a few files one by one, of many all at once."""
+    for number in range(count):
+        write(here / f"many/{number:03}", "hi")
+    with Path("many/001").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[:] = b"ho"
+        before = digests.settled(digests.state(Path("many")))
+        mapped[:] = b"no"
+        assert [one for one in before if one not in digests.state(Path("many"))] == [before[1]]
+
+
 def test_an_edit_in_the_same_moment_is_seen(here: Path, read: list[str]) -> None:
     """A file system's clock stands still for some milliseconds; what changed in the last of them is not trusted."""
     for number in range(20):

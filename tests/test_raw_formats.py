@@ -620,6 +620,10 @@ def test_a_folder_of_save_to_disk_is_read_as_one_table(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "splits")
     (record,) = records(tmp_path / "splits", params("arrow"))
     assert record.error and "no state.json" in record.error and "one split" in record.error
+    state = (tmp_path / "splits/train/state.json").read_text()
+    (tmp_path / "splits/train/state.json").write_text(state.replace("data-00000", "../test/data-00000"))
+    (record,) = records(tmp_path / "splits/train", params("arrow"))
+    assert record.error and "names ../test/data-00000-of-00001.arrow, which is not in the folder" in record.error
     (tmp_path / "theirs" / "data-00001-of-00003.arrow").unlink()
     *good, bad = records(tmp_path / "theirs", params("arrow"))
     assert len(good) == 234

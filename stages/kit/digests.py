@@ -16,6 +16,7 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 WORK = Path(".work")
 DIGESTS = WORK / "digests"
 REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
+RECENT = 600 * 10**9  # ns; the kernel writes a changed page to the disk long before
 # Name, device, inode, size, mtime and ctime of a file.
 State = tuple[str, int, int, int, int, int]
 
@@ -75,6 +77,21 @@ def state(path: Path) -> list[State]:
     return found
 
 
+def above(path: Path, files: Iterable[str]) -> set[str]:
+    """Return the folders of an input, itself included, that hold these of its files."""
+    found: set[str] = set()
+    for name in files:
+        while len(name := os.path.dirname(name)) >= len(str(path)) and name not in found:  # noqa: PTH120 (much faster)
+            found.add(name)
+    return found
+
+
+def folder_states(names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Return device, inode and ctime of folders: while another stands in its place, no file's own state changes."""
+    stats = {name: Path(name).stat() for name in names}
+    return {name: (stat.st_dev, stat.st_ino, stat.st_ctime_ns) for name, stat in stats.items()}
+
+
 def _all_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
 
@@ -95,12 +112,15 @@ def just_written(folder: Path) -> dict[Path, str]:
 def input_digests(path: Path, states: list[State], threads: int) -> dict[str, str]:
     """Return what `file_digests` does; a large file that an earlier stage read or wrote is not read again.
 
-    As good as reading it where `settled` says so: there each write changes a time that no program can set.
+    As good as reading it where `settled` says so: there each write changes a time that no program can set. Small files
+    are read each time, but settled, too, where they are recent: a stage looks at the times alone to see whether they
+    change while it works.
     """
     known = read_note(DIGESTS)
     same = {Path(now[0]): known[now[0]][1] for now in states if known.get(now[0], [None])[0] == list(now)}
-    new = [now for now in states if now[3] >= REMEMBERED and Path(now[0]) not in same]
-    quiet = settled(new)
+    recent = time.time_ns() - RECENT
+    new = [now for now in states if Path(now[0]) not in same and (now[3] >= REMEMBERED or now[5] > recent)]
+    quiet = [now for now in settled(new) if now[3] >= REMEMBERED]
     found = file_digests(path, same, threads)
     after = {now[0]: now for now in state(path)} if quiet else {}
     remember(
@@ -144,6 +164,9 @@ def settled(states: list[State]) -> list[State]:
                     if now.st_ctime_ns > latest:
                         break
         quiet = [one for one in states if one[1] == now.st_dev and now.st_ctime_ns > latest]
+        if len(quiet) > 64:  # one by one, each may wait for the disk
+            os.sync()
+            return quiet
         for name, *_ in quiet:
             with Path(name).open("rb") as file:
                 os.fsync(file.fileno())
@@ -166,8 +189,11 @@ def write_note(note: Path, entries: dict[str, Any]) -> None:
     temporary = note.with_name(f".tmp-{note.name}-{os.getpid()}")
     with contextlib.suppress(OSError):  # a full disk: nothing is remembered
         note.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(_noted(content) + b"\n" + content)
-        temporary.replace(note)
+        try:
+            temporary.write_bytes(_noted(content) + b"\n" + content)
+            temporary.replace(note)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _noted(content: bytes) -> bytes:

@@ -42,9 +42,11 @@ from kit.digests import (
     REMEMBERED,
     WORK,
     State,
+    above,
     combined,
     digest,
     file_digests,
+    folder_states,
     input_digests,
     just_written,
     remember,
@@ -175,22 +177,38 @@ def workers() -> int:
 class Guard(NamedTuple):
     """Says whether files of an input were written since the stage began; goes to the workers with their work.
 
-    If they were, what was read of them belongs to other bytes than those of the digests. The comparison at the end
-    alone would not notice where they have their old content again by then.
+    If they were, what was read of them belongs to other bytes than those of the digests, and must not be remembered.
     """
 
+    root: Path  # of the input
     paths: list[Path]
     states: dict[str, State]  # of the files there, when the stage began
+    folders: dict[str, tuple[int, int, int]]  # the states of those that hold them
     refusal: str
 
     def of(self, paths: list[Path]) -> Guard:
         """Return a guard of some of the files."""
-        return Guard(paths, {name: self.states[name] for name in map(str, paths) if name in self.states}, self.refusal)
+        states = {name: self.states[name] for name in map(str, paths) if name in self.states}
+        folders = {name: self.folders[name] for name in above(self.root, states)}
+        return Guard(self.root, paths, states, folders, self.refusal)
+
+    def holds(self) -> bool:
+        """Return whether files and folders are as they were."""
+        with contextlib.suppress(FileNotFoundError):
+            states = {one[0]: one for path in self.paths for one in state(path)}
+            return states == self.states and folder_states(self.folders) == self.folders
+        return False
 
     def check(self) -> None:
         """Raise SystemExit when the files, just read, are not as they were; the sentence is that of `run`."""
-        if {now[0]: now for path in self.paths for now in state(path)} != self.states:
+        if not self.holds():
             raise SystemExit(self.refusal)
+
+
+def guard(root: Path, refusal: str) -> Guard:
+    """Return the guard of a whole input, as it is now."""
+    states = {one[0]: one for one in state(root)}
+    return Guard(root, [root], states, folder_states(above(root, states)), refusal)
 
 
 class Run:
@@ -201,8 +219,10 @@ class Run:
         self.inputs, self.targets = inputs, outputs
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
         self.record = RECORDS / f".tmp-{self.name}.json"
-        self.states = {str(path): state(path) for path in inputs}
-        self.files = {path: input_digests(Path(path), states, workers()) for path, states in self.states.items()}
+        self.guards = {str(path): guard(path, self.refusal(str(path))) for path in inputs}
+        self.files = {
+            path: input_digests(one.root, list(one.states.values()), workers()) for path, one in self.guards.items()
+        }
         self.digests = {path: combined(files) for path, files in self.files.items()}
         self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
         self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
@@ -237,10 +257,6 @@ class Run:
         parts = [code_digest(STAGES / f"{self.stage}.py"), versions(STAGES / f"{self.stage}.py"), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def guard(self, path: Path) -> Guard:
-        """Return what knows the files of an input as they were when the stage began."""
-        return Guard([path], {state[0]: state for state in self.states[str(path)]}, self.refusal(str(path)))
-
     def refusal(self, what: str) -> str:
         """Return the sentence about an input, a module or a parameter that changed."""
         return (
@@ -251,14 +267,10 @@ class Run:
     def changed(self) -> str | None:
         """Return the first input, module or parameter that is no longer what the stage read, or None.
 
-        An input whose files all have the size, inode and change times of the start is not read again: no program sets
-        the change time (ctime) of a file but the kernel, at each write.
+        Of an input the states are compared: no program sets the change time (ctime) of a file or folder but the kernel,
+        at each write. One with the old content again is refused, too: nobody knows what was read in between.
         """
-        inputs = (
-            path
-            for path, before in self.digests.items()
-            if state(Path(path)) != self.states[path] and digest(Path(path), workers()) != before
-        )
+        inputs = (path for path, one in self.guards.items() if not one.holds())
         modules = code_files(STAGES / f"{self.stage}.py")
         code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
         return next(itertools.chain(inputs, code, self._changed_params()), None)
@@ -314,7 +326,11 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
     with contextlib.ExitStack() as locks:
         for output in outputs:
             locks.enter_context(_lock(Path(output)))
-        current = Run(stage, item, [Path(path) for path in inputs], [Path(path) for path in outputs])
+        try:
+            current = Run(stage, item, [Path(path) for path in inputs], [Path(path) for path in outputs])
+        except FileNotFoundError as error:
+            gone = f"{error.filename} went away while it was read; let the change finish and run again."
+            raise SystemExit(f"{stage}@{item}: {gone}") from None
         for target, temporary in zip(current.targets, current.outputs, strict=True):
             _recover(target)
             _remove(temporary)
@@ -331,6 +347,10 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
             remember(written)
+        except Exception:  # of whatever kind: what was not there when it was to be read
+            if changed := current.changed():
+                raise SystemExit(current.refusal(changed)) from None
+            raise
         finally:
             for temporary in [*current.outputs, current.record]:
                 _remove(temporary)
