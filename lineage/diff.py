@@ -55,7 +55,8 @@ def at_revision(root: Path, revision: str) -> Path:
             listing = cache / entry["md5"][:2] / entry["md5"][2:]
             if not listing.is_file():
                 raise SystemExit(
-                    f"{revision}: {path} of then is not in DVC's cache; `dvc fetch --all-commits` may get it."
+                    f"{revision}: {path} of then is not in DVC's cache: what another machine ran comes with "
+                    "`dvc fetch --all-commits` from a remote, or with `dvc repro` at that commit."
                 )
             for one in json.loads(listing.read_bytes()):
                 link = folder / path / one["relpath"]

@@ -282,7 +282,7 @@ class Lineage:
     def _raws(self) -> str:
         """Return what the sources read, as the end of a sentence."""
         raws = ", ".join(sorted({source.raw for source in self.sources}))
-        return f"name a file of {raws}; one that is new is known after `dvc repro`."
+        return f"name a file of {raws}; one that is new is known after `dvc repro`, one that `ignore` leaves out is not."
 
     def _files(self, file: str) -> Iterator[tuple[Source, str]]:
         """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""
@@ -504,7 +504,10 @@ class Lineage:
     def identified(self, identity: str, missing: bool = True) -> list[tuple[Source, int]]:
         """Return the documents with an id; SystemExit when it is none, or `missing` and no document has it."""
         if not IDENTITY.fullmatch(identity):
-            raise SystemExit(f"{identity!r} is no doc_id: 32 hexadecimal digits, or the first 16 of them.")
+            raise SystemExit(
+                f"{identity!r} is no doc_id: 32 hexadecimal digits, or the first 16 of them, as "
+                "`python -m lineage why FILE:LINE` and `where TEXT` give them."
+            )
         found = [(source, row) for source in self.sources for row in source.doc_ids(bytes.fromhex(identity))]
         if missing and not found:
             raise SystemExit(f"no document has the id {identity}.")

@@ -226,7 +226,9 @@ def cleaned(pieces: list[Piece], params: Params) -> Iterator[tuple[pa.RecordBatc
             if record.error and params.on_error == "fail":
                 hint = ""
                 if params.encoding.upper() in record.error:
-                    hint = ", name its `encoding` (gb18030, utf-16; of any other, `iconv -t utf-8` makes UTF-8)"
+                    hint = (
+                        ", name its `encoding` (gb18030, utf-16; any other: `iconv -f windows-1252 -t utf-8 OLD > NEW`)"
+                    )
                 elif " has no column " in record.error or " has no field " in record.error:
                     hint = ", name what it has in `columns`"
                 raise SystemExit(

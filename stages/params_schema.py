@@ -26,7 +26,7 @@ import import_python_docs
 import merge_lora
 import train_model
 import train_tokenizer
-from chat_templates import TEMPLATES
+from chat_templates import TEMPLATES, special_tokens
 from kit import params
 
 
@@ -148,7 +148,7 @@ def check_references(everything: Everything) -> None:
             raise SystemExit(f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is {wrong}")
     for name, phase in phases.items():
         sources_of = [source for source in everything.sources.values() if source.phase == name]
-        if flaw := _unfit_tokenizer(phase, sources_of):
+        if flaw := _unfit_tokenizer(phase, sources_of) or _unfit_template(phase, phases):
             raise SystemExit(f"params.yaml: phases.{name}.train_tokenizer: {flaw}")
 
 
@@ -163,6 +163,24 @@ def _unfit_tokenizer(phase: Phase, sources: list[Source]) -> str | None:
         return f"this phase holds conversations; name a chat_template, one of {', '.join(TEMPLATES)}."
     if made.mask_token is None and phase.train_model.objective == "mlm":
         return "`objective: mlm` needs a mask_token; add one, e.g. <mask>."
+    return None
+
+
+def _unfit_template(phase: Phase, phases: dict[str, Phase]) -> str | None:
+    """Return the rest of the sentence about a template whose tokens a tokenizer that an earlier phase trains lacks."""
+    template = phase.train_tokenizer.chat_template
+    missing = set(special_tokens(template))
+    while phase.train_tokenizer.mode != "train" and _is_model_of_a_phase(parts := PurePosixPath(phase.base).parts):
+        if phase.train_tokenizer.mode == "extend":
+            missing -= set(special_tokens(phase.train_tokenizer.chat_template))
+        phase, trainer = phases[parts[1]], parts[1]
+        if phase.train_tokenizer.mode == "train" and (missing := missing - set(phase.train_tokenizer.specials)):
+            fitting = [name for name in TEMPLATES if not special_tokens(name)]
+            return (
+                f"chat_template {template} needs the special tokens {' and '.join(sorted(missing))}; name them in "
+                f"phases.{trainer}.train_tokenizer.special_tokens (it trains the tokenizer), set mode to extend, or "
+                f"choose {' or '.join(fitting)}, which need none."
+            )
     return None
 
 

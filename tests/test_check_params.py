@@ -190,6 +190,16 @@ MISTAKES = {
         + SECOND.replace("models/configs/llama_small", "models/law/merged"),
         r"phases\.chat\.train_tokenizer: models/law/merged knows the tokens of its own tokenizer and no new ones; set",
     ),
+    "a template for a tokenizer that an earlier phase trains without its tokens": (
+        "phases:\n",
+        "  chats:\n    phase: chat\n    path: data/raw/chats\n    clean: {format: text, license: CC0-1.0}\nphases:\n"
+        + SECOND.replace("models/configs/llama_small", "models/law/merged").replace(
+            "{mode: train, vocab_size: 300}", "{mode: reuse, chat_template: chatml}"
+        ),
+        r"phases\.chat\.train_tokenizer: chat_template chatml needs the special tokens <\|im_end\|> and "
+        r"<\|im_start\|>; name them in phases\.law\.train_tokenizer\.special_tokens \(it trains the tokenizer\), set "
+        "mode to extend, or choose human_assistant or default, which need none",
+    ),
     "conversations without a template": (
         "format: text",
         "format: jsonl\n      record: messages",
@@ -477,6 +487,29 @@ def test_a_damaged_note_of_what_was_checked_is_no_traceback(here: Path) -> None:
     check_params.CHECKED.unlink()
     check_params.CHECKED.mkdir()  # as on a full disk, nothing can be noted
     assert said(TEXT) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (
+            "{mode: train, vocab_size: 300, special_tokens: [<|im_start|>, <|im_end|>]}",
+            "{mode: reuse, chat_template: qwen}",
+        ),
+        ("{mode: train, vocab_size: 300, chat_template: qwen}", "{mode: reuse, chat_template: chatml}"),
+        ("{mode: train, vocab_size: 300}", "{mode: extend, new_tokens: 9, chat_template: chatml}"),
+        ("{mode: train, vocab_size: 300}", "{mode: reuse, chat_template: default}"),
+    ],
+)
+def test_a_template_whose_tokens_an_earlier_phase_makes_is_in_order(here: Path, first: str, then: str) -> None:
+    second = SECOND.replace("models/configs/llama_small", "models/law/merged").replace(
+        "{mode: train, vocab_size: 300}", then
+    )
+    source = (
+        "  chats:\n    phase: chat\n    path: data/raw/chats\n    clean: {format: text, license: CC0-1.0}\nphases:\n"
+    )
+    text = TEXT.replace("{mode: train, vocab_size: 300}", first).replace("phases:\n", source + second)
+    assert said(text) is None
 
 
 def test_a_mistake_is_refused_each_time(here: Path) -> None:
