@@ -37,6 +37,8 @@ bench: setup  ## measure the budgets
 
 recipe: setup  ## make recipe NAME=...: install recipes/NAME.yaml as params.yaml
 	@test -f recipes/$(NAME).yaml || { echo "make recipe NAME=...: one of $(basename $(notdir $(wildcard recipes/*.yaml)))"; exit 1; }
+	@for one in recipes/*.yaml; do cmp -s $$one params.yaml && exit 0; done; git diff --quiet HEAD -- params.yaml || { \
+		echo "params.yaml has changes that Git does not hold and that would be lost; commit it first"; exit 1; }
 	cp recipes/$(NAME).yaml params.yaml
 
 chat: serving  ## make chat PHASE=...: talk to a merged model in the terminal; !help lists commands, !exit ends

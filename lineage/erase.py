@@ -4,8 +4,9 @@
     python -m lineage erase apply 3f2a...     they go into data/exclusions.txt, keyed; then `dvc repro`
     python -m lineage erase prove 3f2a...     after that: is it, or a run of 16 units of it, in anything that was kept?
 
-The promise is: located, removed, rebuilt. A model that was given away, DVC's cache, Git's history, backups and the raw
-file itself are not reached from here; and no proof of absence sees a text that says the same in other words.
+The promise is: located, removed, rebuilt. A model that was given away, DVC's cache, Git's history, backups, the raw
+file itself and what data/clean and .memo hold while it is there are not reached from here; and no proof of absence sees
+a text that says the same in other words.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from lineage.verify import RECORDS
 from text_units import spans
 
 LIMITS = (
-    "not reached: the raw file, DVC's cache (`dvc gc`), Git's history, backups, models that were given away; "
+    "not reached: the raw file, and what data/clean, .memo and .work (and so a pack) hold of it until that is gone and "
+    "`dvc repro` has run; DVC's cache (`dvc gc`), Git's history, backups, models that were given away; "
     "not seen: the same content in other words, or in runs of fewer than 16 words (characters of Chinese)"
 )
 CLUSTER_STAGES = ("dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks")

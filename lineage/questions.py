@@ -282,7 +282,7 @@ class Lineage:
     def _raws(self) -> str:
         """Return what the sources read, as the end of a sentence."""
         raws = ", ".join(sorted({source.raw for source in self.sources}))
-        return f"name a file of {raws}; one that is new is known after `dvc repro`, one that `ignore` leaves out is not."
+        return f"name a file of {raws}; one that is new is known after `dvc repro`, one left out by `ignore` is not."
 
     def _files(self, file: str) -> Iterator[tuple[Source, str]]:
         """Yield the sources that may hold a raw file, and the name by which the ledger calls it."""

@@ -102,8 +102,10 @@ class Params(BaseModel):
             raise ValueError(
                 f"mode {self.mode} takes the base's vocabulary: leave `vocab_size` out, or choose mode train"
             )
-        if (self.mode == "extend") != (self.new_tokens is not None):
-            raise ValueError("`new_tokens` says by how many entries mode extend goes beyond the base; it belongs to it")
+        if self.mode == "extend" and self.new_tokens is None:
+            raise ValueError("mode extend needs `new_tokens`, the number of entries to add to the base's, e.g. 1000")
+        if self.mode != "extend" and self.new_tokens is not None:
+            raise ValueError(f"`new_tokens` is for mode extend; mode {self.mode} adds none")
         if self.mask_token and self.mask_token in (self.bos_token, self.eos_token, self.pad_token, self.unk_token):
             raise ValueError(f"mask_token {self.mask_token} has another use already; name one of its own")
         made = {"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "special_tokens", "pre_tokenizer"}

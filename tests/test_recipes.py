@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,33 @@ def install(name: str, folder: Path) -> Path:
 
 def test_there_is_a_recipe_for_each_system() -> None:
     assert RECIPES == NAMES
+
+
+def test_a_recipe_replaces_no_params_that_git_does_not_hold(tmp_path: Path) -> None:
+    """One that was committed, and one that is another recipe, can be had again."""
+    for name in ("Makefile", "params.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "--message", "x")
+
+    def make(name: str) -> str:
+        command = ["make", "--old-file=setup", "recipe", f"NAME={name}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        content = (tmp_path / "params.yaml").read_bytes()
+        assert (done.returncode == 0) == (content == (tmp_path / f"recipes/{name}.yaml").read_bytes())
+        return done.stdout
+
+    for name in ("kantai_bert", "scratch_llama"):
+        assert "changes" not in make(name)
+    with (tmp_path / "params.yaml").open("a") as file:
+        file.write("# mine\n")
+    assert "params.yaml has changes that Git does not hold and that would be lost; commit it first" in make(
+        "kantai_bert"
+    )
+    git(tmp_path, "commit", "--quiet", "--all", "--message", "mine")
+    assert "changes" not in make("kantai_bert")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -368,8 +368,11 @@ def test_no_tokenizer_is_trained_for_a_base_that_needs_its_own(
             {"mode": "train", "vocab_size": 300, "eos_token": "<e>", "chat_template": "chatml"},
             "chatml ends documents with <.im_end.>: leave `eos_token` out",
         ),
-        ({"mode": "extend"}, "`new_tokens` says by how many entries"),
-        ({"mode": "train", "vocab_size": 300, "new_tokens": 5}, "`new_tokens` says by how many entries"),
+        ({"mode": "extend"}, "mode extend needs `new_tokens`"),
+        (
+            {"mode": "train", "vocab_size": 300, "new_tokens": 5},
+            "`new_tokens` is for mode extend; mode train adds none",
+        ),
         ({"mode": "extend", "new_tokens": 5, "vocab_size": 300}, "mode extend takes the base's vocabulary"),
         ({"mode": "extend", "new_tokens": 5, "pre_tokenizer": "llama3"}, "takes pre_tokenizer from the base"),
         ({"mode": "reuse", "bos_token": "<s>"}, "takes bos_token from the base"),
