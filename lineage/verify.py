@@ -662,7 +662,8 @@ def check_strangers(project: Project, report: Report) -> None:
     for top in (*(f"data/{kind}" for kind in kinds), "models", RECORDS):
         for file in project.digests.files(top):
             if not any(file == out or file.startswith(out + "/") for out in outs) and "/configs/" not in file:
-                report.fail("dvc.lock", file, "no stage that dvc.lock and params.yaml name has written it")
+                why = "no stage that dvc.lock and params.yaml name has written it; of an earlier state? delete it"
+                report.fail("dvc.lock", file, why)
 
 
 # --- raw -> ledger -> documents

@@ -81,7 +81,7 @@ def check_raw(content: dict[str, Any]) -> None:
 
 
 def _is_output(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+    return not path.name.startswith(".") and any(file.is_file() for file in path.rglob("*"))
 
 
 def _remove(paths: list[Path]) -> str:

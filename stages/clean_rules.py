@@ -67,7 +67,9 @@ def parse(rule: Any) -> BaseRule:
         return rule
     given = {"rule": rule} if isinstance(rule, str) else rule
     name = given.get("rule") if isinstance(given, dict) else None
-    if not isinstance(given, dict) or not isinstance(name, str) or name not in RULES:
+    if name is None:
+        raise ValueError(f"a rule is a name, or {{rule: NAME, ...}}; the names are {', '.join(RULES)}")
+    if not isinstance(name, str) or name not in RULES:
         near = difflib.get_close_matches(str(name), RULES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"the rules are {', '.join(RULES)}"
         raise ValueError(f"there is no rule `{name}`; {hint}")

@@ -158,6 +158,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
 def show(result: dict[str, Any]) -> str:
     """Return the scores of the models as lines of a table."""
     names = list(result["merged"])
-    lines = [" " * 8 + "".join(f"{name:>16}" for name in names)]
-    lines += [f"{model:8}" + "".join(f"{result[model][name]:16.4f}" for name in names) for model in MODELS]
+    lines = [" " * 8 + "".join(f"{name:>19}" for name in names)]
+    lines += [f"{model:8}" + "".join(f"{result[model][name]:19.4f}" for name in names) for model in MODELS]
     return "\n".join([*lines, *(f"{name}: {score:.4f}" for name, score, *_ in rows(result) if name not in MODELS)])

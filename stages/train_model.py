@@ -120,12 +120,12 @@ class Params(BaseModel):
         if self.global_batch_size % self.per_device_train_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is no multiple of per_device_train_batch_size "
-                f"{self.per_device_train_batch_size}"
+                f"{self.per_device_train_batch_size}; change one of them"
             )
         if self.save_steps % self.logging_steps:
             raise ValueError(
-                f"save_steps {self.save_steps} is no multiple of logging_steps {self.logging_steps}: "
-                "a resumed run could not continue the curve"
+                f"save_steps {self.save_steps} is no multiple of logging_steps {self.logging_steps}, so a resumed run "
+                "could not continue the curve; change one of them"
             )
         if self.optim == "muon" and self.lora:
             raise ValueError("optim muon is for weights trained from random ones; use adamw_torch_fused with `lora`")

@@ -119,8 +119,10 @@ def test_a_batch_carries_no_bytes_of_the_rows_beside_it(kind: pa.DataType) -> No
     """Arrow would write up to 64 bytes beyond the end of a slice; an erased neighbour must leave no trace."""
     rows = pa.table({"text": pa.array(["public", "secret"], kind)})
     files = written([rows], rows.schema, batch_rows=1, shard_bytes=1)
-    assert b"public" in files["data-00000.arrow"]
-    assert b"secret" not in files["data-00000.arrow"]
+    encoded = bytes(arrow.encode(rows.slice(0, 1), rows.schema)) if kind == pa.string() else b"public"
+    for content in (files["data-00000.arrow"], encoded):
+        assert b"public" in content
+        assert b"secret" not in content
 
 
 @pytest.mark.parametrize(("beyond", "shards"), [(0, [8, 5]), (1, [12, 1])])
@@ -135,6 +137,40 @@ def test_batches_have_fixed_rows_and_shards_end_at_the_limit(tmp_path: Path, bey
     assert [(shard["name"], shard["rows"]) for shard in found] == list(
         zip(["data-00000.arrow", "data-00001.arrow"], shards, strict=True)
     )
+
+
+def test_whole_shards_make_a_folder_and_those_without_rows_are_left_out(tmp_path: Path) -> None:
+    """From memory, from a file, or none at all."""
+    shards = [arrow.encode(numbers(*values), NUMBERS) for values in ((1, 2), (), (3,))]
+    (tmp_path / "made").write_bytes(shards[2])
+    with arrow.Shards(tmp_path / "some", NUMBERS) as some, arrow.Shards(tmp_path / "none", NUMBERS) as none:
+        for out in (some, none):
+            out.add(shards[1], 0)
+        some.add(shards[0], 2)
+        some.add(tmp_path / "made", 1, hashlib.sha256(shards[2]).hexdigest())
+    for name, values, rows in (("some", [1, 2, 3], [2, 1]), ("none", [], [0])):
+        manifest = arrow.manifest(tmp_path / name)
+        assert arrow.table(tmp_path / name)["n"].to_pylist() == values
+        assert (manifest["counts"], [shard["rows"] for shard in manifest["shards"]]) == ({"rows": sum(rows)}, rows)
+        for shard in manifest["shards"]:
+            assert shard["sha256"] == hashlib.sha256((tmp_path / name / shard["name"]).read_bytes()).hexdigest()
+
+
+def test_the_rows_of_a_batch_are_part_of_the_format(tmp_path: Path) -> None:
+    """Other numbers would give every folder other bytes."""
+    with arrow.Writer(tmp_path, NUMBERS) as out:
+        out.write(numbers(*range(2100)))
+    assert [batch.num_rows for batch in arrow.batches(tmp_path)] == [1024, 1024, 52]
+    encoded = pa.ipc.open_stream(arrow.encode(numbers(*range(600)), NUMBERS))
+    assert [batch.num_rows for batch in encoded] == [256, 256, 88]
+
+
+def test_a_reader_gets_the_columns_that_it_asks_for(tmp_path: Path) -> None:
+    rows = pa.table({"a": [1], "b": [2], "c": [3]})
+    with arrow.Writer(tmp_path, rows.schema) as out:
+        out.write(rows)
+    assert arrow.table(tmp_path, ["c", "a"]).to_pydict() == {"c": [3], "a": [1]}
+    assert [batch.to_pydict() for batch in arrow.batches(tmp_path, ["c", "a"])] == [{"c": [3], "a": [1]}]
 
 
 def test_a_shard_that_fills_with_the_last_row_leaves_no_empty_one_behind(tmp_path: Path) -> None:
@@ -155,11 +191,12 @@ def test_manifest_has_counts_schema_and_the_digest_of_each_shard(tmp_path: Path)
 
 
 def test_the_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
-    """`datasets` keys its caches on it: equal for equal rows in another folder, different for other rows."""
+    """`datasets` keys its caches on it: equal for equal rows and counts elsewhere, different for other rows."""
     prints = []
     for name, values in (("a", (1, 2)), ("b", (1, 2)), ("c", (1, 3))):
         with arrow.Writer(tmp_path / name, NUMBERS) as out:
             out.write(numbers(*values))
+            out.counts = dict(sorted({"x": 1, "y": 2}.items(), reverse=name == "b"))
         prints.append(datasets.load_from_disk(str(tmp_path / name))._fingerprint)
     assert prints[0] == prints[1] != prints[2]
 

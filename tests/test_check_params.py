@@ -518,9 +518,11 @@ def test_a_mistake_is_refused_each_time(here: Path) -> None:
     first = said(wrong)
     assert first and said(wrong) == first
     assert said(TEXT) is None
-    (here / "data/clean/law/gone").mkdir(parents=True)
+    (here / "data/clean/law/gone/documents").mkdir(parents=True)
+    assert said(TEXT) is None  # `dvc checkout` empties folders, and leaves those above
+    write(here / "data/clean/law/gone/documents/x", "")
     assert "belongs to no source" in str(said(TEXT))
-    (here / "data/marked/law/gone").mkdir(parents=True)
+    write(here / "data/marked/law/gone/x", "")
     assert str(said(TEXT)).endswith("delete it and 1 more: rm -r data/clean/law/gone data/marked/law/gone")
 
 

@@ -479,7 +479,7 @@ def test_files_are_named_for_the_cache_key(rules: list[Rule]) -> None:
         ({"rule": "length", "min_char": 3}, "the rule `length` has no key `min_char`; did you mean `min_chars`?"),
         ({"rule": "nfc", "zzz": 3}, "the rule `nfc` has no key `zzz`; it has rule"),
         ("nfcc", "there is no rule `nfcc`; did you mean `nfc`?"),
-        (["nfc"], "there is no rule `None`; the rules are newlines, nfc, nfkc"),
+        (["nfc"], "a rule is a name, or {rule: NAME, ...}; the names are newlines, nfc, nfkc"),
         ({"rule": "length", "min_chars": "x"}, "min_chars"),
         ({"rule": "repeated_ngrams", "words": {1: 0.2}}, "greater than or equal to 2"),
         ({"rule": "repeated_ngrams", "characters": {10: 70}}, "less than or equal to 1"),
@@ -593,6 +593,7 @@ def test_numbers_inside_others_and_amounts_survive(number: tuple[str, str], arou
     kind, digits = number
     assume(around != "{}.5" or digits[-1].isdecimal())  # behind a letter no decimals follow
     text = around.format(digits)
+    assume(not (kind == "bank_card" and text.isdecimal() and is_bank_card(text)))  # of one digit more, by chance
     assert PiiRule(kinds=[kind]).apply(text).text is text
 
 

@@ -6,12 +6,14 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import text_units
 from conftest import write
@@ -60,6 +62,27 @@ def test_the_example() -> None:
     assert len(span) <= EVIDENCE_CHARS
 
 
+def test_the_first_item_of_the_file_is_named() -> None:
+    """Not the one that stands first in the document, nor the last of those that share a run."""
+    index = Index(items(" ".join(WORDS[:15]), " ".join(WORDS[2:17]), " ".join(WORDS[20:35])))
+    found = find(index, [" ".join(WORDS[2:15]), " ".join([*WORDS[20:35], *WORDS[:15]]), " ".join(WORDS[2:16])])
+    assert [found[row].evidence.partition(":")[0] for row in range(3)] == ["quiz.txt line 1"] * 3
+
+
+def test_the_evidence_is_cut_from_the_document_whatever_stands_before_it() -> None:
+    """Characters beyond U+FFFF count as two in the places of units."""
+    said = " ".join(WORDS[:13])
+    assert find(Index(items(" ".join(WORDS))), [f"🌊🌊 {said} 🌊"])[0].evidence == f"quiz.txt line 1: {said}"
+
+
+def test_a_large_benchmark_has_each_of_its_items() -> None:
+    """More than are hashed at a time."""
+    rng = random.Random(2)
+    texts = [" ".join(f"{rng.getrandbits(24):x}" for _ in range(13)) for _ in range(5000)]
+    found = find(Index(items(*texts)), [texts[0], texts[2500], texts[-1]])
+    assert [found[row].evidence.partition(":")[0] for row in found] == [f"quiz.txt line {n}" for n in (1, 2501, 5000)]
+
+
 @given(st.lists(st.lists(st.sampled_from(WORDS[:3]), max_size=20), max_size=4), st.data())
 def test_found_is_what_the_plain_way_finds(benchmark: list[list[str]], data: st.DataObject) -> None:
     """A tiny vocabulary, so that runs meet often; whole short items, too; the first item of the file is named."""
@@ -81,6 +104,25 @@ def test_one_unit_less_is_no_hit(pool: list[str], glue: str, least: int, tmp_pat
     for begin in (0, 3, 30 - least):
         part = [*pool[30:40], *pool[begin : begin + least], *pool[30:40]]
         assert list(find(index, [glue.join(part), glue.join(part[:-11]), glue.join(part[11:])])) == [0]
+
+
+@pytest.mark.parametrize(
+    ("item", "run"),
+    [
+        (" ".join(WORDS[:30]), 9),
+        ("".join(CHARACTERS[:30]), 11),
+        (" ".join([*WORDS[:15], *CHARACTERS[:15]]), 9),
+        (" ".join([*WORDS[:15], *CHARACTERS[:16]]), 11),
+        (" ".join(WORDS[:SHORTEST]), SHORTEST),
+        (" ".join(WORDS[: SHORTEST - 1]), 0),
+    ],
+    ids=["words", "characters", "half of each", "more characters", "short", "too short"],
+)
+def test_how_long_a_run_of_an_item_counts(item: str, run: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the parameters say for words, or for characters where they are more than half."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data/benchmarks/quiz.txt", item)
+    assert [found.run for found in read("quiz", Params(ngram=9, character_ngram=11))] == [run]
 
 
 @pytest.mark.parametrize("count", [SHORTEST - 1, SHORTEST, 12])
@@ -127,7 +169,7 @@ def test_a_jsonl_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Each named field is an item by itself; empty ones are none; lines are numbered as in the file."""
     monkeypatch.chdir(tmp_path)
     rows = [{"question": " ".join(WORDS[:20]), "answer": "Yes"}, {"question": "".join(CHARACTERS), "answer": ""}]
-    write(tmp_path / "data/benchmarks/quiz.jsonl", "\n\n".join(map(json.dumps, rows)))
+    write(tmp_path / "data/benchmarks/quiz.jsonl", "\ufeff" + "\r\n\r\n".join(map(json.dumps, rows)))  # of Windows
     found = [*read("quiz", Params(fields=["question", "answer"]))]
     assert [(item.place, item.run) for item in found] == [
         ("data/benchmarks/quiz.jsonl line 1", 13),
@@ -155,3 +197,19 @@ def test_a_wrong_benchmark_is_one_sentence(
     write(tmp_path / "data/benchmarks" / name, content)
     with pytest.raises(SystemExit, match=sentence):
         list(read("quiz", Params()))
+
+
+def test_two_files_of_one_benchmark_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one of them would be left out silently."""
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("jsonl", "txt"):
+        write(tmp_path / f"data/benchmarks/quiz.{suffix}", "")
+    with pytest.raises(SystemExit, match=r"there are .*quiz.jsonl and .*quiz.txt: keep one"):
+        list(read("quiz", Params()))
+
+
+@pytest.mark.parametrize("wrong", [{"ngram": SHORTEST - 1}, {"character_ngram": SHORTEST - 1}, {"fields": []}])
+def test_wrong_parameters_are_refused(wrong: dict[str, Any]) -> None:
+    """Runs shorter than what every run is looked up by would be found nowhere."""
+    with pytest.raises(ValidationError):
+        Params(**wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import tiny
 from conftest import Runner, git, ran, repro, write
 from decontaminate import Hit
 from dedup import (
+    PART,
+    RULES,
     Near,
     Params,
     all_texts,
@@ -209,10 +212,21 @@ def phase_of_lines(project: Path, sources: dict[str, list[str]], run_stage: Runn
 
 
 def decided(project: Path, run_stage: Runner) -> dict[str, list[dict[str, Any]]]:
-    """Run dedup and return the rows of each source."""
+    """Run dedup and return the rows of each source, with which what is counted must agree."""
     finished = run_stage(project, "dedup", "p")
     assert finished.returncode == 0, finished.stderr
-    return {folder.name: arrow.table(folder).to_pylist() for folder in (project / "data/dedup/p").iterdir()}
+    found = {folder.name: arrow.table(folder).to_pylist() for folder in (project / "data/dedup/p").iterdir()}
+    total: Counter[str] = Counter()
+    for name, rows in found.items():
+        splits = Counter(row["split"] for row in rows)
+        counts = {"rows": len(rows), **{split: splits[split] for split in ("train", "eval", "dropped")}}
+        assert arrow.manifest(project / "data/dedup/p" / name)["counts"] == counts
+        total.update(splits, documents=len(rows))
+        total.update(row["rule"] for row in rows if row["rule"])
+    (counts,) = arrow.read_json(project / "metrics/runs/dedup@p.json")["counts"]
+    names = ["documents", "train", "eval", *RULES.values(), *(name for name in counts if ":" in name)]
+    assert {name: counts[name] for name in names} == {name: total[name] for name in names}
+    return found
 
 
 def searched(texts: Any, params: NearParams) -> Near:
@@ -277,6 +291,15 @@ def test_a_copy_is_in_the_cluster_of_its_first() -> None:
     rows = with_near({"a": [*OTHERS, near, OTHERS[0]], "b": [LAW, near, "alone"]}, NearParams())
     assert [row["cluster"] for row in rows["a"]] == [None] * len(OTHERS) + ["a/8", None]
     assert [row["cluster"] for row in rows["b"]] == ["a/8", "a/8", None]
+
+
+def test_documents_beyond_those_that_are_read_at_a_time_are_decided_in_their_rows() -> None:
+    ids = [number.to_bytes(16, "little") for number in range(PART + 600)]
+    excluded, contaminated, copied = PART + 100, PART + 200, PART + 300
+    rows = decisions({"a": [*ids, ids[copied]]}, Params(), None, frozenset([ids[excluded]]), [contaminated])["a"]
+    rules = {row: rule for row, rule in enumerate(rows["rule"].to_pylist()) if rule}
+    assert rules == {excluded: "excluded", contaminated: "decontaminate:quiz", len(ids): "exact_duplicate"}
+    assert rows["twin"].to_pylist()[-1] == f"a/{copied}"
 
 
 def test_a_cluster_is_one_to_choose_from() -> None:
@@ -352,6 +375,9 @@ KEY, OTHER_KEY = bytes(range(32)), bytes(32)
         ),
         (entries(KEY, b"i").partition("\n")[2], KEY.hex(), "was made with one that it does not name"),
         (entries(KEY, b"i"), "secret", "exclusions.key is no key: 64 hexadecimal digits"),
+        (entries(KEY, b"i"), KEY.hex() + "00", "exclusions.key is no key: 64 hexadecimal digits"),
+        (entries(KEY, b"i"), "密" * 64, "exclusions.key is no key: 64 hexadecimal digits"),
+        (entries(KEY, b"i").rstrip() + "0", KEY.hex(), "exclusions.txt line 2: '[0-9a-f]+' is no entry"),
         (entries(KEY, b"i") + entries(OTHER_KEY, b"j"), KEY.hex(), "exclusions.txt line 3: it names a second key"),
         ("ab" * 16, KEY.hex(), "exclusions.txt line 1: a plain doc_id would tell .* lineage erase apply abab"),
         (f"{entries(KEY, b'i')}no id\n", KEY.hex(), "exclusions.txt line 3: 'no id' is no entry"),
@@ -396,9 +422,9 @@ def test_dedup_refuses_another_key_and_goes_on_with_the_right_one(project: Path,
 
 def test_an_excluded_id_that_no_document_has_is_counted(project: Path, run_stage: Runner) -> None:
     """An id of a removed document, or of another phase, is in order; a slip of the pen shows in the counts."""
-    phase_of_lines(project, {"a": OTHERS[:4]}, run_stage)
-    exclude(project, {clean.doc_id(OTHERS[0]), b"\xab" * 16})
-    assert run_stage(project, "dedup", "p").returncode == 0
+    phase_of_lines(project, {"a": [OTHERS[0], "", *OTHERS[1:4]], "b": OTHERS[4:]}, run_stage)
+    exclude(project, {clean.doc_id(OTHERS[5]), b"\xab" * 16})
+    assert [row["rule"] for row in decided(project, run_stage)["b"]] == [None, "excluded", None, None]
     counts = arrow.read_json(project / "metrics/runs/dedup@p.json")["counts"][0]
     assert (counts["exclusions"], counts["exclusions_not_here"], counts["excluded"]) == (2, 1, 1)
 
@@ -517,7 +543,16 @@ def test_dvc_sees_the_priority_and_no_order_of_sources(project: Path, run_stage:
     assert "dedup@p" in ran(repro(project, "dedup"))
 
 
-@pytest.mark.parametrize("wrong", [{"priority": ["a", "a"]}, {"decontaminate": {"../x": {}}}, {"decontaminate": ["x"]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"priority": ["a", "a"]},
+        {"decontaminate": {"../x": {}}},
+        {"decontaminate": ["x"]},
+        {"eval_fraction": 0},
+        {"eval_fraction": 1},
+    ],
+)
 def test_wrong_parameters_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Params(**wrong)
@@ -543,7 +578,8 @@ def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path,
     item = " ".join(words[20:40])
     clear = " ".join([*words[:30], "other", *words[31:]])
     sources = {"a": [*OTHERS, " ".join(words), clear], "b": [" ".join(words), f"Well. {item.upper()}!"]}
-    write(project / "data/benchmarks/quiz.jsonl", json.dumps({"question": item, "text": "no"}) + "\n")
+    quiz = [{"question": question, "text": "no"} for question in (item, "Why?")]
+    write(project / "data/benchmarks/quiz.jsonl", "".join(json.dumps(row) + "\n" for row in quiz))
     content = phase_of_lines(
         project, sources, run_stage, near_duplicates={}, decontaminate={"quiz": {"fields": ["question"]}}
     )
@@ -555,7 +591,7 @@ def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path,
     assert rows[8]["evidence"] == place + " ".join(words[20:33])[:80]
     assert [(row["rule"], row["evidence"][: len(place)]) for row in found["b"]] == [(rule, place)] * 2
     (counts,) = json.loads((project / "metrics/runs/dedup@p.json").read_text())["counts"]
-    assert (counts["decontaminate:quiz"], counts["items of quiz"], counts["items of quiz too short"]) == (3, 1, 0)
+    assert (counts["decontaminate:quiz"], counts["items of quiz"], counts["items of quiz too short"]) == (3, 2, 1)
     # Exclusion comes first, and takes the cluster; and without the benchmark the other twin is the duplicate.
     exclude(project, {clean.doc_id(clear)})
     found = decided(project, run_stage)
@@ -565,6 +601,22 @@ def test_what_holds_a_benchmark_item_goes_and_its_near_twin_stays(project: Path,
     content["phases"]["p"]["dedup"]["decontaminate"] = {}
     (project / "params.yaml").write_text(json.dumps(content))
     assert [row["rule"] for row in decided(project, run_stage)["a"][8:]] == [None, "near_duplicate"]
+
+
+def test_an_item_is_found_behind_long_documents_and_the_first_benchmark_by_name_is_named(
+    project: Path, run_stage: Runner
+) -> None:
+    """More text than is read at a time; in whichever order params.yaml names them, which DVC does not see."""
+    long = [" ".join(f"{number * factor:x}" for number in range(50_000)) for factor in (7919, 104729)]
+    for name in ("quiz", "exam"):
+        write(project / f"data/benchmarks/{name}.txt", f"{QUIZ}\n")
+    lines = [*long, "short", f"Asked: {QUIZ}", "last"]
+    content = phase_of_lines(project, {"a": lines}, run_stage)
+    for names in (["quiz", "exam"], ["exam", "quiz"]):
+        content["phases"]["p"]["dedup"] = {"decontaminate": {name: {} for name in names}}
+        (project / "params.yaml").write_text(json.dumps(content))
+        found = decided(project, run_stage)["a"]
+        assert [row["rule"] for row in found] == [None, None, None, "decontaminate:exam", None]
 
 
 WORDS = [f"w{number}" for number in range(40)]

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -454,6 +455,72 @@ def test_the_command_writes_both_splits_and_stops_when_a_token_is_lost(
     assert (project / "data/blocks/p/train/manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("mode", ["concat", "line", "best_fit"])
+def test_it_stops_when_a_document_is_lost_on_the_way_to_the_blocks(
+    project: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = {"block_size": 16, "mode": mode}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    rows: Documents = [("train", [(5, True)] * 20), ("eval", [(6, True)] * 9), ("train", [(7, True)] * 5)]
+    write_tokens(project / "data/tokens/p/p_text", rows, batch_rows=1)
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(group_blocks, "documents", lambda *given: itertools.islice(document_turns.documents(*given), 1))
+    with pytest.raises(ValueError, match=r"25 train tokens were read but 20 kept \+ 0 dropped came out"):
+        group_blocks.main("p")
+
+
+def test_a_split_of_which_little_is_left_is_not_called_too_small(project: Path, run_stage: Runner) -> None:
+    """Its text would fill a block, but for a document that was too long for one."""
+    group = {"block_size": 16, "mode": "line", "long_documents": "drop"}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    rows: Documents = [("train", [(5, True)] * 20), ("train", [(5, True)] * 5), ("eval", [(6, True)] * 9)]
+    write_tokens(project / "data/tokens/p/p_text", rows)
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 0, finished.stderr
+    assert arrow.manifest(project / "data/blocks/p/train")["counts"]["tokens"] == 5
+
+
+@pytest.mark.parametrize("mode", ["concat", "line", "best_fit"])
+def test_texts_beside_conversations_are_learned_whole(project: Path, run_stage: Runner, mode: str) -> None:
+    """Also in a split that has no conversation: a source of texts has no marks of its own."""
+    group = {"block_size": 16, "mode": mode}
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": group})
+    params = json.loads((project / "params.yaml").read_text())
+    params["sources"]["chats"] = params["sources"]["p_text"]
+    (project / "params.yaml").write_text(json.dumps(params))
+    tiny.tokenizer(project / "models/tokenizers/p")
+    write_tokens(project / "data/tokens/p/chats", [("train", [(5, False), (6, True)] * 4)])
+    write_tokens(
+        project / "data/tokens/p/p_text", [(split, [(7, True)] * 9) for split in ("train", "eval")], learn=False
+    )
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 0, finished.stderr
+    for split, learned in (("train", {6: 4, 7: 9}), ("eval", {7: 9})):
+        blocks = arrow.table(project / "data/blocks/p" / split).to_pylist()
+        marked = [pair for block in blocks for pair in zip(block["input_ids"], block["learn"], strict=True)]
+        assert Counter(identity for identity, learn in marked if learn) == learned
+
+
+def test_without_a_padding_token_eos_fills_the_last_block(project: Path, run_stage: Runner) -> None:
+    tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": {"block_size": 16}})
+    tiny.tokenizer(project / "models/tokenizers/p")
+    config = arrow.read_json(project / "models/tokenizers/p/tokenizer_config.json")
+    del config["pad_token"]
+    arrow.write_json(project / "models/tokenizers/p/tokenizer_config.json", config)
+    write_tokens(project / "data/tokens/p/p_text", [("train", [(5, True)] * 20), ("eval", [(6, True)] * 9)])
+    finished = run_stage(project, "group_blocks", "p")
+    assert finished.returncode == 0, finished.stderr
+    ids = arrow.table(project / "data/blocks/p/train")["input_ids"].to_pylist()
+    assert ids == [[5] * 16, [5] * 4 + [1] * 12]  # 1 is EOS
+
+
+def test_the_window_in_which_documents_are_packed_is_frozen() -> None:
+    """Another one would put the documents of every large phase into other blocks."""
+    assert [group_blocks.window_tokens(size) for size in (8, 8192, 2**14)] == [2**21, 2**21, 2**22]
+
+
 def test_a_source_without_documents_gives_nothing(project: Path, run_stage: Runner) -> None:
     """Its first one in the order of names, all copies of what another source holds."""
     tiny.params_yaml(project, p={"base": "models/configs/llama_small", "group_blocks": {"block_size": 16}})
@@ -493,7 +560,10 @@ def test_the_command_writes_what_places_and_counts_follow_from(project: Path, ru
     assert arrow.manifest(folder / "train")["counts"] == counts
     table = arrow.table(folder / "train").to_pydict()
     assert table["input_ids"] == 2 * [[5] * 15 + [1], [7] + [2] * 15]  # 1 is EOS, 2 is padding
-    assert json.loads((project / "metrics/runs/group_blocks@p.json").read_text())["counts"][0]["p_text_tokens"] == 42
+    assert arrow.read_json(project / "metrics/runs/group_blocks@p.json")["counts"] == [
+        {"train_blocks": 4, "train_tokens": 34, "train_padding": 30, "train_left_out": 8, "p_text_tokens": 42}
+        | {"eval_blocks": 1, "eval_tokens": 9, "eval_padding": 7}
+    ]
 
 
 def test_a_weight_for_no_source_of_the_phase_is_refused(project: Path, run_stage: Runner) -> None:
@@ -673,3 +743,9 @@ def test_learn_marks_of_a_mixed_phase_follow_their_tokens(chain: tuple[Path, dic
 def test_a_data_stage_has_imported_nothing_heavy_when_it_ends(chain: tuple[Path, dict[str, str]], stage: str) -> None:
     """Torch alone costs 1.5 seconds and 200 MB; a stage that imports it in a function pays as well."""
     assert chain[1][stage] == "HEAVY []"
+
+
+@pytest.mark.parametrize("wrong", [{"block_size": 7}, {"weights": {"a": 0}}, {"weights": {"a": 1001}}], ids=str)
+def test_numbers_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="should be"):
+        Params(**{"block_size": 8, **wrong})

@@ -15,6 +15,7 @@ from lineage.verify import Stage
 
 import clean
 import dedup
+import exclusions
 import varied
 from conftest import repro, write
 from kit import arrow
@@ -82,10 +83,14 @@ def test_the_plan_names_first_step_and_the_models_of_later_phases(finished: Path
     lineage = Lineage(finished)
     source = lineage.phases["pretrain"].sources[1]
     rows = [lineage.record(source, row) for row in range(len(source.ledger))]
-    trained = next(row for row in rows if row["verdict"] == "trained")
+    trained = max((row for row in rows if row["verdict"] == "trained"), key=lambda row: len(row["blocks"]))
+    assert len({tuple(block["steps"]) for block in trained["blocks"]}) > 1
     found = plan(lineage, trained["doc_id"])
     assert [one["model"] for one in found["models"]] == ["models/pretrain/merged", "models/chat/merged"]
     assert found["documents"][0]["first_step"] == min(s for block in trained["blocks"] for s in block["steps"])
+    assert found["documents"][0]["blocks"] == sorted({block["block"] for block in trained["blocks"]})
+    records = [arrow.read_json(finished / f"metrics/runs/{name}.json") for name in found["redo"]]
+    assert found["seconds_last_time"] == pytest.approx(sum(record["seconds"] for record in records), abs=0.1)
     assert {"train_model@pretrain", "train_model@chat", "clean@tiny_text"} & set(found["redo"]) == {
         "train_model@pretrain",
         "train_model@chat",
@@ -129,7 +134,7 @@ def test_near_twins_that_were_both_kept_are_found(tmp_path: Path) -> None:
     for row in rows[1:]:
         row["cluster"] = "s/1"
     rows[2]["twin"] = "s/1"
-    with arrow.Writer(tmp_path / "data/dedup/p/s", dedup.DECISIONS) as out:
+    with arrow.Writer(tmp_path / "data/dedup/p/s", dedup.DECISIONS, batch_rows=2) as out:
         out.write(pa.Table.from_pylist(rows, dedup.DECISIONS))
     for row in rows[1:]:
         assert [number for _, number in cluster(lineage, row["doc_id"].hex())] == [1, 2, 3]
@@ -139,6 +144,8 @@ def test_near_twins_that_were_both_kept_are_found(tmp_path: Path) -> None:
 def test_a_proof_of_a_text_that_is_in_no_record_needs_the_text(varied_project: Path) -> None:
     with pytest.raises(SystemExit, match="give its text"):
         prove(Lineage(varied_project), "0" * 32)
+    with pytest.raises(SystemExit, match="give all 32 digits"):
+        prove(Lineage(varied_project), "0" * 16, "Its text.")
     kept = varied.canary("line")
     proof = prove(Lineage(varied_project), "0" * 32, f"Something else. {kept} And an end.")
     assert not proof["absent"]
@@ -199,6 +206,36 @@ def test_a_kept_run_is_found_behind_many_that_were_dropped(tmp_path: Path) -> No
     documents = [" ".join(parts), *(f"{part} {written(draw, 5)}" for part in parts), f"{written(draw, 9)} {held} end"]
     proof = prove(*excluded(tmp_path, documents, gone=31))
     assert (proof["absent"], proof["own_absent"], proof["longest_run"]) == (False, True, 20)
+
+
+LOST = f"key {'ab' * 8}"
+
+
+@pytest.mark.parametrize("before", ["", "# why", "# why\n", f"{LOST}\n", f"\ufeff# why\r\n {LOST.title()}  # lost"])
+def test_what_is_excluded_is_read_again_whatever_stood_in_the_file(tmp_path: Path, before: str) -> None:
+    """A last line without an end, or the name of a key of which no entry is left; the key that is there is kept."""
+    write(tmp_path / "data/exclusions.txt", before)
+    exclude(tmp_path, {b"one"})
+    key = (tmp_path / "data/exclusions.key").read_text()
+    path = tmp_path / "data/exclusions.txt"
+    path.write_text(path.read_text(encoding="utf-8").rstrip(), encoding="utf-8")
+    answer = exclude(tmp_path, {b"one", b"two"})
+    assert (answer["added"], answer["were_there"]) == ([b"two".hex()], [b"one".hex()])
+    found = exclusions.read(path)
+    assert (len(found), b"one" in found, b"two" in found) == (2, True, True)
+    assert path.read_text(encoding="utf-8").count("why") == before.count("why")
+    write(path, "")  # all entries taken back
+    exclude(tmp_path, {b"two"})
+    assert (len(exclusions.read(path)), (tmp_path / "data/exclusions.key").read_text()) == (1, key)
+
+
+def test_who_is_excluded_by_the_record_alone_is_excluded(workspace: Path) -> None:
+    """Other rules of `clean` give its text another doc_id."""
+    lineage = Lineage(workspace)
+    row = lineage.why("data/raw/tiny_notes.txt", 3)[0]
+    assert prove(lineage, row["doc_id"])["excluded"].startswith("it does not stand in")
+    exclude(workspace, {bytes.fromhex(row["raw_id"])})
+    assert prove(lineage, row["doc_id"])["excluded"].startswith("it stands in")
 
 
 def test_a_model_that_was_not_trained_again_keeps_a_document_from_being_gone(workspace: Path) -> None:

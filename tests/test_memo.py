@@ -64,6 +64,7 @@ def test_results_come_in_order_and_are_remembered(tmp_path: Path, workers: int) 
     memo = Memo(tmp_path / "memo", "key")
     assert done(memo, [*texts[:10], "new", *texts[20:]], workers)[10] == b"NEW"
     assert (memo.hits, memo.misses) == (20, 1)
+    (tmp_path / "memo/.tmp-of-one-that-was-killed").touch()
     memo.sweep()
     assert len(list((tmp_path / "memo").iterdir())) == 2 * 21 + 1
     assert len(Memo(tmp_path / "memo", "key")._index) == 21
@@ -170,12 +171,15 @@ def test_one_hit_in_a_hundred_is_worked_out_again_others_each_time(tmp_path: Pat
 def test_a_result_that_depends_on_more_than_its_key_is_found(
     tmp_path: Path, workers: int, work: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its files or its notes; here all hits are worked out again. A tuple, a list to JSON, is no change."""
+    """In files or notes, each time; here all hits are worked out again. A tuple, a list to JSON, is no change."""
     shards = [(str(number), "") for number in range(4)]
     monkeypatch.setattr(kit.memo, "CHECKED", 1.0)
-    for expected in (None, None if work is pair else pytest.raises(ValueError, match="came out differently")):
+    found = None if work is pair else pytest.raises(ValueError, match="came out differently")
+    for expected in (None, found, found):
+        memo = Memo(tmp_path / "memo", "key")
         with expected or contextlib.nullcontext():
-            list(Memo(tmp_path / "memo", "key").map(shards, work, workers, stage.die_with_parent))
+            list(memo.map(shards, work, workers, stage.die_with_parent))
+    assert memo.hits == (4 if work is pair else 1)  # one that is worked out again is a hit all the same
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
@@ -195,6 +199,7 @@ def test_a_folder_that_cannot_be_tidied_costs_no_result(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", read_only)
         memo.sweep()
+    assert Memo(tmp_path / "memo", "key").find(hashlib.sha256(b"a").hexdigest())  # nor what was known
     memo.sweep()
     memo = Memo(tmp_path / "memo", "key")
     assert done(memo, ["a"]) == [b"A"]
@@ -209,6 +214,13 @@ def test_a_sentence_from_a_worker_arrives(tmp_path: Path, workers: int) -> None:
     memo = Memo(tmp_path / "memo", "key")
     assert len(done(memo, map(str, range(20)), workers)) == 20
     assert memo.hits > 10
+
+
+def test_a_worker_is_prepared_before_it_works(tmp_path: Path) -> None:
+    """As `die_with_parent` does, without which the workers of a killed stage work on."""
+    shards = [(str(number), "text") for number in range(4)]
+    list(Memo(tmp_path / "memo", "key").map(shards, shout, 2, lambda: (tmp_path / str(os.getpid())).touch()))
+    assert {path.name for path in tmp_path.iterdir()} - {"memo", str(os.getpid())}
 
 
 def die(text: str) -> Made:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
@@ -336,6 +337,45 @@ def test_clusters_are_connected(picks: list[int], seed: int) -> None:
         assert len({int(c) for c, p in zip(cluster, picks, strict=True) if p == pick}) == 1
 
 
+def one_band_alike(row: npt.NDArray[np.uint16], band: int, by: int) -> npt.NDArray[np.uint16]:
+    """Return a signature with another value in one slot, the one numbered `by`, of each band but this one."""
+    number, slots = nd.bands(PARAMS)
+    places = np.arange(number) * slots + by
+    changed = row.copy()
+    changed[np.delete(places, band)] += 1
+    return changed
+
+
+def test_a_chain_of_pairs_that_share_one_band_each_is_one_cluster() -> None:
+    """Two clusters meet two others in the same band."""
+    row = np.arange(PARAMS.num_perm, dtype=np.uint16)
+    other = one_band_alike(row, 0, 0)
+    rows = np.stack([one_band_alike(row, 1, 1), one_band_alike(other, 1, 2), row, other])
+    assert nd.clusters(rows, PARAMS).cluster.tolist() == [0, 0, 0, 0]
+
+
+def test_who_shares_a_band_and_no_more_is_alone() -> None:
+    rows = np.arange(2 * PARAMS.num_perm, dtype=np.uint16).reshape(2, -1)
+    rows[1, :10] = rows[0, :10]
+    assert len(nd.clusters(rows, PARAMS).rows) == 0
+
+
+def test_a_signature_that_begins_like_that_of_no_text_is_one() -> None:
+    rows = np.full((4, PARAMS.num_perm), nd.NO_SIGNATURE)
+    rows[2:, 1:] = np.arange(1, PARAMS.num_perm)
+    assert nd.clusters(rows, PARAMS).rows.tolist() == [2, 3]
+
+
+def test_the_threshold_itself_is_near() -> None:
+    """At 1: the same words, whatever their case and punctuation, and nothing else."""
+    texts = [
+        "The cat sat on the mat, and slept.",
+        "the cat sat on the mat and slept",
+        "The cat sat on a mat, and slept.",
+    ]
+    assert find(texts, nd.Params(threshold=1))[1:] == ([-1, 0, -1], [0, 1, 0])
+
+
 def test_bands_find_what_the_threshold_asks() -> None:
     assert nd.bands(PARAMS) == (18, 7)
     assert nd.bands(nd.Params(threshold=1)) == (1, 128)
@@ -355,7 +395,9 @@ def test_estimates_alone_need_no_texts() -> None:
         nd.near_twins(signatures, company, PARAMS)
 
 
-@pytest.mark.parametrize("wrong", [{"treshold": 0.8}, {"threshold": 0}, {"ngram": 0}, {"num_perm": 100}])
+@pytest.mark.parametrize(
+    "wrong", [{"treshold": 0.8}, {"threshold": 0}, {"threshold": 80}, {"ngram": 0}, {"num_perm": 100}]
+)
 def test_wrong_parameters_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         nd.Params(**wrong)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def test_outputs_are_equal_elsewhere(twins: tuple[Path, Path]) -> None:
     """
     one, other = map(outputs, twins)
     assert one == other
-    assert len(one) == 3 * 3 + 2 * 12  # clean, marked, tokens of a source; twelve of a phase
+    assert len(one) == 4 * 3 + 2 * 12  # clean, sources, marked, tokens of a source; twelve of a phase
     assert len(set(one.values())) > len(one) / 2
 
 
