@@ -165,7 +165,7 @@ def test_a_failure_publishes_none_of_several_outputs(here: Path) -> None:
         'Path("input").rename("away"); Path("away").rename("input")',
         'Path("input/a.txt").rename("away"); Path("input/a.txt").read_text()',
         "import shutil; shutil.rmtree('input')",
-        'os.utime("input/a.txt", (1, 1))',
+        'os.utime("input/a.txt", (2, 2))',
     ],
     ids=[
         *("edited", "added", "removed", "renamed", "edited, size and mtime kept"),
@@ -237,6 +237,13 @@ def test_input_changed_at_the_very_end_is_refused(place: Path) -> None:
     late = "record = stage._record\nstage._record = lambda *a: (record(*a), Path('input/a.txt').write_text('ho'))"
     assert "input changed while the stage ran" in sentence(shout(place, late))
     assert published(place) is None
+
+
+@pytest.mark.parametrize("edit", ['os.link("input/a.txt", "out/a.txt")', 'os.chmod("input/a.txt", 0o444)'])
+def test_new_links_and_rights_are_no_change(place: Path, edit: str) -> None:
+    """Where projects share a cache of hard links, what another one takes from it sets a ctime."""
+    shout(place)
+    assert shout(place, edit).returncode == 0
 
 
 def test_a_file_that_goes_away_at_the_beginning_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,11 +192,13 @@ class Guard(NamedTuple):
         folders = {name: self.folders[name] for name in above(self.root, states)}
         return Guard(self.root, paths, states, folders, self.refusal)
 
-    def holds(self) -> bool:
-        """Return whether files and folders are as they were."""
+    def holds(self, ctimes: bool = True) -> bool:
+        """Return whether files and folders are as they were; without `ctimes`, those of files may be others."""
         with contextlib.suppress(FileNotFoundError):
-            states = {one[0]: one for path in self.paths for one in state(path)}
-            return states == self.states and folder_states(self.folders) == self.folders
+            count = None if ctimes else -1
+            now = {one[0]: one[:count] for path in self.paths for one in state(path)}
+            before = {name: one[:count] for name, one in self.states.items()}
+            return now == before and folder_states(self.folders) == self.folders
         return False
 
     def check(self) -> None:
@@ -268,9 +270,15 @@ class Run:
         """Return the first input, module or parameter that is no longer what the stage read, or None.
 
         Of an input the states are compared: no program sets the change time (ctime) of a file or folder but the kernel,
-        at each write. One with the old content again is refused, too: nobody knows what was read in between.
+        at each write. One with the old content again is refused, too: nobody knows what was read in between. A file of
+        which nothing but the ctime is another has new links or rights, as in a cache that several projects share, so
+        its content decides.
         """
-        inputs = (path for path, one in self.guards.items() if not one.holds())
+        inputs = (
+            path
+            for path, one in self.guards.items()
+            if not one.holds() and not (one.holds(ctimes=False) and digest(one.root, workers()) == self.digests[path])
+        )
         modules = code_files(STAGES / f"{self.stage}.py")
         code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
         return next(itertools.chain(inputs, code, self._changed_params()), None)
