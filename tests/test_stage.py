@@ -239,6 +239,35 @@ def test_input_changed_at_the_very_end_is_refused(place: Path) -> None:
     assert published(place) is None
 
 
+def test_a_change_right_after_the_beginning_is_seen(here: Path) -> None:
+    """In the same tick of the file system's clock, where it would keep the ctime (Linux before 6.13)."""
+    for number in range(20):
+        Path("input/a.txt").write_text(f"{number:3}")
+        guard = stage.guard(Path("input"), "")
+        Path("input/a.txt").write_text(f"{number:3}"[::-1])
+        assert not guard.holds()
+        Path("input/deep").rename("away")
+        Path("away").rename("input/deep")
+        guard = stage.guard(Path("input"), "")
+        Path("input/deep").rename("away")
+        Path("away").rename("input/deep")
+        assert not guard.holds()
+
+
+def test_a_guard_is_of_a_tick_that_is_over(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the clock is not beyond the latest ctime, what was found is looked at again."""
+    clock = [0, 0, 2**62]
+
+    def tick(_: int) -> int:
+        Path("input/a.txt").write_text(f"{len(clock)}")
+        return clock.pop(0)
+
+    monkeypatch.setattr(stage.time, "clock_gettime_ns", tick)
+    assert stage.guard(Path("input"), "").holds() and clock == []
+    monkeypatch.setattr(stage.time, "clock_gettime_ns", lambda _: 0)
+    assert stage.guard(Path("input"), "").holds()  # a ctime of the future does not hold it up for ever
+
+
 @pytest.mark.parametrize("edit", ['os.link("input/a.txt", "out/a.txt")', 'os.chmod("input/a.txt", 0o444)'])
 def test_new_links_and_rights_are_no_change(place: Path, edit: str) -> None:
     """Where projects share a cache of hard links, what another one takes from it sets a ctime."""

@@ -58,6 +58,7 @@ from kit.stage_code import STAGES, code_digest, code_files, versions
 RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 T = TypeVar("T")
+CLOCK_REALTIME_COARSE = 5  # linux/time.h; Python 3.11 has no name for it
 
 
 def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any] | None) -> None:
@@ -208,9 +209,19 @@ class Guard(NamedTuple):
 
 
 def guard(root: Path, refusal: str) -> Guard:
-    """Return the guard of a whole input, as it is now."""
-    states = {one[0]: one for one in state(root)}
-    return Guard(root, [root], states, folder_states(above(root, states)), refusal)
+    """Return the guard of a whole input, as it is now.
+
+    It waits until the kernel's clock of ctimes, which stands still for some milliseconds, is beyond all of them: each
+    later change has another one.
+    """
+    for _ in range(50):  # a ctime of the future, as another machine may give, must not hold it up
+        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        states = {one[0]: one for one in state(root)}
+        found = Guard(root, [root], states, folder_states(above(root, states)), refusal)
+        if max([*(one[5] for one in states.values()), *(one[2] for one in found.folders.values())], default=0) < now:
+            break
+        time.sleep(0.001)
+    return found
 
 
 class Run:
