@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from lineage.questions import Answer, Lineage, Source
 
-KINDS = ("data/clean/", "data/dedup/", "data/tokens/", "data/blocks/")
+KINDS = ("data/sources/", "data/clean/", "data/dedup/", "data/tokens/", "data/blocks/")
 SPLITS = ("train", "eval")
 
 

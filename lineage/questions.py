@@ -47,7 +47,10 @@ class Source:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        return read_json(self.lineage.root, f"data/sources/{self.phase}/{self.name}/source.json")
+        below = f"{self.phase}/{self.name}/source.json"
+        earlier = f"data/clean/{below}"  # in commits before there was data/sources
+        there = (self.lineage.root / earlier).is_file()
+        return read_json(self.lineage.root, earlier if there else f"data/sources/{below}")
 
     @functools.cached_property
     def ledger(self) -> Folder:

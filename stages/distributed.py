@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kit import stage
 
@@ -142,6 +142,14 @@ def train(name: str, work: Path, told: dict[str, Any], script: str, *arguments: 
     return found
 
 
-def finish(work: Path, found: dict[str, Any]) -> None:
-    """Leave what the stage wants to know."""
-    (work / RESULT).write_text(json.dumps(found), encoding="utf-8")
+def finish(work: Path, found: dict[str, Any]) -> NoReturn:
+    """Leave what the stage wants to know, if this is the first worker, and end.
+
+    The interpreter is not brought to its end: what gloo's threads still hold can abort it there (pytorch/pytorch pull
+    request 179291), and with this worker the training; closing the group of processes first can wait for ever.
+    """
+    if first():
+        (work / RESULT).write_text(json.dumps(found), encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

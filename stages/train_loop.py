@@ -504,11 +504,7 @@ def train(
         "eval": _curve(trainer.state.log_history, "eval_loss"),
     }
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
-    trained = Trained(curves, receipts.up_to(done), done, notes, count, weights)
-    # Closes the group of processes: what gloo's threads still hold when the interpreter ends can abort a worker that
-    # is done (pytorch/pytorch pull request 179291), and with it the training.
-    trainer.accelerator.end_training()
-    return trained
+    return Trained(curves, receipts.up_to(done), done, notes, count, weights)
 
 
 def _curve(history: list[dict[str, float]], *names: str) -> list[dict[str, float]]:

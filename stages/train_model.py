@@ -254,9 +254,7 @@ def main(phase: str, show: int = 0, plan: bool = False) -> None:
         if not distributed.first():
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
         found = compute(phase, base, params, [Path(path) for path in told["outputs"]], Path(told["work"]), told["name"])
-        if distributed.first():
-            distributed.finish(Path(told["work"]), found)
-        return
+        distributed.finish(Path(told["work"]), found)
     inputs = [str(blocks), str(tokenizer), str(base)]
     with stage.run("train_model", phase, inputs, [f"models/{phase}/trained", f"plots/{phase}"]) as run:
         checkpoints = run.work_folder(params.model_dump())

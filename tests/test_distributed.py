@@ -231,13 +231,9 @@ if "TERROIR_WORKER" in os.environ:
 
 
 HOW_A_WORKER_ENDS = """
-import atexit, os, sys
+import atexit, os
 if "RANK" in os.environ:
-    def say():
-        group = "open" if sys.modules["torch.distributed"].is_initialized() else "closed"
-        open(os.environ["ENDED"], "a").write(group + " ")
-
-    atexit.register(say)
+    atexit.register(lambda: open(os.environ["ENDED"], "a"))
 """
 
 
@@ -269,7 +265,7 @@ def deepspeed_over_gloo(stage: str) -> dict[str, str]:
 
 
 def launch(how: str, site: Path) -> dict[str, str]:
-    """Return the environment of a stage that starts two processes, each of which says in `site`/ended how it ended."""
+    """Return the environment of two processes; each makes `site`/ended where its interpreter comes to its end."""
     site.mkdir()
     (site / "sitecustomize.py").write_text(HOW_A_WORKER_ENDS)
     environment, places = {"NUM_PROCESSES": "2"}, [str(site), os.environ.get("PYTHONPATH", "")]
@@ -347,8 +343,7 @@ def test_two_processes_train_the_model_of_one(
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step 6 of 6, loss") == 1
     assert how != "fsdp" or (tmp_path / "site/seen").is_file()
-    # A group of gloo's that is open when the interpreter ends can abort a worker that is done.
-    assert (tmp_path / "site/ended").read_text() == "closed closed "
+    assert not (tmp_path / "site/ended").exists(), "what gloo's threads hold can abort an interpreter that ends"
     assert how[:4] != "zero" or "DeepSpeed" in done.stdout
     assert (trained(one) / "receipts.bin").read_bytes() == (trained(two) / "receipts.bin").read_bytes()
     for ours, theirs in zip(curve(one), curve(two), strict=True):
