@@ -27,7 +27,7 @@ from lineage.verify import RECORDS
 from text_units import spans
 
 LIMITS = (
-    "not reached: the raw file, and what data/clean, .memo and .work (and so a pack) hold of it until that is gone and "
+    "not reached: the raw file, and what data/clean (and so a pack) and .memo hold of it until that is gone and "
     "`dvc repro` has run; DVC's cache (`dvc gc`), Git's history, backups, models that were given away; "
     "not seen: the same content in other words, or in runs of fewer than 16 words (characters of Chinese)"
 )

@@ -4,7 +4,7 @@ Reads:  the source's `path` in data/raw (a file or a folder), the lists in data/
 Writes: data/clean/PHASE/SOURCE/documents       kept records, in the order of file name and place in the file
         data/clean/PHASE/SOURCE/ledger          every raw record: where it stands, kept or dropped, by which rule
         data/sources/PHASE/SOURCE/source.json   licence, owner, origin and so on, how it was read, counts: apart, so
-                                                that a corrected note re-runs describe_model alone
+                                                that of later stages a corrected note re-runs describe_model alone
 Params: sources.SOURCE.clean
 
 Example, `format: text`, `sample_by: line`, the file a.txt being b"Cafe\\xcc\\x81\\r\\n\\nlast":

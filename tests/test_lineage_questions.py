@@ -672,6 +672,14 @@ def test_diff_says_what_came_in_and_went_out(project: Path, tmp_path: Path) -> N
         compare(root, "nonsense", None)
 
 
+def test_a_commit_before_there_was_data_sources_is_read(workspace: Path) -> None:
+    """Then source.json lay beside the documents."""
+    below = "chat/tiny_qa/source.json"
+    (workspace / "data/sources" / below).rename(workspace / "data/clean" / below)
+    (source,) = Lineage(workspace).phases["chat"].sources
+    assert source.about["format"] == "jsonl"
+
+
 # --- The command line
 
 
