@@ -146,7 +146,7 @@ def build(root: Path, records: int) -> dict[str, Any]:
         out["documents"].write(pa.table([*columns, written], clean.TEXT_DOCUMENTS))
         stays = numbers[kept] % 100 != 50
         splits = pa.array(["train", "dropped"]).take(pa.array((~stays).astype(np.int8)))
-        none = [pa.nulls(len(stays), kind) for kind in (pa.string(), pa.float32(), pa.string())]
+        none = [pa.nulls(len(stays), field.type) for field in list(dedup.DECISIONS)[3:]]
         rule = pa.array(["excluded"] * len(stays), mask=stays)
         out["decisions"].write(pa.table([columns[0], splits, rule, *none], dedup.DECISIONS))
         lengths = numbers[kept][stays] % 90 + 10
