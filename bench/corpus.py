@@ -92,7 +92,9 @@ def project(folder: Path, tokenizer: Path, record: str = "text", near: bool = Fa
     (folder / "data/raw/text").mkdir(parents=True)
     shutil.copyfile(ROOT / "data/exclusions.txt", folder / "data/exclusions.txt")
     shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-    shutil.copytree(ROOT / "models/configs/llama_small", folder / "models/base")
+    config = json.loads((ROOT / "models/configs/llama_small/config.json").read_text(encoding="utf-8"))
+    (folder / "models/base").mkdir(parents=True)
+    (folder / "models/base/config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / "models/base" / path.name)
     how = {"format": "jsonl", "record": record, "license": "unknown"}

@@ -36,7 +36,7 @@ if __name__ == "__main__":  # before numpy is imported
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import to_json
 
 import byte_formats
@@ -89,8 +89,26 @@ BYTE_ORDER_MARKS = {
     "utf-16": (b"\xff\xfe", b"\xfe\xff"),
 }
 
-# YAML reads 2026-11-21 as a date and 2026 as a number.
-Day = Annotated[str, BeforeValidator(lambda day: str(day) if isinstance(day, datetime.date | int) else day)]
+
+def _text_of_day(day: Any) -> Any:
+    """Return a year, which YAML reads as a number, as text; of a date of YAML, DVC ends with a traceback."""
+    if isinstance(day, datetime.date):
+        raise ValueError(f"put the day in quotes: '{day}'; DVC cannot take a date of YAML")
+    return str(day) if isinstance(day, int) else day
+
+
+def _is_day(day: str) -> str:
+    """Return a day, month or year that there is, or `unknown`."""
+    try:
+        datetime.date.fromisoformat("2000-01-01" if day == "unknown" else day + "-01-01"[len(day) - 4 :])
+    except ValueError as error:
+        raise ValueError(f"there is no such day: {day}; correct it") from error
+    return day
+
+
+Day = Annotated[
+    str, BeforeValidator(_text_of_day), Field(pattern=r"^(unknown|\d{4}(-\d\d){0,2})$"), AfterValidator(_is_day)
+]
 
 
 class Params(raw_params.Params):
@@ -115,9 +133,7 @@ class Params(raw_params.Params):
     owner: str = Field("unknown", description="who holds the rights")
     origin: str = Field("unknown", description="where the text was taken from")
     language: str = Field("unknown", description="BCP 47 tags, e.g. `en` or `zh`")
-    collected_on: Day = Field(
-        "unknown", pattern=r"^(unknown|\d{4}(-\d\d){0,2})$", description="e.g. 2026-11-21 or 2026"
-    )
+    collected_on: Day = Field("unknown", description="e.g. '2026-11-21' (in quotes) or 2026")
     purpose: str = Field("unknown", description="what the text was collected for")
 
 

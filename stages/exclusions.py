@@ -63,7 +63,10 @@ def read(path: Path) -> Exclusions:
         text = line.split("#", 1)[0].strip().lower()
         if found := re.fullmatch("key ([0-9a-f]{16})", text):
             if named not in ("", found[1]):
-                raise SystemExit(f"{path} line {number}: it names a second key; all of a file is made with one.")
+                raise SystemExit(
+                    f"{path} line {number}: it names a second key, as after a merge of two first exclusions; keep the "
+                    "lines of one, and its file beside it, and `lineage erase apply` the documents of the other again."
+                )
             named = found[1]
         elif re.fullmatch("[0-9a-f]{64}", text):
             marks.add(text)

@@ -343,7 +343,7 @@ class FastEncoder:
             joined = pc.binary_join_element_wise(joined, pc.if_else(pa.array(followed), SEPARATOR, ""), "")
         try:
             numbers = self.engine(utf8(joined).tobytes())
-        except ValueError:  # tiktoken's regular expressions give up on some 100,000 blanks in a row
+        except ValueError:  # tiktoken's regular expressions give up on a million blanks in a row
             return self._mixed(texts, known, ~special)
         places, marked = np.flatnonzero(numbers == len(self.ids) - 1), special | followed
         # Arrow takes by uint32 as it stands; numpy makes 8 bytes of each number first: five times the CPU seconds.

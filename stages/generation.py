@@ -35,6 +35,8 @@ def tokenizer_of(folder: Path, texts: Sequence[str] = ()) -> Any:
 
     given, own = AutoTokenizer.from_pretrained(folder), Vocabulary(folder).tokenizer
     both = given.backend_tokenizer, own
+    given.backend_tokenizer.no_truncation()  # as of `own`; transformers sets both anew whenever it encodes
+    given.backend_tokenizer.no_padding()
     for text in texts:
         theirs, ours = (one.encode(text, add_special_tokens=False).ids for one in both)
         if theirs != ours:

@@ -9,6 +9,7 @@ state of params.yaml and of the code.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ import train_model
 import train_tokenizer
 from chat_templates import TEMPLATES, special_tokens
 from kit import params
+
+POSITIONS = ("max_position_embeddings", "n_positions")  # of config.json; GPT-2 has the second
 
 
 def _name(text: str) -> str:
@@ -146,6 +149,8 @@ def check_references(everything: Everything) -> None:
             phase = phases[parts[1]]
         if not Path(phase.base).exists() and (wrong := _no_base(parts, everything)):
             raise SystemExit(f"params.yaml: phases.{built_on[-1]}.base is {phase.base}, which is {wrong}")
+        if flaw := _too_long(phases[name], Path(phase.base)):
+            raise SystemExit(f"params.yaml: phases.{name}.{flaw}")
     for name, phase in phases.items():
         sources_of = [source for source in everything.sources.values() if source.phase == name]
         if flaw := _unfit_tokenizer(phase, sources_of) or _unfit_template(phase, phases):
@@ -181,6 +186,26 @@ def _unfit_template(phase: Phase, phases: dict[str, Phase]) -> str | None:
                 f"phases.{trainer}.train_tokenizer.special_tokens (it trains the tokenizer), set mode to extend, or "
                 f"choose {' or '.join(fitting)}, which need none."
             )
+    return None
+
+
+def _too_long(phase: Phase, base: Path) -> str | None:
+    """Return the rest of the sentence about a length that the base, if it lies here, has no positions for.
+
+    train_model and evaluate_model say so, too, of any model, but after the trainings of all earlier phases.
+    """
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+        limit = int(next(config[key] for key in POSITIONS if key in config))
+    except (OSError, ValueError, TypeError, StopIteration):  # not here yet, or without a table: the stages know
+        return None
+    lengths = {
+        "group_blocks.block_size": phase.group_blocks.block_size,
+        "evaluate_model.max_length": phase.evaluate_model.max_length,
+    }
+    for key, length in lengths.items():
+        if length > limit:
+            return f"{key} is {length:,} but {base} has positions for {limit:,}; lower it."
     return None
 
 

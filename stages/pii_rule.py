@@ -21,9 +21,11 @@ PLACEHOLDER = {kind: f"<{kind.upper()}>" for kind in KINDS} | {"mobile": "<PHONE
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "，：；！？"}
 FULL_WIDTH_DIGIT = re.compile("[０-９＠]")
 GAP = " \u00a0\u2010-\u2014\u3000\uff0d-"  # a space or hyphen may stand between the groups of a number
-# Where a number of seven digits, or a dotted quad, starts: not inside a word, not after a decimal point.
+LABELS = ("tel", "fax", "phone", "mobile", "id")  # words that a number may follow without a gap
+_LABEL = "|".join(f"(?<=(?<![A-Za-z])(?i:{label}).)" for label in LABELS)
+# Where a number of seven digits, or a dotted quad, starts: not inside another word, not after a decimal point.
 CANDIDATE = re.compile(
-    r"[0-9(（+ANY](?:(?<=[(（+])|(?<![0-9A-Za-z].)(?<![0-9]\..))"
+    rf"[0-9(（+ANY](?:(?<=[(（+])|(?<![0-9A-Za-z].)(?<![0-9]\..)|{_LABEL})"
     rf"(?:(?:[.+()）{GAP}]{{0,2}}[0-9]){{6}}|[0-9]{{0,2}}(?:\.[0-9]{{1,3}}){{3}})"
 )
 EMAIL_DOMAIN = re.compile(r"@(?![1-4]x\.)(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])")  # not logo@2x.png

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 import check_params
 import params_schema
 from conftest import ROOT, Runner, write
+from kit import params
 
 TEXT = """\
 imports: {}
@@ -179,6 +181,24 @@ MISTAKES = {
         "    dedup: {eval_fraction: 0.05, decontaminate: {quiz: {}}}\n",
         r"phases\.law\.dedup\.decontaminate names quiz, but neither data/benchmarks/quiz\.jsonl nor \.txt is there",
     ),
+    "a general text that is not there": (
+        "{max_length: 16}",
+        "{max_length: 16, general: [quiz]}",
+        r"phases\.law\.evaluate_model\.general names quiz, but neither data/benchmarks/quiz\.jsonl nor \.txt is there",
+    ),
+    "a number in quotes": ("vocab_size: 300", "vocab_size: '300'", r"line 15: `.*vocab_size` is '300': .* integer"),
+    "a phase by the name of a folder that has a use": (
+        "phases:\n",
+        "  more:\n    phase: runs\n    path: data/raw/more\n    clean: {format: text, license: CC0-1.0}\nphases:\n"
+        + SECOND.replace("chat:", "runs:"),
+        "a phase cannot be called `runs`: the folder of that name has a use already",
+    ),
+    "conversations beside a text": (
+        "phases:\n",
+        "  more:\n    phase: law\n    path: data/raw/more\n"
+        "    clean: {format: jsonl, record: messages, license: CC0-1.0}\nphases:\n",
+        "this phase holds conversations; name a chat_template",
+    ),
     "a phase on itself": (
         "base: models/configs/llama_small",
         "base: models/law/merged",
@@ -258,6 +278,12 @@ MISTAKES = {
         "there is no chat_template `llama9`; known: human_assistant",
     ),
     "a tab": ("  laws:", "\tlaws:", "line 5, column 1: not valid YAML"),
+    "a day that there is not": ("CC0-1.0", "2026-02-30", r"looks like a date and is none \(day is out of .* quotes"),
+    "a day without quotes": (
+        "license: CC0-1.0",
+        "license: CC0-1.0\n      collected_on: 2026-02-28",
+        r"line 11: `sources\.laws\.clean\.collected_on`: put the day in quotes: '2026-02-28'; DVC cannot",
+    ),
     "a control character": ("CC0-1.0", "CC0\x01", "not valid YAML .*unacceptable character #x0001.*remove it"),
     "no closing brace": ("block_size: 16}", "block_size: 16", r"line 17, column \d+: not valid YAML"),
     "reuse with a size": (
@@ -316,7 +342,9 @@ def test_a_run_from_another_folder_is_refused(here: Path) -> None:
         check_params.check()
 
 
-@pytest.mark.parametrize("path", [f"data/{stage}/law/gone" for stage in ("clean", "dedup", "marked", "tokens")])
+@pytest.mark.parametrize(
+    "path", [f"data/{stage}/law/gone" for stage in ("clean", "sources", "dedup", "marked", "tokens")]
+)
 def test_the_folder_of_a_source_that_was_removed_is_refused(here: Path, path: str) -> None:
     """A stage that reads the phase's folder would bring its text back."""
     write(here / path / "manifest.json", "{}")
@@ -436,6 +464,38 @@ def test_the_command_says_that_all_is_in_order(project: Path, run_stage: Runner)
     assert finished.stdout == "params.yaml: in order\n"
 
 
+def test_a_folder_of_no_source_of_the_phase_is_no_input(here: Path) -> None:
+    """A stage that read it would bring back the text of a source that was removed. What is hidden is no source."""
+    assert said(TEXT) is None
+    for name in ("laws", ".tmp-laws"):
+        (here / "data/clean/law" / name).mkdir(parents=True)
+    assert params.phase_sources("law", Path("data/clean/law")) == ["laws"]
+    (here / "data/clean/law/old").mkdir()
+    with pytest.raises(
+        SystemExit, match=r"data/clean/law/old belongs to no source of phase law .* rm -r data/clean/law/old"
+    ):
+        params.phase_sources("law", Path("data/clean/law"))
+
+
+def test_the_command_says_what_other_versions_made(project: Path, run_stage: Runner) -> None:
+    """DVC calls it up to date. What is not here, as in a fresh clone, will be made or fetched anyway."""
+    write(project / "params.yaml", TEXT)
+    write(project / "data/raw/laws/a.txt", "text of a law")
+    assert run_stage(project, "clean", "laws").returncode == 0
+    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
+    record = project / "metrics/runs/clean@laws.json"
+    write(record, re.sub(r"pyarrow [\d.]+", "pyarrow 1.2", record.read_text(encoding="utf-8")))
+    assert re.search(
+        r"^clean@laws ran with other versions \(pyarrow 1\.2, now \d.*--force",
+        run_stage(project, "check_params").stdout,
+        re.M,
+    )
+    shutil.rmtree(project / "data/clean")
+    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
+    write(record, "<<<<<<< ours\n")
+    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
+
+
 def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner) -> None:
     """By the command alone, and not of what an import writes; DVC would name a file and no source."""
     write(project / "params.yaml", TEXT)
@@ -452,6 +512,24 @@ def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner)
         )
         write(project / "params.yaml", imported)
         assert run_stage(project, "check_params").returncode == status, path
+
+
+def test_raw_text_that_dvc_takes_for_the_old_is_said(project: Path, run_stage: Runner) -> None:
+    """Of the same inode, size and time: `dvc repro` alone would start no stage. New rights alone are no change."""
+    write(project / "params.yaml", TEXT)
+    raw = project / "data/raw/laws/a.txt"
+    write(raw, "text of a law")
+    before = raw.stat()
+    assert run_stage(project, "clean", "laws").returncode == 0
+    for mode in (0o600, 0o644):
+        raw.chmod(mode)
+        assert run_stage(project, "check_params").returncode == 0
+    for text, finds in (("text of a jaw", True), ("text of a law", False)):
+        raw.write_text(text, encoding="utf-8")
+        os.utime(raw, ns=(before.st_atime_ns, before.st_mtime_ns))
+        finished = run_stage(project, "check_params")
+        assert ("a.txt has other bytes than when it was last read, but" in finished.stderr) == finds
+        assert finished.returncode == finds
 
 
 def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +556,28 @@ def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.Monk
     (here / "tokenizer").mkdir()
     monkeypatch.chdir(importlib.import_module("corpus").project(here / "project", here / "tokenizer"))
     check_params.check()
+
+
+@pytest.mark.parametrize("positions", ["max_position_embeddings", "n_positions"])
+@pytest.mark.parametrize("key", ["block_size", "max_length"])
+def test_a_length_beyond_the_positions_of_the_base_is_found_before_any_training(
+    here: Path, key: str, positions: str
+) -> None:
+    """Also of a phase that builds on another one, and when the base comes later than params.yaml was checked."""
+    text = TEXT + SECOND.replace("models/configs/llama_small", "models/law/merged").replace(f"{key}: 16", f"{key}: 17")
+    text = text.replace(
+        "sources:", "sources:\n  talks: {phase: chat, path: data/raw/talks, clean: {format: text, license: unknown}}"
+    )
+    chat = text.index("  chat:\n")
+    text = text[:chat] + text[chat:].replace("{mode: train, vocab_size: 300}", "{mode: reuse}")
+    assert said(text) is None
+    config = here / "models/configs/llama_small/config.json"
+    config.write_text(f'{{"{positions}": 16}}', encoding="utf-8")
+    found = said(text)
+    assert found
+    assert re.search(rf"phases\.chat\.\w+\.{key} is 17 but models/configs/llama_small has positions for 16", found)
+    config.write_text(f'{{"{positions}": 17}}', encoding="utf-8")
+    assert said(text) is None
 
 
 def test_a_damaged_note_of_what_was_checked_is_no_traceback(here: Path) -> None:

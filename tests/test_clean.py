@@ -162,6 +162,8 @@ def test_rules_of_the_source_are_applied_in_order() -> None:
         data = "\ufeff第一条".encode(codec)
         (row,) = cleaned(data, "document", rules=[], encoding=codec.removesuffix("-le").removesuffix("-be"))[1]
         assert (row["text"], row["changes"]) == ("第一条", "byte_order_mark 1")
+    rows = cleaned("\ufeffa\n\ufeffb\n".encode(), "line", rules=[])[1]  # the second is none
+    assert [(row["text"], row["changes"]) for row in rows] == [("a", "byte_order_mark 1"), ("\ufeffb", None)]
     (row,) = cleaned("锘挎".encode("gb18030"), "document", rules=[], encoding="gb18030")[1]  # EF BB BF E6
     assert (row["text"], row["changes"]) == ("锘挎", None)
     (row,) = cleaned(b"ab", "document", rules=[{"rule": "length", "min_chars": 3}])[1]
@@ -178,6 +180,10 @@ def test_nothing_blank_is_kept_whatever_the_rules(rules: list[Any]) -> None:
     ]
     data = json.dumps({"instruction": "Why?", "input": "", "output": " "}).encode()
     assert [row["rule"] for row in cleaned(data, "alpaca", rules=rules)[1]] == ["empty"]
+    said = [("user", "Log it."), ("assistant", "{}"), ("tool", ""), ("assistant", "Done.")]  # a tool may say nothing
+    data = json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}).encode()
+    (row,) = cleaned(data, "jsonl", record="messages", columns={}, rules=rules)[0]
+    assert [(turn["role"], turn["content"]) for turn in row["messages"]] == said
 
 
 def test_a_conversation_of_which_nothing_is_learned_is_dropped() -> None:
@@ -427,6 +433,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, bytes], str]] = {
         {"a.txt": b"a", "b.pdf": b"%PDF"},
         r"raw/s/b.pdf: format text reads .txt, .txt.gz, .*, .md.*`ignore`",
     ),
+    "a folder that DVC passes over": (
+        {"format": "text"},
+        {"a.txt": b"a", "__pycache__/b.txt": b"b"},
+        "raw/s/__pycache__/b.txt: DVC does not track what lies in __pycache__; rename the folder",
+    ),
     "a name that is not UTF-8": ({"format": "text"}, {os.fsdecode(b"\xff.txt"): b"a"}, "name is not UTF-8.*rename"),
     "nothing but ignored files": (
         {"format": "text"},
@@ -629,11 +640,11 @@ def test_a_file_that_cannot_be_cut_is_read_as_a_stream(small_shards: Path, monke
     assert len(found[0]) == 902
 
 
-@pytest.mark.parametrize("format_", ["json", "tsv", "parquet", "arrow"])
+@pytest.mark.parametrize("format_", ["json", "jsonl", "tsv", "parquet", "arrow"])
 def test_a_large_file_of_any_format_is_read_alike_whole_and_as_a_stream(
     small_shards: Path, format_: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With records that are dropped, and a small file before and behind it."""
+    """With records that are dropped, and a small file before and behind it; JSON of lines is of UTF-16."""
     texts = ["", *(f"text {number} " + "word " * (number % 50) for number in range(300)), " ", "last"]
     rows = pa.table({"body": texts, "more": list(range(len(texts)))})
     (folder := small_shards / "data/raw/s").mkdir(parents=True)
@@ -641,6 +652,8 @@ def test_a_large_file_of_any_format_is_read_alike_whole_and_as_a_stream(
         path = folder / f"{name}.{format_}"
         if format_ == "json":
             path.write_text(json.dumps(part.to_pylist()))
+        elif format_ == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in part.to_pylist()), encoding="utf-16")
         elif format_ == "tsv":
             lines = ["body\tmore", *(f"{row['body']}\t{row['more']}" for row in part.to_pylist())]
             path.write_text("\n".join(lines))
@@ -649,7 +662,8 @@ def test_a_large_file_of_any_format_is_read_alike_whole_and_as_a_stream(
         else:
             with pa.ipc.new_file(path, part.schema) as out:
                 out.write_table(part, max_chunksize=70)
-    write_sources(small_shards, s={"format": format_, "columns": {"text": "body"}})
+    encoding = {"encoding": "utf-16"} if format_ == "jsonl" else {}
+    write_sources(small_shards, s={"format": format_, "columns": {"text": "body"}, **encoding})
     _, shards, _ = build(small_shards)
     found = content(small_shards)
     assert max(sum(map(len, texts)) for texts in texts_of_shards(small_shards)) <= 2 * 2_000
@@ -685,6 +699,18 @@ def test_a_compressed_file_is_cut_by_what_it_holds(
         assert mine == [{**row, "file": row["file"].removesuffix(".gz")} for row in other]
 
 
+def test_conversations_of_a_stream_are_cut_by_what_they_say(small_shards: Path) -> None:
+    rows = [{"instruction": f"{n} " + "word " * (n % 40), "input": "", "output": "yes"} for n in range(300)]
+    write_files(small_shards / "data/raw/s", {"a.json": json.dumps(rows).encode()})
+    write_sources(small_shards, s={"format": "json", "record": "alpaca"})
+    assert build(small_shards)[1] == 1
+    paths = arrow.shard_paths(small_shards / "data/clean/p/s/documents")
+    shards = [[turns for b in arrow.shard_batches(path) for turns in b["messages"].to_pylist()] for path in paths]
+    sizes = [sum(len(turn["content"]) for turns in shard for turn in turns) for shard in shards]
+    assert len(sizes) > 5 and 1_500 <= min(sizes[:-1]) <= max(sizes) <= 2 * 2_000
+    assert sum(map(len, shards)) == len(rows)
+
+
 def texts_of_shards(project: Path) -> list[list[str]]:
     paths = arrow.shard_paths(project / "data/clean/p/s/documents")
     return [[i.as_py() for b in arrow.shard_batches(path) for i in b["text"]] for path in paths]
@@ -700,7 +726,13 @@ def edited(lines: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "change", [edited, lambda lines: lines[:300] + lines[301:], lambda lines: [b'{"body": "first"}\n', *lines]]
+    "change",
+    [
+        edited,
+        lambda lines: lines[:300] + lines[301:],
+        lambda lines: [b'{"body": "first"}\n', *lines],
+        lambda lines: [lines[0].replace(b": ", b":") + b"\n", *lines[1:]],  # as many bytes, one line more
+    ],
 )
 def test_a_changed_line_of_a_large_file_costs_its_shard(small_shards: Path, change: Any) -> None:
     """One line comes or goes: its shard is read again, at most a neighbour too; the bytes are those of a new build."""
@@ -733,8 +765,23 @@ def test_where_a_large_file_is_cut_is_remembered_with_its_content(
     write_files(small_shards / "data/raw/s", {"b.jsonl": b"".join(LINES[1:])})
     digests, *_ = build(small_shards)
     assert seen == ["a.jsonl", "b.jsonl", "b.jsonl"]
+    assert len((small_shards / ".memo/clean@s.lines/index.jsonl").read_text().splitlines()) == 2
     shutil.rmtree(small_shards / ".memo")
     assert build(small_shards)[0] == digests
+
+
+def test_a_byte_order_mark_is_one_only_where_the_file_begins(small_shards: Path) -> None:
+    """The same lines further on are other documents, so what is remembered of the first ones is not theirs."""
+    lines = [f"line {number} ".encode() * 9 + b"\n" for number in range(99)]
+    data = b"\xef\xbb\xbf" + b"".join(lines)
+    write_files(small_shards / "data/raw/s", {"big.txt": data})
+    write_sources(small_shards, s={**FORMATS["line"], "rules": []})
+    build(small_shards)
+    _, end, *_ = next(iter(raw_shards.line_shards(small_shards / "data/raw/s/big.txt")))
+    write_files(small_shards / "data/raw/s", {"big.txt": data[:end] + data})
+    assert build(small_shards)[2] == 1
+    marked = [row["number"] for row in content(small_shards)[0] if row["text"].startswith("\ufeff")]
+    assert marked == [data[:end].count(b"\n") + 1]
 
 
 def test_a_new_or_removed_file_among_hundreds_costs_its_shard(small_shards: Path) -> None:
@@ -754,6 +801,9 @@ def test_a_new_or_removed_file_among_hundreds_costs_its_shard(small_shards: Path
     assert digests == first
     assert 1 <= new <= 2
     assert len(list((small_shards / ".memo/clean@s").iterdir())) <= 2 * shards + 1
+    (raw / "299.txt").rename(raw / "300.txt")
+    assert build(small_shards)[2] == 1
+    assert [row["file"] for row in content(small_shards)[0][-2:]] == ["298.txt", "300.txt"]
 
 
 def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
@@ -809,11 +859,36 @@ def test_another_version_of_a_reader_leaves_nothing_remembered(
     assert build(project)[2] == 1
 
 
-@pytest.mark.parametrize(("written", "read"), [("2026", "2026"), ("2026-11", "2026-11"), ("2026-11-21", "2026-11-21")])
-def test_a_date_may_be_written_without_quotes(written: str, read: str) -> None:
-    """YAML makes a number of the first and a date of the last."""
+def test_each_format_that_needs_a_library_names_it_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package is called, which the module may not be."""
+    named = [types.SimpleNamespace(name=name, version="9") for name in ("pypdf", "python-docx", "selectolax")]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [one for one in named if one.name == name])
+    given = [Params.model_validate({"format": name, "license": "unknown"}) for name in ("pdf", "docx", "html", "jsonl")]
+    assert [clean.libraries(one) for one in given] == [["pypdf 9"], ["python-docx 9"], ["selectolax 9"], []]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("2026", "2026"), ("2026-11", "2026-11"), ("'2026-11-21'", "2026-11-21")]
+)
+def test_a_year_or_month_may_be_written_without_quotes(written: str, read: str) -> None:
+    """YAML makes a number of the first."""
     value = YAML(typ="safe").load(written)
     assert params("document", collected_on=value).collected_on == read
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("2026-11-21", "put the day in quotes: '2026-11-21'"),
+        ("'2026-02-30'", "there is no such day: 2026-02-30"),
+        ("'2026-13'", "there is no such day: 2026-13"),
+        ("'21.11.2026'", "should match pattern"),
+    ],
+)
+def test_what_is_no_day_is_refused(written: str, sentence: str) -> None:
+    """Of the first YAML makes a date, at which `dvc repro` ends with an unexpected error of its own."""
+    with pytest.raises(ValueError, match=sentence):
+        params("document", collected_on=YAML(typ="safe").load(written))
 
 
 def test_a_tampered_memory_is_worked_out_again(small_shards: Path) -> None:
@@ -853,35 +928,53 @@ def test_a_list_that_is_written_while_it_is_read_is_not_believed(
     assert build(small_shards)[0] == digests
 
 
-@pytest.mark.parametrize("lines", [LINES[:9], LINES], ids=["whole files", "a cut file"])
+@pytest.mark.parametrize(
+    ("module", "reader", "name", "lines"),
+    [
+        (clean, "cleaned", "b.jsonl", LINES[:9]),
+        (clean, "cleaned", "b.jsonl", LINES),
+        (clean, "cleaned", "b.jsonl.gz", LINES),
+        (raw_shards, "line_shards", "b.jsonl", LINES),
+    ],
+    ids=["whole files", "a cut file", "a stream", "where a file is cut"],
+)
 def test_what_was_read_while_a_file_changed_is_not_remembered(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes]
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, module: Any, reader: str, name: str, lines: list[bytes]
 ) -> None:
     """Nothing is published; when the edit is undone, its text does not come back under the digest of the old one."""
+
+    def packed(text: bytes) -> bytes:
+        return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+
     raw = small_shards / "data/raw/s"
-    write_files(raw, {"a.jsonl": LINES[0], "b.jsonl": b"".join(lines)})
+    write_files(raw, {"a.jsonl": LINES[0], name: packed(b"".join(lines))})
     write_sources(small_shards, s=FORMATS["jsonl"])
     monkeypatch.setenv("TERROIR_WORKERS", "1")
     digests, _, _ = build(small_shards)
     shutil.rmtree(small_shards / ".memo")
-    read = clean.cleaned
+    read = getattr(module, reader)
 
-    def edits_first(pieces: list[Piece], params: Params) -> Any:
-        if pieces[-1].file == "b.jsonl":
-            write_files(small_shards, {"new": b"".join(lines).replace(b"line", b"LINE")})
-            (small_shards / "new").replace(raw / "b.jsonl")  # as editors save
-        return read(pieces, params)
+    def edits_first(what: Any, *more: Any) -> Any:
+        if name == (what.name if reader == "line_shards" else what[-1].file):
+            write_files(small_shards, {"new": packed(b"".join(lines).replace(b"line", b"LINE"))})
+            (small_shards / "new").replace(raw / name)  # as editors save
+        return read(what, *more)
 
-    monkeypatch.setattr(clean, "cleaned", edits_first)
+    monkeypatch.setattr(module, reader, edits_first)
     with pytest.raises(SystemExit, match="data/raw/s changed while the stage ran"):
         build(small_shards)
-    monkeypatch.setattr(clean, "cleaned", read)
-    write_files(raw, {"b.jsonl": b"".join(lines)})
+    monkeypatch.setattr(module, reader, read)
+    write_files(raw, {name: packed(b"".join(lines))})
     assert build(small_shards)[0] == digests
 
 
-def test_errors_in_a_part_name_the_line_of_the_file(small_shards: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 1_000])
+def test_errors_in_a_part_name_the_line_of_the_file(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     """Also after lines before them have come or gone: a sentence with a line in it is never remembered."""
+    monkeypatch.setattr(clean, "GROUP_BYTES", 1)
+    monkeypatch.setattr(clean, "BATCH_BYTES", batch)
     raw = small_shards / "data/raw/s"
     lines = [*LINES[:500], b'{"body": 1}\n', *LINES[500:]]
     write_files(raw, {"big.jsonl": b"".join(lines)})
@@ -896,6 +989,31 @@ def test_errors_in_a_part_name_the_line_of_the_file(small_shards: Path) -> None:
     write_sources(small_shards, s=FORMATS["jsonl"])
     with pytest.raises(SystemExit, match=r"big\.jsonl: line 494: the field `body` is 1"):
         build(small_shards)
+
+
+@pytest.mark.parametrize(
+    ("loses", "sentence"),
+    [
+        (lambda rows: rows[:-1], "45 bytes of b.jsonl were read but 20 recorded came out"),
+        (lambda rows: rows[:2] + rows[3:], "75 bytes of a.jsonl were read but"),
+        (lambda rows: rows[:1] + rows[2:], "25 bytes of a.jsonl between records were read but"),
+        (lambda rows: [row for row in rows if row[0].file != "b.jsonl"], "2 files were read but 1 recorded came out"),
+    ],
+    ids=["the last record", "the last of a file", "one within a file", "a file"],
+)
+def test_a_reader_that_loses_a_record_publishes_nothing(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, loses: Any, sentence: str
+) -> None:
+    """No reader does; should one, the account of bytes and files says so."""
+    files = {"a.jsonl": b"".join(LINES[:3]), "b.jsonl": b"".join(LINES[:2])}
+    write_files(small_shards / "data/raw/s", files)
+    write_sources(small_shards, s=FORMATS["jsonl"])
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    read = clean.rows_of
+    monkeypatch.setattr(clean, "rows_of", lambda group, params: read(loses(group), params))
+    with pytest.raises(ValueError, match=rf"^{sentence}.*; nothing was published"):
+        build(small_shards)
+    assert not (small_shards / "data/clean/p/s").exists()
 
 
 # --- malformed files -------------------------------------------------------------------------------------------------
@@ -1043,12 +1161,23 @@ def test_a_malformed_file_stops_the_stage_or_is_counted(
 
 def test_nul_bytes_are_removed_and_noted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    write_files(project / "data/raw/s", {"a.txt": b"a\0b\0", "empty.txt": b""})
-    write_sources(project, s={"format": "text"})
+    write_files(
+        project / "data/raw/s", {"a.txt": b"a\0b\0", "b.txt": b"b", "c.txt": b"c", "empty.txt": b"", "d.pdf": b""}
+    )
+    write_sources(project, s={"format": "text", "ignore": ["*.pdf"]})
     clean.main("s")
+    (counts,) = arrow.read_json(project / "metrics/runs/clean@s.json")["counts"]
+    noted = {"files": 4, "records": 4, "kept": 3, "dropped": 1, "changed": 1, "ignored_files": 1}
+    assert counts.items() >= noted.items()
+    assert arrow.read_json(project / "data/sources/p/s/source.json")["changed"] == 1
     rows = arrow.table(project / "data/clean/p/s/ledger").to_pylist()
-    assert [(row["rule"], row["changes"]) for row in rows] == [(None, "control_characters 2"), ("empty", None)]
-    assert arrow.table(project / "data/clean/p/s/documents")["text"].to_pylist() == ["ab"]
+    assert [(row["rule"], row["changes"]) for row in rows] == [
+        (None, "control_characters 2"),
+        (None, None),
+        (None, None),
+        ("empty", None),
+    ]
+    assert arrow.table(project / "data/clean/p/s/documents")["text"].to_pylist() == ["ab", "b", "c"]
 
 
 def test_a_line_of_200_megabytes_is_one_record(project: Path, run_stage: Runner) -> None:

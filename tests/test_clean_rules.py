@@ -53,6 +53,7 @@ PARAMS: list[dict[str, Any]] = [
     {"rule": "length", "min_chars": 2},
     {"rule": "length", "max_chars": 2},
     {"rule": "length", "max_lines": 1},
+    {"rule": "length", "min_lines": 2},
     {"rule": "length", "min_chars": 3, "max_chars": 90, "min_lines": 1, "max_lines": 5},
     {"rule": "repeated_lines"},
     {"rule": "repeated_ngrams", "min_units": 4},
@@ -243,7 +244,8 @@ def test_control_characters(text: str, expected: str | None) -> None:
     assert ControlCharactersRule().apply(text).text == (text if expected is None else expected)
 
 
-def test_unicode_counts_places() -> None:
+def test_line_ends_and_normal_forms_count_places() -> None:
+    assert parse("newlines").apply("一\r\n二\r三\n") == ("一\n二\n三\n", 2, None)
     assert UnicodeRule(rule="nfc").apply("Cafe\u0301 und Te\u0301").changes == 2
     assert UnicodeRule(rule="nfc").apply("中\u0301文，豈更").text == "中\u0301文，豈更"
 
@@ -337,6 +339,25 @@ def test_length_counts_characters() -> None:
     assert LengthRule(min_lines=3).apply("一\n\n \n二").drop == "2 < 3 lines"
     assert LengthRule(max_lines=1).apply("一\n二").drop == "2 > 1 lines"
     assert LengthRule(min_chars=9).apply(" " * 1_000 + "九个字在空白之后面。").drop is None
+    exact = LengthRule(min_chars=4, max_chars=4, min_lines=2, max_lines=2)
+    assert [
+        exact.apply(text).drop for text in ("一二三\n四", "一二\n三", "一二三\n四五", "一二三四", "一\n二\n三四")
+    ] == [
+        None,
+        "3 < 4 characters",
+        "5 > 4 characters",
+        "1 < 2 lines",
+        "3 > 2 lines",
+    ]
+
+
+def test_what_reaches_the_limit_is_kept() -> None:
+    assert parse({"rule": "replacement_characters", "max_count": 1}).apply("第\ufffd条").drop is None
+    spam = "点击这里立即购买" * 10
+    assert RepeatedNgramsRule(min_units=81).apply(spam).drop is None
+    assert RepeatedNgramsRule(min_units=80).apply(spam).drop
+    assert parse({"rule": "symbol_share", "max_share": 0.5}).apply("a -").drop is None
+    assert parse({"rule": "symbol_share", "max_share": 0.5}).apply("a --").drop == "0.6667 > 0.5 of the characters"
 
 
 def test_repeated_lines() -> None:
@@ -405,6 +426,11 @@ def test_bad_words(folder: Path) -> None:
     assert BadWordsRule(file="words.txt", action="remove").apply("傻傻瓜瓜").text == ""
     assert BadWordsRule(file="words.txt").apply("傻瓜和笨").drop == "2 > 0 places, the first '傻瓜'"
     assert BadWordsRule(file="words.txt", max_count=2).apply("傻瓜和笨").drop is None
+    (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf" + "傻瓜".encode())  # as Notepad saves it
+    assert BadWordsRule(file="marked.txt").apply("傻瓜").drop
+    (folder / "long.txt").write_text("a" * 100 + "\n" + "b" * 101)
+    with pytest.raises(ValueError, match=r"long.txt line 2: a word has 100 characters at most"):
+        BadWordsRule(file="long.txt").load()
 
 
 def test_a_blank_between_bad_words_is_any_white_space(folder: Path) -> None:
@@ -442,6 +468,7 @@ def test_a_key_of_another_action_is_refused(given: dict[str, Any]) -> None:
 def test_regular_expression(folder: Path) -> None:
     rule = RegularExpressionRule(file="expressions.txt", action="remove")
     assert rule.apply("## 关于修改条例的决定（国务院令第687号令）") == ("关于修改条例的决定", 2, None)
+    assert rule.apply("一\n# 二") == ("一\n二", 1, None)
 
 
 @pytest.mark.parametrize(
@@ -481,6 +508,8 @@ def test_files_are_named_for_the_cache_key(rules: list[Rule]) -> None:
         ("nfcc", "there is no rule `nfcc`; did you mean `nfc`?"),
         (["nfc"], "a rule is a name, or {rule: NAME, ...}; the names are newlines, nfc, nfkc"),
         ({"rule": "length", "min_chars": "x"}, "min_chars"),
+        ({"rule": "length", "min_chars": 5, "max_chars": 4}, "no text has 5 chars at least and 4 at most; correct one"),
+        ({"rule": "length", "min_lines": 2, "max_lines": 1}, "no text has 2 lines at least and 1 at most; correct one"),
         ({"rule": "repeated_ngrams", "words": {1: 0.2}}, "greater than or equal to 2"),
         ({"rule": "repeated_ngrams", "characters": {10: 70}}, "less than or equal to 1"),
     ],
@@ -603,6 +632,7 @@ def test_numbers_inside_others_and_amounts_survive(number: tuple[str, str], arou
         ("邮箱zhang.san+1@mail.example.com.cn，", "邮箱<EMAIL>，"),
         ("a@b.cn,c_d@e-f.org;mailto:x@y.io.", "<EMAIL>,<EMAIL>;mailto:<EMAIL>."),
         ("ｚｈａｎｇ＠ｑｑ．ｃｏｍ", "<EMAIL>"),
+        ("a@b.cn@c.io", "<EMAIL>@c.io"),
         ("服务器192.168.1.20的端口", "服务器<IP>的端口"),
         ("8.130.22.7:8080", "<IP>:8080"),
         ("地址2001:db8::8a2e:370:7334的", "地址<IP>的"),
@@ -619,12 +649,15 @@ def test_numbers_inside_others_and_amounts_survive(number: tuple[str, str], arou
         ("总机(0755)28345678-8001，0755－28345678，0755—28345678", "总机<PHONE>，<PHONE>，<PHONE>"),
         ("86-755-28345678，0086-0755-28345678，86-10-62345678", "<PHONE>，<PHONE>，<PHONE>"),
         ("代码91350100m000100y43", "代码<CREDIT_CODE>"),
+        ("13812300000与13812000000", "<PHONE>与13812000000"),  # the second is a round figure
         ("手机13812345678升级，13812345678克服", "手机<PHONE>升级，<PHONE>克服"),
         ("110105 19491231 002X", "<ID_CARD>"),
         ("11010519491231002x", "<ID_CARD>"),
         ("4111 1111 1111 1111, 4111-1111-1111-1111", "<BANK_CARD>, <BANK_CARD>"),
         ("卡号4111111111111111 12/25 123", "卡号<BANK_CARD> 12/25 123"),
         ("3782 822463 10005", "<BANK_CARD>"),
+        ("Tel13812345678,FAX010-62345678", "Tel<PHONE>,FAX<PHONE>"),
+        ("ID11010519491231002X，mobile138-1234-5678", "ID<ID_CARD>，mobile<PHONE>"),
         ("13812345678@163.com", "<EMAIL>"),
         ("<td>+44 20 7946 0958</td>", "<td><PHONE></td>"),
         ("(212) 555-0123(212) 555-0124+8613812345678", "<PHONE><PHONE><PHONE>"),
@@ -655,6 +688,7 @@ def test_pii_is_redacted(text: str, expected: str) -> None:
         "Article 212-555 and 1234-567-8901, 978-212-555-0123, 212 555 0123",
         "门诊时间 0830 1200 1330 1730，0830 2200 2330 2445，港股代码：0700 9988 3690，剂量 250-500-1000 毫克",
         "案卷号 0102-1998-0035，批准文号 0371-20180312",
+        "A13812345678, Hotel13812345678, grid13812345678, tel13812345678abc",
     ],
 )
 def test_statutes_dates_amounts_and_versions_survive(text: str) -> None:
@@ -682,6 +716,25 @@ def test_check_digits_of_known_numbers() -> None:
     assert is_credit_code("91350100M000100Y43")
     assert is_bank_card("6200000000000005")
     assert not is_bank_card("1111111111111117")  # Luhn holds, no issuer
+    # Numbers that issuers and payment services publish for tests, one for each range of prefixes and length.
+    published = """4222222222222 5555555555554444 2223003122003222 378282246310005 371449635398431 30569309025904
+        38520000023237 36227206271667 6011111111111117 3566002020360505 6240008631401148 62123456789000003
+        621234567890000002 6212345678900000003 6759649826438453 5019717010103742 6445644564456445"""
+    assert [number for number in published.split() if not is_bank_card(number)] == []
+
+
+def test_provinces_are_those_of_the_standard() -> None:
+    """GB/T 2260, and 83 of GB 11643: North 11-15, Northeast 21-23, and so on; beside them nothing lives."""
+
+    def card(province: int) -> str:
+        body = f"{province}010519900101001"
+        return body + "10X98765432"[sum(int(d) * w for d, w in zip(body, ID_WEIGHTS, strict=True)) % 11]
+
+    valid = [province for province in range(10, 91) if is_id_card(card(province))]
+    assert valid == [
+        *(11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34, 35, 36, 37, 41, 42, 43, 44, 45, 46),
+        *(50, 51, 52, 53, 54, 61, 62, 63, 64, 65, 71, 81, 82, 83),
+    ]
 
 
 # --- Language
@@ -705,9 +758,13 @@ def test_language() -> None:
     assert zh.apply(english).drop == "0 < 0.5 of the units in zh (en 1.00)"
     assert zh.apply("OK").drop == "0 < 0.5 of the units in zh (und 1.00)"
     assert zh.apply("これは日本語の文章です").drop == "0 < 0.5 of the units in zh (ja 1.00)"
+    assert zh.apply("日本国憲法第九条の規定").drop == "0 < 0.5 of the units in zh (ja 1.00)"
+    assert zh.apply(f"{chinese}の").drop is None
     assert zh.apply("대한민국은 민주공화국이다").drop == "0 < 0.5 of the units in zh (ko 1.00)"
     assert both.apply(french).drop == "0 < 0.5 of the units in zh and en (fr 1.00)"
     assert zh.apply(chinese * 500 + english * 5).drop is None
+    assert zh.apply(english * 20 + chinese * 99).drop is None, "its middle and end are looked at, too"
+    assert zh.apply("条款 the law").drop is None, "a share as high as asked for"
     example = "The word 条 means article in the Chinese of statutes."
     assert zh.apply(example).drop == "0.1 < 0.5 of the units in zh (en 0.90, zh 0.10)"
     with pytest.raises(ValueError, match="does not know cn"):

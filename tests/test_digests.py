@@ -126,6 +126,7 @@ def read(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def inputs_of_a_run(inputs: tuple[str, ...] = ("input",), out: str = "out/x", said: str = "HI") -> dict[str, str]:
     """Run a stage and return the digests of its inputs as it has them; a wrong one fails."""
+    shutil.rmtree(".work/seen", ignore_errors=True)  # a stage would refuse what only its change time tells apart
     with stage.run("shout", "x", list(inputs), [out]) as run:
         write(run.outputs[0] / "text", said)
         found = dict(run.digests)
@@ -245,6 +246,34 @@ def test_what_could_not_be_written_out_is_not_noted(
     assert digests.settled(states) == []
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_noted(
+    here: Path, monkeypatch: pytest.MonkeyPatch, read: list[str], noting: None
+) -> None:
+    """Else what was read of the one content would be believed of the other."""
+    path, digest = Path("input/a.txt"), digests._file_digest
+
+    def changed_before_it_is_read(file: Path) -> str:
+        path.write_text("ho")
+        return digest(file)
+
+    states = digests.state(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "_file_digest", changed_before_it_is_read)
+        digests.input_digests(path, states, 1)
+    assert str(path) not in digests.read_note(digests.DIGESTS)
+    digests.input_digests(path, digests.state(path), 1)
+    assert str(path) in digests.read_note(digests.DIGESTS)
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SystemExit, match=r"^input/a.txt may not be read; give yourself the right \(chmod u\+r\)"):
+        digests.digest(Path("input"))
+
+
 def test_a_damaged_note_is_not_believed(here: Path, read: list[str], noting: None) -> None:
     inputs_of_a_run()
     content = digests.DIGESTS.read_bytes()
@@ -266,4 +295,4 @@ def test_small_files_are_not_noted_and_gone_ones_forgotten(
     inputs_of_a_run(said="x" * digests.REMEMBERED)
     assert set(digests.read_note(digests.DIGESTS)) == {"out/x/text"}
     assert leftovers(here) == []
-    assert sorted(path.name for path in digests.WORK.iterdir()) == ["digests", "imports", "locks"]
+    assert sorted(path.name for path in digests.WORK.iterdir()) == ["digests", "imports", "locks", "seen"]

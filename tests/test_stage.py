@@ -293,6 +293,76 @@ def test_missing_or_empty_input_is_named(place: Path) -> None:
     assert published(place) is None
 
 
+# --- inputs whose changes DVC does not see -----------------------------------------------------------------------
+
+
+def test_other_bytes_under_the_old_time_are_refused(place: Path) -> None:
+    """DVC would tie its old MD5 to the new output. With a new time, as by `touch`, the file is read."""
+    assert shout(place).returncode == 0
+    file = place / "input/a.txt"
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"ho")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):  # a refusal is not the last word that is remembered
+        assert "input/a.txt has other bytes than when it was last read" in sentence(shout(place))
+    assert published(place) == "HI"
+    file.touch()
+    assert shout(place).returncode == 0
+    assert published(place) == "HO"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (".dvcignore", "# ours\n.work\ndeep/\n", "input/deep/b.txt: .dvcignore names it"),
+        ("input/deep/.dvcignore", "b.txt\n", "input/deep/.dvcignore hides files"),
+        ("input/deep/.dvc/config", "", "input/deep is a DVC repository of its own"),
+    ],
+)
+def test_what_dvc_does_not_see_is_refused(place: Path, name: str, text: str, words: str) -> None:
+    """The stage would read it, and DVC would call the output up to date whatever becomes of it."""
+    write(place / name, text)
+    assert words in sentence(shout(place))
+    assert published(place) is None
+    (place / name).unlink()
+    if name.endswith("config"):
+        (place / name).parent.rmdir()
+    assert shout(place).returncode == 0
+
+
+def test_other_lines_of_dvcignore_do_no_harm(place: Path) -> None:
+    """What they name is no input, or hidden, which no stage reads; this repository's own .dvc does none either."""
+    write(place / ".dvcignore", "node_modules\n.cache\n")
+    write(place / "input/.cache/c.txt", "hidden")
+    write(place / ".dvc/config", "")
+    assert shout(place).returncode == 0
+    assert digests.unseen(["a.txt"]) is None
+
+
+def test_git_merges_no_lock_by_lines(tmp_path: Path) -> None:
+    """The parameter of one branch and the input of another, put together by Git, are a run that never was."""
+    lock = ["deps: old", *"abcdefgh", "params: old"]
+    shutil.copyfile(Path(__file__).parents[1] / ".gitattributes", tmp_path / ".gitattributes")
+    write(tmp_path / "dvc.lock", "\n".join(lock))
+    git(tmp_path, "init", "--quiet")
+    for branch, at in ((None, 0), ("one", 0), ("two", -1)):
+        if branch:
+            git(tmp_path, "checkout", "--quiet", "-b", branch, "start")
+            write(tmp_path / "dvc.lock", "\n".join(lock).replace(lock[at], lock[at].replace("old", branch)))
+        git(tmp_path, "add", "--all")
+        git(tmp_path, "commit", "--quiet", "--message", branch or "start")
+        if not branch:
+            git(tmp_path, "branch", "start")
+    ours = (tmp_path / "dvc.lock").read_text()
+    with pytest.raises(subprocess.CalledProcessError):
+        git(tmp_path, "merge", "--quiet", "one")
+    assert (tmp_path / "dvc.lock").read_text() == ours
+    git(tmp_path, "merge", "--abort")
+    git(tmp_path, "merge", "--quiet", "-X", "ours", "one")
+    assert (tmp_path / "dvc.lock").read_text() == ours
+
+
 # --- stages that end badly ---------------------------------------------------------------------------------------
 
 
@@ -631,8 +701,8 @@ def test_worker_that_is_orphaned_at_birth_ends(place: Path) -> None:
 # --- keys of checkpoints -----------------------------------------------------------------------------------------
 
 
-def test_work_folder_follows_inputs_code_and_params(here: Path) -> None:
-    """The same inputs, code and parameters give the same folder; another of any, another folder."""
+def test_work_folder_follows_inputs_code_and_params(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same inputs, code, parameters and library versions give the same folder; another of any, another folder."""
 
     def folder(params: dict[str, int]) -> Path:
         found: list[Path] = []
@@ -651,6 +721,10 @@ def test_work_folder_follows_inputs_code_and_params(here: Path) -> None:
     changed = folder({"a": 1, "b": 2})
     assert changed != first
     write(here / "input/a.txt", "hi")
+    assert folder({"a": 1, "b": 2}) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "versions", lambda script: {"python": "4.0.0"})
+        assert folder({"a": 1, "b": 2}) != first
     assert folder({"a": 1, "b": 2}) == first
     write_script(here, "pass  # another comment")
     assert folder({"a": 1, "b": 2}) != first

@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from typing import Any
 WORK = Path(".work")
 DIGESTS = WORK / "digests"
 REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
+OWN_IGNORED = {"__pycache__", ".tmp-*", ".work", ".memo", ".venv", ".git"}  # the project's own lines of .dvcignore
 RECENT = 600 * 10**9  # ns; the kernel writes a changed page to the disk long before
 # Name, device, inode, size, mtime and ctime of a file.
 State = tuple[str, int, int, int, int, int]
@@ -98,6 +100,82 @@ def _all_files(folder: Path) -> list[Path]:
 
 def _ignored(path: Path) -> bool:
     return any(part == "__pycache__" or part.startswith(".tmp-") for part in path.parts)
+
+
+def unseen(names: Iterable[str]) -> str | None:
+    """Return a sentence about one of these files whose changes DVC does not see, None where it sees all.
+
+    It leaves out what .dvcignore names, and a folder that is a DVC repository of its own. Hidden files no stage reads.
+    """
+    visible = [name for name in names if "/." not in f"/{name}"]
+    inside = {os.path.dirname(name) for name in visible} - {""}  # noqa: PTH120 (much faster)
+    for folder in sorted({parent for name in inside for parent in (Path(name), *Path(name).parents[:-1])}):
+        if (folder / ".dvc").is_dir():
+            return (
+                f"{folder} is a DVC repository of its own, and this one's DVC sees no change in it; "
+                f"remove {folder}/.dvc, or copy the files elsewhere."
+            )
+        if (folder / ".dvcignore").is_file():
+            return (
+                f"{folder}/.dvcignore hides files, and DVC sees no change in them; remove it and name them in `ignore` "
+                "of their source, or move them elsewhere."
+            )
+    note = Path(".dvcignore")
+    lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    if {line.strip() for line in lines if line.strip() and not line.startswith("#")} <= OWN_IGNORED:
+        return None
+    from pathspec import GitIgnoreSpec  # comes with DVC, which reads the file by it
+
+    found = next(iter(GitIgnoreSpec.from_lines(lines).match_files(visible)), None)
+    return found and (
+        f"{found}: .dvcignore names it, so DVC sees no change in it; take the line out of .dvcignore and name it in "
+        "`ignore` of its source, or move it elsewhere."
+    )
+
+
+SEEN = WORK / "seen"
+# Of a file as a stage last read it: "inode size mtime ctime SHA-256", in one text, for there may be many files.
+Seen = dict[str, str]
+
+
+def seen(states: Iterable[State], files: dict[str, str], root: Path) -> Seen:
+    """Return the states of an input's files, with what `file_digests` found of them."""
+    named = ((one, one[0][len(str(root)) + 1 :]) for one in states)
+    return {one[0]: " ".join(map(str, (*one[2:], files[inside]))) for one, inside in named if inside in files}
+
+
+def taken_for_old(before: dict[str, Any], now: Seen) -> str | None:
+    """Return a sentence about the first file that has other bytes than before and that DVC takes for the one of before.
+
+    DVC looks at inode, size and mtime. `before`: what `seen` returned, from a note.
+    """
+    for name, found in now.items():
+        (*then, _, then_sha256), (*shown, _, sha256) = before.get(name, "- -").split(" "), found.split(" ")
+        if then == shown and then_sha256 != sha256:
+            return (
+                f"{name} has other bytes than when it was last read, but the same inode, size and time, so DVC takes "
+                f"it for the old file; give it a new time (touch {shlex.quote(name)}) and run again."
+            )
+    return None
+
+
+def taken_for_old_since(note: Path) -> str | None:
+    """Return the sentence of `taken_for_old` about the files that a stage noted as seen, as they are now.
+
+    Only those are read whose ctime alone is another one; what has new links or rights is noted anew.
+    """
+    before = read_note(note)
+    now: Seen = {}
+    for name, then in before.items():
+        for found in state(Path(name)) if Path(name).is_file() else ():
+            *shown, ctime = map(str, found[2:])
+            *before_shown, before_ctime, _ = then.split(" ")
+            if shown == before_shown and ctime != before_ctime:
+                now |= seen([found], {"": digest(Path(name))}, Path(name))
+    sentence = taken_for_old(before, now)
+    if now and not sentence:
+        write_note(note, before | now)
+    return sentence
 
 
 def just_written(folder: Path) -> dict[Path, str]:

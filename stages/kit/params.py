@@ -57,6 +57,8 @@ def load() -> dict[str, Any]:
         raise SystemExit(f"params.yaml: not valid YAML ({str(error).splitlines()[0]}); remove it.") from None
     except UnicodeDecodeError as error:
         raise SystemExit(f"params.yaml: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
+    except ValueError as error:  # of a date or time that there is not
+        raise SystemExit(f"params.yaml: a value looks like a date and is none ({error}); put it in quotes.") from None
     if not isinstance(content, dict):
         raise SystemExit("params.yaml: expected keys such as `sources:` and `phases:`, found none.")
     return content

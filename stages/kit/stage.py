@@ -40,7 +40,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 from kit.digests import (
     REMEMBERED,
+    SEEN,
     WORK,
+    Seen,
     State,
     above,
     combined,
@@ -49,9 +51,14 @@ from kit.digests import (
     folder_states,
     input_digests,
     just_written,
+    read_note,
     remember,
+    seen,
     settled,
     state,
+    taken_for_old,
+    unseen,
+    write_note,
 )
 from kit.stage_code import STAGES, code_digest, code_files, versions
 
@@ -237,6 +244,15 @@ class Run:
             path: input_digests(one.root, list(one.states.values()), workers()) for path, one in self.guards.items()
         }
         self.digests = {path: combined(files) for path, files in self.files.items()}
+        self.seen: Seen = {}
+        for path, one in self.guards.items():
+            self.seen |= seen(one.states.values(), self.files[path], one.root)
+        self.seen_note = SEEN / f"{self.name}.json"
+        if sentence := unseen(self.seen):
+            raise SystemExit(sentence)
+        # It would tie the old MD5 to the new output, in dvc.lock and in its run cache.
+        if sentence := taken_for_old(read_note(self.seen_note), self.seen):
+            raise SystemExit(sentence)
         self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
         self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
         self.counts: dict[str, int] = {}
@@ -366,6 +382,7 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
                 _publish(temporary, target)
             current.record.replace(RECORDS / f"{current.name}.json")
             remember(written)
+            write_note(current.seen_note, current.seen)
         except Exception:  # of whatever kind: what was not there when it was to be read
             if changed := current.changed():
                 raise SystemExit(current.refusal(changed)) from None

@@ -45,6 +45,8 @@ class Vocabulary:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             if getattr(self.tokenizer.model, "dropout", None):  # it would cut the same text otherwise each time
                 self.tokenizer.model.dropout = None
+            self.tokenizer.no_truncation()  # what is counted, learned or judged is the whole text and no more
+            self.tokenizer.no_padding()
         except Exception as error:  # `tokenizers` raises a bare Exception
             raise SystemExit(
                 f"{folder} holds no tokenizer that can be read ({error}); fetch the files again (a Git LFS pointer is "
