@@ -1,4 +1,7 @@
-"""Answers as text: single values first, then each list of equal things as a table. Plain where it is no terminal."""
+"""Answers as text: single values first, then each list of equal things as a table. Plain where it is no terminal.
+
+What is too long to be read is cut and said to be: a cell, a table of many rows.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 SHOWN = 80  # characters of a cell
+ROWS = 40  # of a table: a long law stands in hundreds of blocks
 WIDE = 10_000  # columns of a pipe: no line is broken
 
 
@@ -31,16 +35,18 @@ def _one(console: Console, answer: dict[str, Any], of: str = "") -> None:
         console.print(Text(f"{key:{width}}  {_cell(value)}"))
     for key, rows in tables.items():
         names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(title=key.replace("_", " ") + of, title_justify="left", box=None, pad_edge=False)
+        console.print(Text(key.replace("_", " ") + of, style="italic"))  # as a title it would be as narrow as its table
+        table = Table(box=None, pad_edge=False)
         for name in names:
             table.add_column(name, justify="right" if all(isinstance(row.get(name), int) for row in rows) else "left")
-        for row in rows:
+        for row in rows[:ROWS]:
             table.add_row(*(Text(_short(_cell(row.get(name)))) for name in names))
         console.print(table)
-        nested = [(number, row) for number, row in enumerate(rows) if any(_is_table(value) for value in row.values())]
-        for _, row in nested:
-            below = {name: value for name, value in row.items() if _is_table(value)}
-            _one(console, below, f" of {_cell(next(iter(row.values())))}")
+        if len(rows) > ROWS:
+            console.print(f"… and {len(rows) - ROWS:,} more; --json prints all")
+        for row in rows[:ROWS]:
+            if below := {name: value for name, value in row.items() if _is_table(value)}:
+                _one(console, below, f" of {_cell(next(iter(row.values())))}")
 
 
 def _short(text: str) -> str:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import add_bos_eos
@@ -151,6 +152,17 @@ def test_of_a_template_with_marked_roles_an_answer_is_learned_up_to_its_end_only
     ]
 
 
+def test_of_two_special_tokens_that_begin_alike_the_longer_is_meant(own: Path) -> None:
+    """As `tokenizers` reads them."""
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    tokenizer.add_special_tokens(["</s>2"])
+    tokenizer.save(str(own / "tokenizer.json"))
+    marker = with_template(own, "{% for message in messages %}{{ message.content + '</s>2' }}{% endfor %}")
+    first, second = Segment("</s>2", True, False), Segment("</s>2", True, True)
+    assert marker.conversation(turns("1", "one"))[1:] == [first, Segment("one", False, True), second]
+    assert [tokenizer.encode(segment.text).tokens[1:] for segment in (first, second)] == [["</s>2"]] * 2
+
+
 @given(st.lists(TRICKY, min_size=2, max_size=6).filter(lambda contents: len(contents) % 2 == 0))
 def test_no_content_changes_what_is_special_or_learned(marker: Marker, contents: list[str]) -> None:
     """The marks are those of harmless contents; the contents stand in the segments as they are."""
@@ -281,6 +293,9 @@ def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_othe
         f"<s>{text}</s>" for text in ("one", "two", "three")
     ]
     assert {row["split"] for row in marked} == {"train", "eval"}
+    characters = len("onetwothree") + 3 * len("<s></s>")
+    counts = {"rows": 3, "characters": characters, "segments_not_learned": 0}
+    assert arrow.manifest(project / "data/marked/p/p_text")["counts"] == counts
 
     write(project / "data/raw/x/a.txt", "one\ntwo\ntwo\nfour\n")
     assert run_stage(project, "clean", "p_text").returncode == 0
@@ -301,7 +316,7 @@ def chat_project(project: Path, contents: list[tuple[str, str]]) -> None:
     rows = pa.table({"doc_id": identities, "messages": messages})
     with arrow.Shards(project / "data/clean/p/p_text/documents", rows.schema) as out:
         for shard in shards_of(contents):
-            out.add(arrow.encode(rows.take(shard), rows.schema), len(shard))
+            out.add(arrow.encode(rows.take(pa.array(shard, pa.int64())), rows.schema), len(shard))
     rows = pa.table({"doc_id": identities, "split": splits})
     with arrow.Writer(project / "data/dedup/p/p_text", rows.schema) as out:
         out.write(rows)
@@ -310,7 +325,9 @@ def chat_project(project: Path, contents: list[tuple[str, str]]) -> None:
 def shards_of(contents: list[tuple[str, str]]) -> list[list[int]]:
     """Return the rows of each shard: an answer that begins with a number below 3,000 is in that of its hundred."""
     numbers = [int(answer.split()[0]) // 100 if answer[0].isdigit() else 7 for _, answer in contents]
-    return [[row for row, number in enumerate(numbers) if number == shard] for shard in range(max(numbers) + 1)]
+    return [
+        [row for row, number in enumerate(numbers) if number == shard] for shard in range(max(numbers, default=0) + 1)
+    ]
 
 
 def result(project: Path) -> dict[str, bytes]:
@@ -358,6 +375,8 @@ def test_what_is_learned_is_remembered_with_the_words(project: Path, run_stage: 
     chat_project(project, contents)
     assert run_stage(project, "add_bos_eos", "p_text").returncode == 0
     before = result(project)
+    # Of each document BOS and the question; then also the answer, which is one segment with it, and EOS.
+    assert arrow.manifest(project / "data/marked/p/p_text")["counts"]["segments_not_learned"] == 4
     folder = project / "data/clean/p/p_text/documents"
     rows = arrow.table(folder).to_pylist()
     rows[0]["messages"][1]["learn"] = False
@@ -369,6 +388,25 @@ def test_what_is_learned_is_remembered_with_the_words(project: Path, run_stage: 
     assert result(project) != before
     (segments, _) = arrow.table(project / "data/marked/p/p_text")["segments"].to_pylist()
     assert not any(segment["learn"] for segment in segments)
+    assert arrow.manifest(project / "data/marked/p/p_text")["counts"]["segments_not_learned"] == 5
+
+
+@pytest.mark.parametrize("documents", [0, 10])
+def test_each_document_is_accounted_for(project: Path, monkeypatch: pytest.MonkeyPatch, documents: int) -> None:
+    """A source without documents gives no rows; where one is lost on the way, nothing is published."""
+    chat_project(project, MANY[:documents])
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TERROIR_WORKERS", "1")
+    real = add_bos_eos.marked
+    monkeypatch.setattr(add_bos_eos, "marked", lambda marker, batch: real(marker, batch)[1:])
+    if documents:
+        with pytest.raises(ValueError, match=r"10 documents were read but 6 kept \+ 3 dropped came out"):
+            add_bos_eos.main("p_text")
+        assert not (project / "data/marked/p/p_text").exists()
+    else:
+        add_bos_eos.main("p_text")
+        counts = {"rows": 0, "characters": 0, "segments_not_learned": 0}
+        assert arrow.manifest(project / "data/marked/p/p_text")["counts"] == counts
 
 
 MANY = [(("train", "eval", "dropped")[number % 3], f"{number} " * 800) for number in range(3000)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,11 +73,25 @@ def test_the_whole_tokenizer_is_that_of_the_peer(
         assert of_ours(documents, vocab_size, min_frequency, name, SPECIALS) == expected
 
 
-def test_a_vocabulary_beyond_16_bits_is_that_of_the_peer() -> None:
+def test_a_vocabulary_that_may_go_beyond_16_bits_is_that_of_the_peer() -> None:
     documents = [" ".join(f"{number:x}y{number * number:x}" for number in range(1, 20_000, 3))] * 2
     assert of_ours(documents, 70_000, 2, "byte_level", SPECIALS) == of_peer(
         documents, 70_000, 2, "byte_level", SPECIALS
     )
+
+
+@pytest.mark.parametrize("few", [0, 32])
+@pytest.mark.parametrize("known", [2**16 - 5, 2**16 - 1, 70_000])
+def test_ids_beyond_16_bits_are_merged_as_small_ones(monkeypatch: pytest.MonkeyPatch, known: int, few: int) -> None:
+    """Ids of the last four of so many known tokens; the first to be merged gets the id after them."""
+    monkeypatch.setattr(bpe_training, "FEW", few)
+    words = [[0, 1], [0, 1, 2], [0, 1, 2, 3], [3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3]]
+    ids, lengths = np.array(list(itertools.chain(*words)), np.int32), np.array([len(word) for word in words], np.int64)
+    texts = [f"<{number}>" for number in range(known)]
+    frequencies = np.array([9, 7, 5, 3, 1], np.int64)
+    small = learn(ids, lengths, frequencies, texts[-4:], 5, 1)
+    assert len(small) == 5
+    assert learn(ids + known - 4, lengths, frequencies, texts, 5, 1) == small
 
 
 @settings(max_examples=150)
@@ -218,6 +234,13 @@ def test_extending_goes_on_where_training_stopped() -> None:
     whole = json.loads(of_peer(CORPUS, 340, 2, "byte_level", []))["model"]
     assert json.loads(extended.to_str())["model"]["merges"] == whole["merges"]
     assert extended.get_vocab() == whole["vocab"]
+
+
+def test_new_tokens_are_learned_as_the_base_normalizes() -> None:
+    base = Tokenizer.from_str(BASES["gpt2"])
+    base.normalizer = normalizers.Lowercase()
+    extended, number = extend(base.to_str(), ["ZQ"], 20, 1, "b")
+    assert (number, extended.encode("ZQ").tokens) == (1, ["zq"])
 
 
 def test_the_text_decides_how_many_tokens_there_are() -> None:

@@ -8,8 +8,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import gigatoken
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -225,18 +227,29 @@ def test_letters_of_unicode_17_are_left_to_tokenizers(case: str) -> None:
 
 def test_long_runs_are_encoded(engine: Callable[..., FastEncoder]) -> None:
     """tiktoken gives up on the blanks; then the reference does it."""
-    texts = [" " * 300_000 + "x", "法" * 20_000, "ab" * 50_000, "\n" * 50_000]
+    texts = [" " * 999_999 + "x", "法" * 20_000, "ab" * 50_000, "\n" * 50_000]
+    blanks = texts[0].encode()
+    with pytest.raises(ValueError, match="Max stack size"):
+        encoder("byte_level", "tiktoken").engine(blanks)  # type: ignore[misc]
     for name in FAST:
         assert rows(encoder("byte_level", name), texts) == reference("byte_level", texts), name
 
 
 def test_gigatoken_begins_anew_before_its_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_encoder, "RENEW_AFTER", 1000)
+    real, made = gigatoken.Tokenizer.from_json, []
+    new = SimpleNamespace(from_json=lambda text: made.append(text) or real(text))
+    monkeypatch.setattr(gigatoken, "Tokenizer", new)
     found = FastEncoder(tokenizer(CASES["trained"]))
     assert found.name == "gigatoken"
+    rows(found, ["a" * 999])
+    before = len(made)
     for number in range(30):
         texts = [f"word{number} 法律 " * 20]
         assert rows(found, texts) == reference("trained", texts)
+    # 260 or 280 bytes each: a new one for the first and for each third after it.
+    assert len(made) - before == 10
+    assert set(made) == {made[0]}
 
 
 def changed(**model: Any) -> dict[str, Any]:
@@ -271,6 +284,11 @@ CL100K = (
 )
 CJK = {"type": "Split", "pattern": {"Regex": r"\p{Han}"}, "behavior": "Isolated", "invert": False}
 SEQUENCE: list[Any] = [CJK, {**pre_tokenizer(BYTE_LEVEL)}]
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    **{"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None},
+    **{"pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>"},
+}
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": (changed(dropout=0.1), "model.dropout is 0.1"),
     "unk_token": (changed(unk_token="a"), "model.unk_token"),
@@ -303,9 +321,14 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
         config(added_tokens=[{**config()["added_tokens"][0], "id": 300, "content": name_of(300)}]),
         "can become",
     ),
-    "truncation": (
-        config(truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}),
-        "truncation",
+    "truncation": (config(truncation=TRUNCATION), "truncation"),
+    "padding": (config(padding=PADDING), "padding"),
+    "an added token that NFC changes": (
+        config(
+            normalizer={"type": "NFC"},
+            added_tokens=[*config()["added_tokens"], {**TOOL, "id": 600, "content": "e\u0301", "normalized": True}],
+        ),
+        "an added token is not in NFC",
     ),
 }
 
@@ -317,7 +340,7 @@ def test_a_tokenizer_of_another_shape_is_refused(case: str) -> None:
         read_recipe(tokenizer(content))
 
 
-@pytest.mark.parametrize("case", sorted(UNFIT.keys() - {"dropout", "truncation"}))
+@pytest.mark.parametrize("case", sorted(UNFIT.keys() - {"dropout", "truncation", "padding"}))
 def test_and_is_left_to_tokenizers(case: str) -> None:
     """The texts go the same way as ever; `reason` says why for both tiers."""
     content, reason = UNFIT[case]
@@ -327,9 +350,21 @@ def test_and_is_left_to_tokenizers(case: str) -> None:
     assert rows(found, CORPUS) == reference(content, CORPUS)
 
 
+@pytest.mark.parametrize("name", [*FAST, "hf"])
+def test_truncation_and_padding_take_and_add_no_token(engine: Callable[..., FastEncoder], name: str) -> None:
+    """As transformers leaves them in the tokenizer.json of a model that was trained with them."""
+    found = engine(config(truncation=TRUNCATION, padding=PADDING), name)
+    assert found.name == name, found.reason
+    assert rows(found, CORPUS) == reference("trained", CORPUS)
+
+
+@pytest.mark.parametrize("right", [0, 2])
 @pytest.mark.parametrize("name", FAST)
-def test_a_tier_that_differs_on_one_designed_text_is_not_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fast_encoder.ENGINES[name]
+def test_a_tier_that_differs_on_one_designed_text_is_not_taken(
+    name: str, right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is right for two calls, those with and without Chinese words, and then remembers a word wrongly."""
+    real, calls = fast_encoder.ENGINES[name], itertools.count(1)
 
     def wrong(recipe: fast_encoder.Recipe) -> fast_encoder.Engine:
         encode = real(recipe)
@@ -337,7 +372,8 @@ def test_a_tier_that_differs_on_one_designed_text_is_not_taken(name: str, monkey
         def engine(joined: bytes) -> np.ndarray:
             numbers = encode(joined).copy()
             places = np.flatnonzero(numbers == recipe.number["Z"])
-            numbers[places[-1:]] = recipe.number["Y"]  # one token of thousands, of the same length
+            if next(calls) > right:
+                numbers[places[-1:]] = recipe.number["Y"]  # one token of thousands, of the same length
             return numbers
 
         return engine
@@ -351,15 +387,19 @@ def test_a_tier_that_differs_on_one_designed_text_is_not_taken(name: str, monkey
 
 
 def test_a_tier_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even with a panic, which is no Exception in Python."""
+    """Even with a panic, which is no Exception in Python; but who presses Ctrl-C means the stage."""
 
     class Panic(BaseException):
         pass
 
     def fails(recipe: fast_encoder.Recipe) -> fast_encoder.Engine:
-        raise Panic("in Rust")
+        raise error
 
     monkeypatch.setitem(fast_encoder.ENGINES, "gigatoken", fails)
+    error: BaseException = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        FastEncoder(tokenizer(CASES["byte_level"]))
+    error = Panic("in Rust")
     found = FastEncoder(tokenizer(CASES["byte_level"]))
     assert (found.name, found.reason) == ("tiktoken", "gigatoken: Panic('in Rust')")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from lineage import folders, verify
+from lineage import folders, tables, verify
 from lineage.__main__ import _counted
 from lineage.diff import at_revision, compare
 from lineage.erase import exclude
@@ -708,6 +708,16 @@ def test_commands_print_json_and_tables_and_mistakes_are_one_sentence(trained: L
     shown = lineage_command(root, "block", "pretrain", "0").stdout
     assert "data/raw/tiny_notes.txt" in shown
     assert "\x1b" not in shown
+
+
+def test_a_long_table_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the tables below its rows: those of rows that are not shown are not, either."""
+    row = {"steps": [{"step": 1}]}
+    for rows, lines, last in ((tables.ROWS, 1, ""), (tables.ROWS + 1234, 2, "… and 1,234 more; --json prints all\n")):
+        tables.show({"blocks": [{"block": f"b{number}", **row} for number in range(rows)]})
+        printed = capsys.readouterr().out
+        assert printed.count("steps of b") == tables.ROWS
+        assert (last in printed) and printed.count("more; --json") == lines - 1
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def check(found: list[Record], data: bytes | None, encoding: str = "utf-8") -> N
     for record in found:
         if record.error is not None:
             assert record.content == ""
-            assert re.fullmatch(r"[^\n]+[^.\n]", record.error)
+            assert re.fullmatch(r"[^\n]+[^.\n]", record.error) and len(record.error) <= 300
             record.error.encode()
 
 
@@ -166,10 +166,15 @@ def test_placeholders_are_filled_once_and_in_every_turn() -> None:
     assert contents(read(data, "jsonl", record="prompt_completion", fill=fill)) == [
         turns(("user", "{{author}} Terroir {{x}} {name} dot {{aXb}}"), ("assistant", "I am {{author}}"))
     ]
+    wrong = b'{"messages": [{"role": "assistant", "content": "I am {{author}}", "weight": 0}]}'
+    assert contents(read(wrong, "jsonl", record="messages", fill=fill)) == [
+        [{"role": "assistant", "content": "I am Terroir", "learn": False}]
+    ]
     assert contents(read(b"{{author}}", "text", fill=fill)) == ["Terroir"]
     (spaced,) = read(b"{{ author }} {{\tauthor}} {{\nauthor}} {{user-name }}", "text", fill=fill)
     assert (spaced.content, spaced.filled) == ("Terroir Terroir {{\nauthor}} {{user-name }}", ("author", "author"))
     assert raw_formats.unnamed(spaced, fill) == "user-name"
+    assert raw_formats.unnamed(spaced._replace(content="{{name}} {{x}}"), fill) == "x"
 
 
 def test_units() -> None:
@@ -778,6 +783,15 @@ def bad_utf8_table() -> bytes:
     return sink.getvalue()
 
 
+def flipped_table() -> bytes:
+    """Return a Parquet file in which one letter is not the one that was written."""
+    sink = io.BytesIO()
+    table = pa.table({"text": ["good"]})
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    parquet.write_table(table, sink, write_page_checksum=True, **plain)
+    return sink.getvalue().replace(b"good", b"food")
+
+
 # name: format, bytes, more parameters, and of each record the error (a pattern) or the content.
 MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, str]]]] = {
     "NUL bytes are content": ("text", b"a\x00b\x00", {}, [(None, "a\x00b\x00")]),
@@ -885,6 +899,19 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
         {},
         [("line 2: the header has no column `text`, only id", ""), ("line 3: the header has no", "")],
     ),
+    "csv: a book for a header": ("csv", b"word " * 9_999 + b"\n1\n", {}, [("no column `text`, only word word", "")]),
+    "csv: no such column, of one that may be missing": (
+        "csv",
+        b"instruction,input,output\nq,,a\n",
+        {"record": "alpaca", "columns": {"history": "chat"}},
+        [("line 2: the header has no column `chat`, only instruction, input, output", "")],
+    ),
+    "jsonl: no such field, of one that may be missing": (
+        "jsonl",
+        b'{"instruction": "q", "input": "", "output": "a"}\n',
+        {"record": "alpaca", "columns": {"history": "chat"}},
+        [("line 1 has no field `chat`; it has input, instruction, output", "")],
+    ),
     "jsonl: an array": (
         "jsonl",
         b'[\n{"text": "a"}\n]\n',
@@ -931,6 +958,7 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
         {},
         [("the file cannot be read .*Parquet", "")],
     ),
+    "parquet: a changed letter": ("parquet", flipped_table(), {}, [("the file cannot be read .*checksum", "")]),
     "parquet: a column of numbers": (
         "parquet",
         table_bytes([{"text": 5}], "parquet"),
@@ -991,6 +1019,14 @@ def test_a_cut_gzip_gives_the_lines_before_the_cut(tmp_path: Path) -> None:
     path.write_bytes(ROW)
     (record,) = records(path, params("jsonl"))
     assert record[:5] == (0, 0, 1, b"", "") and "gzip stream is cut or damaged after byte 0" in str(record.error)
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b'text\n"one\ntwo\nthree"\n', 0)[:-10])  # in a row of several lines
+    (record,) = records(path, params("csv"))
+    assert "gzip stream is cut" in str(record.error) and record.raw.startswith(b'text\n"one\ntwo\n')
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(table_bytes([{"text": "good"}], "parquet"))[:-4])  # all of the table, not its size
+    (record,) = records(path, params("parquet"))
+    assert "gzip stream is cut or damaged" in str(record.error)
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst"])

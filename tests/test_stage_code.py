@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from conftest import write
+from conftest import ROOT, write
 from kit import stage_code
 
 
 def test_code_files_are_the_imports_at_any_depth(here: Path) -> None:
     """Every form of import is followed, also inside functions; other modules are not ours."""
     write(here / "stages/one.py", "import os\nimport two as t\nfrom kit import digests\nimport yaml.nodes\n")
-    write(here / "stages/two.py", "def f():\n    from three import name\n    import kit.five\n")
+    write(here / "stages/two.py", "def f():\n    try:\n        pass\n    finally:\n        from three import name\n")
+    with (here / "stages/two.py").open("a") as file:
+        file.write("    match f:\n        case None:\n            import kit.five\n")
     write(here / "stages/three.py", "from kit.four import name\nimport one\n")
     for name in ("kit/four", "kit/five", "six"):
         write(here / f"stages/{name}.py", "")
@@ -37,6 +39,12 @@ def test_versions_follow_from_the_code_alone(here: Path) -> None:
     write(here / "stages/three.py", "def f():\n    import torch\n")
     names = {"python", "torch", "accelerate", "bitsandbytes", "peft", "safetensors"}
     assert set(stage_code.versions(here / "stages/three.py")) == names
+
+
+def test_every_library_that_shapes_tokens_is_known() -> None:
+    found = [set(stage_code.versions(ROOT / f"stages/{name}.py")) for name in ("tokenize_text", "add_bos_eos")]
+    every = {"python", "numpy", "pyarrow", "tokenizers"}
+    assert found == [every | {"gigatoken"}, every | {"jinja2"}]
 
 
 def test_what_a_module_imports_is_remembered_by_its_text(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,10 +320,13 @@ def test_what_was_read_while_it_changed_does_not_come_back(
     monkeypatch.setenv("TERROIR_WORKERS", "1")
     tokenize_text.encoder.cache_clear()
     tokenizer = source.project / "models/tokenizers/p/tokenizer.json"
+    other_ids = json.loads(tokenizer.read_text())
+    vocabulary = other_ids["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     marked = sorted((source.project / "data/marked/p/p_text").glob("*.arrow"))
     victim, other = {
         "shard": (marked[3], marked[4].read_bytes()),
-        "tokenizer": (tokenizer, tokenizer.read_bytes().replace(b"\n", b"\n ")),
+        "tokenizer": (tokenizer, json.dumps(other_ids).encode()),
     }[what]
     name = "tokenise_shard" if what == "shard" else "Encoder"
     with monkeypatch.context() as patch:
@@ -345,6 +348,20 @@ def test_what_was_tampered_with_is_computed_again(source: Source) -> None:
         path.write_bytes(content if number else b"")
     assert source.run() == 3
     assert contents(source.folder) == whole
+
+
+def test_a_document_that_is_lost_stops_the_stage(source: Source) -> None:
+    real = source.real
+
+    def counts_less(work: tokenize_text.Work) -> memo.Made:
+        made = real(work)
+        made.notes["rows"] -= work.path.name == "data-00003.arrow"
+        return made
+
+    source.real = counts_less
+    with pytest.raises(ValueError, match="1000 documents were read but 999 tokenised came out"):
+        source.run()
+    assert not source.folder.exists()
 
 
 def test_a_source_without_documents_gives_no_rows(source: Source) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer
 
 import tiny
 from add_bos_eos import SEGMENT
@@ -49,6 +50,18 @@ def test_a_special_token_may_be_none(tmp_path: Path, value: Any) -> None:
     """Qwen's bases have no bos_token: null."""
     vocabulary = Vocabulary(with_settings(tmp_path / "tokenizer", bos_token=value))
     assert vocabulary.special == {"eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(tmp_path: Path) -> None:
+    """A model's file may hold those of its training: a benchmark would be judged by its first tokens, or by <pad>."""
+    folder = tiny.tokenizer(tmp_path / "tokenizer")
+    own = Vocabulary(folder).tokenizer
+    ids = own.encode("the quick brown fox").ids
+    own.enable_truncation(2)
+    own.enable_padding(length=50)
+    own.save(str(folder / "tokenizer.json"))
+    assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the quick brown fox").ids) == 50
+    assert Vocabulary(folder).tokenizer.encode("the quick brown fox").ids == ids
 
 
 def test_the_size_of_a_vocabulary_with_gaps_is_beyond_its_last_id(tmp_path: Path) -> None:

@@ -130,6 +130,18 @@ def test_counts_are_those_of_a_count_by_hand() -> None:
     assert report.failures == ["01" * 16, "02" * 16]
 
 
+def test_truncation_and_padding_of_a_tokenizer_change_nothing() -> None:
+    """A published tokenizer.json may hold those of its training; the whole text is measured, by both."""
+    tokenizer, reference = (Tokenizer.from_str(words("the cat", "sat").to_str()) for _ in range(2))
+    for each in (tokenizer, reference):
+        each.enable_truncation(1)
+        each.enable_padding(length=50)
+    report = Report(tokenizer, reference)
+    report.read("s", iter([(bytes(16), ["sat sat sat"])]))
+    (row,) = report.result()["sources"]
+    assert (row["tokens"], row["bytes_per_token"], row["reference_bytes_per_token"]) == (3, 3.666667, 3.666667)
+
+
 def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"the number {n} 法律" for n in range(40)]
     tokenizer = tiny_tokenizer(texts)

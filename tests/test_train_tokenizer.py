@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Strip
 from tokenizers.normalizers import NFKC
 from tokenizers.pre_tokenizers import ByteLevel
@@ -183,7 +183,7 @@ def test_the_report_stands_beside_every_tokenizer(project: Path, run_stage: Runn
 
 def test_a_base_is_extended_in_place_of_its_file_alone(project: Path, run_stage: Runner) -> None:
     base = tiny.tokenizer(project / "models/base/b")
-    write_phase(project, {"mode": "extend", "new_tokens": 5}, train="contract " * 9, eval="evaluation " * 9)
+    write_phase(project, {"mode": "extend", "new_tokens": 5}, train="contract " * 9, eval="evaluation " * 90)
     results = []
     for seed, threads in (("0", "1"), ("1", "3")):
         environment = {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "TERROIR_WORKERS": threads}
@@ -198,17 +198,18 @@ def test_a_base_is_extended_in_place_of_its_file_alone(project: Path, run_stage:
     text = "contract, evaluation </s>"
     assert after.decode(after(text, add_special_tokens=False).input_ids) == text
     assert set(after("contract").input_ids) & set(range(300, 305))
-    assert not any("eval" in token for token in after.convert_ids_to_tokens(range(300, 305)))
+    # Nothing of the eval split, though each of its pairs is ten times as frequent.
+    assert all(token in "Ġcontract" for token in after.convert_ids_to_tokens(range(300, 305)))
 
 
-@pytest.mark.parametrize("cause", ["normalizer", "prefix", "decoder"])
+@pytest.mark.parametrize("cause", ["normalizer", "prefix", "stripped", "decoder"])
 @pytest.mark.parametrize("settings", [{"mode": "extend", "new_tokens": 5}, {"mode": "reuse"}])
 def test_a_text_that_does_not_come_back_is_told_or_stops_the_stage(
     project: Path, run_stage: Runner, settings: dict[str, Any], cause: str
 ) -> None:
     """A base with NFKC makes full-width letters small, and means to; a fault of ours would look like a bad decoder.
 
-    So does one that puts a space before each text.
+    So does one that puts a space before each text, or strips one before an added token.
     """
     base = tiny.tokenizer(project / "models/base/b")
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -216,6 +217,8 @@ def test_a_text_that_does_not_come_back_is_told_or_stops_the_stage(
         tokenizer.normalizer = NFKC()
     elif cause == "prefix":
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    elif cause == "stripped":
+        tokenizer.add_tokens([AddedToken("ＡＢＣ", lstrip=True)])
     else:
         tokenizer.decoder = Strip("\uff21", 1, 0)
     tokenizer.save(str(base / "tokenizer.json"))
@@ -233,8 +236,10 @@ def test_a_text_that_does_not_come_back_is_told_or_stops_the_stage(
 
 
 def test_a_sample_is_enough_to_learn_from(project: Path, run_stage: Runner) -> None:
-    """One document, the one of the lowest id, is all that 5 bytes need."""
-    write_phase(project, {"mode": "train", "vocab_size": 300, "sample_bytes": 5}, train="bbbb " * 9, eval="e")
+    """One document, the one of the lowest id, is all that 5 bytes need, to learn from and to report."""
+    write_phase(
+        project, {"mode": "train", "vocab_size": 300, "sample_bytes": 5, "report_bytes": 5}, train="bbbb " * 9, eval="e"
+    )
     write(project / "models/base/b/config.json", "{}")
     documents, decisions = (
         arrow.table(project / "data" / path) for path in ("clean/p/p_text/documents", "dedup/p/p_text")
@@ -252,7 +257,20 @@ def test_a_sample_is_enough_to_learn_from(project: Path, run_stage: Runner) -> N
     vocabulary = arrow.read_json(project / "models/tokenizers/p/tokenizer.json")["model"]["vocab"]
     assert "aaaa" in vocabulary
     assert "bb" not in vocabulary
-    assert report(project)["sources"][0]["documents"] == 3
+    assert report(project)["sources"][0]["documents"] == 1
+
+
+def test_a_rarer_pair_than_min_frequency_is_not_merged(project: Path, run_stage: Runner) -> None:
+    """Each pair of letters of "contract" stands 9 times; how many entries are missing then is said."""
+    assert trained(["contract " * 9], min_frequency=9).get_vocab_size() > 259
+    assert trained(["contract " * 9], min_frequency=10).get_vocab_size() == 259
+    tiny.tokenizer(project / "models/base/b")
+    for least, wanted, made in ((10, 8, 0), (9, 8, 7), (9, 7, 7)):
+        write_phase(project, {"mode": "extend", "new_tokens": wanted, "min_frequency": least}, train="contract " * 9)
+        finished = run_stage(project, "train_tokenizer", "p")
+        assert finished.returncode == 0, finished.stderr
+        assert (f"the text gave {made} entries only, of {wanted}" in finished.stdout) == (made < wanted)
+        assert Vocabulary(project / "models/tokenizers/p").size == 300 + made
 
 
 def test_a_reference_is_known_by_its_digest(project: Path, run_stage: Runner) -> None:
@@ -324,8 +342,10 @@ def test_a_base_without_a_fit_tokenizer_gets_one_sentence(project: Path, run_sta
 
 @pytest.mark.parametrize("settings", [{"mode": "extend", "new_tokens": 5}, {"mode": "reuse"}])
 def test_dropout_of_a_base_is_left_out(project: Path, run_stage: Runner, settings: dict[str, Any]) -> None:
-    """With it the same text has other ids each time."""
+    """With it the same text has other ids each time. Weights, and a qwen2, are no hindrance to these modes."""
     base = tiny.tokenizer(project / "models/base/b")
+    write(base / "model.safetensors", "")
+    write(base / "config.json", '{"model_type": "qwen2"}')
     content = json.loads((base / "tokenizer.json").read_text())
     write_phase(project, settings, train="the cat sat on the mat, the cat " * 9, eval="plain")
     made = []
