@@ -25,6 +25,7 @@ def test_only_a_full_commit_will_do(revision: str) -> None:
         Params(repo_id="owner/name", revision=revision)
 
 
+@pytest.mark.slow  # it tries again and again
 def test_without_a_connection_one_sentence_and_the_old_base_stays(project: Path, run_stage: Runner) -> None:
     tiny.base(project / "models/configs/tiny")
     tiny.params_yaml(project, pretrain={"base": "models/configs/tiny"})
