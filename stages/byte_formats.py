@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, BinaryIO
 
 from raw_params import DELIMITERS, Params
-from raw_records import Content, Record, decode, library, lines_of, record_of
+from raw_records import Content, Record, decode, library, lines_of, raised, record_of
 from raw_rows import columns_of, content_of, record_of_row
 
 RESTARTS = 100  # in a csv file, after a row that is wrong: each may read on to the end of the file
@@ -225,6 +225,8 @@ def read_csv(source: Any, params: Params, codec: str) -> Iterator[Record]:
                 columns_of(params, header)
             except ValueError as error:
                 problem = str(error).replace("it", "the header", 1)
+                near = next((one for one in ";\t|," if one in header[0]), None) if len(header) == 1 else None
+                problem += f"; are its columns apart by `delimiter: {json.dumps(near)}`?" if near else ""
                 problem = problem if header else "the first line is blank, where the names of the columns are expected"
             continue
         flaw = problem
@@ -253,9 +255,12 @@ def _is_hidden(attributes: dict[str, str | None]) -> bool:
 def _visible(root: Any) -> str:
     """Return the text that a browser shows: a line for each block, a tab before each further cell of a table row.
 
+    Raised digits and signs stay so.
+
     <h1>A</h1><p>b <b>c</b><br>d<table><tr><td>1<td>2</table> gives "A\\nb c\\nd\\n1\\t2".
     """
-    pieces, preformatted = ["\n"], 0
+    pieces, preformatted, above = ["\n"], 0, 0
+    rows = [(0, 0)]  # of tables one in another: where the row begins in `pieces`, and its cells so far
     waiting = [(root, False)] if root is not None else []
     while waiting:
         node, closes = waiting.pop()
@@ -266,18 +271,29 @@ def _visible(root: Any) -> str:
                 text = re.sub(r"[ \t\n\f\r]+", " ", text)
                 text = text.lstrip(" ") if pieces[-1][-1] in " \n\t" else text
             if text:
-                pieces.append(text)
+                pieces.append(raised(text) if above else text)
             continue
         if tag in NOT_SHOWN or not node.is_element_node or _is_hidden(node.attributes):
             continue
-        if tag in BLOCKS and pieces[-1] != "\n":
+        begins_cell = pieces[-1] == "\t" and not closes and tag != "tr"  # its first block stands on the row's line
+        if tag in BLOCKS and pieces[-1] != "\n" and not begins_cell:
             pieces[-1] = pieces[-1].removesuffix(" ") or "\n"
             pieces.append("\n")
         if tag in ("pre", "textarea"):
             preformatted += -1 if closes else 1
+        above += (-1 if closes else 1) * (tag == "sup")
+        if closes and tag == "tr":
+            rows.pop()
         if not closes:
-            if tag in ("td", "th") and pieces[-1] != "\n":
-                pieces.append("\t")
+            if tag == "tr":
+                rows.append((len(pieces), 0))
+            elif tag in ("td", "th"):
+                start, cells = rows.pop()
+                if cells and len(pieces) > start and pieces[-1] == "\n":  # the end of a block in the cell before
+                    pieces.pop()
+                if cells:
+                    pieces.append("\t")
+                rows.append((start, cells + 1))
             waiting.append((node, True))
             waiting.extend([(child, False) for child in node.iter(include_text=True)][::-1])
     return "".join(pieces).strip("\n")

@@ -25,7 +25,7 @@ LABELS = ("tel", "fax", "phone", "mobile", "id")  # words that a number may foll
 _LABEL = "|".join(f"(?<=(?<![A-Za-z])(?i:{label}).)" for label in LABELS)
 # Where a number of seven digits, or a dotted quad, starts: not inside another word, not after a decimal point.
 CANDIDATE = re.compile(
-    rf"[0-9(（+ANY](?:(?<=[(（+])|(?<![0-9A-Za-z].)(?<![0-9]\..)|{_LABEL})"
+    rf"[0-9(（+ANY](?:(?<=[(（+])|(?<![0-9A-Za-z].)(?<![0-9]\..)|(?<=\\[nrt].)|(?<=\\u[0-9A-Fa-f]{{4}}.)|{_LABEL})"
     rf"(?:(?:[.+()）{GAP}]{{0,2}}[0-9]){{6}}|[0-9]{{0,2}}(?:\.[0-9]{{1,3}}){{3}})"
 )
 EMAIL_DOMAIN = re.compile(r"@(?![1-4]x\.)(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])")  # not logo@2x.png

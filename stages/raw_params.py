@@ -25,11 +25,12 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 # The columns of each kind of row: those that it must have, and those that it may have.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
-    "alpaca": (("instruction", "input", "output"), ("system", "history")),
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "prompt_completion": (("prompt", "completion"), ("system", "history", "tools")),
+    "alpaca": (("instruction", "input", "output"), ("system", "history", "kto_tag")),
+    "messages": (("messages",), ("system", "tools", "kto_tag")),
+    "sharegpt": (("conversations",), ("system", "tools", "kto_tag")),
+    "prompt_completion": (("prompt", "completion"), ("system", "history", "tools", "label")),
 }
+VERDICTS = ("label", "kto_tag")  # false: the answer is a bad one (TRL, LLaMA-Factory)
 LEAVABLE = ("input",)  # of those that it must have: null in `columns` says that there is none
 # Of each message in such a row: a field that it may have and that `columns` may name, too.
 MESSAGE_FIELDS = dict.fromkeys(("messages", "sharegpt", "prompt_completion"), ("reasoning_content",))

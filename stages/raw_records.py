@@ -29,6 +29,7 @@ Content = str | list[Message]
 Parse = Callable[[str, int], Content]  # of a decoded record and its line; raises ValueError with the whole sentence
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
+RAISED = str.maketrans("0123456789+-\u2212()", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾")
 
 
 class Record(NamedTuple):
@@ -179,6 +180,11 @@ def record_of(raw: bytes, codec: str, start: int, line: int, parse: Parse) -> Re
         return Record(start, start + len(raw), line, raw, parse(decode(raw, codec, start, line), line), None)
     except (ValueError, RecursionError) as error:
         return Record(start, start + len(raw), line, raw, "", sentence(error))
+
+
+def raised(text: str) -> str:
+    """Return superscript digits and signs as such characters, for 10<sup>9</sup> is no 109; other text as it is."""
+    return text.translate(RAISED) if all(ord(one) in RAISED for one in text) else text
 
 
 def sentence(error: object) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from typing import Any
 
-from raw_params import COLUMNS, LEAVABLE, UNITS, Params
+from raw_params import COLUMNS, LEAVABLE, UNITS, VERDICTS, Params
 from raw_records import Content, Message, Record, sentence
 from thoughts import THOUGHT
 
@@ -31,9 +31,9 @@ def columns_of(params: Params, present: list[str]) -> list[str]:
         if name in present:
             names.append(name)
         elif standard in required or standard in params.columns:
-            raise ValueError(
-                f"it has no column `{name}`, only {', '.join(present)}" if present else "it has no columns"
-            )
+            # A blank in a name would not be seen without quotes.
+            shown = ", ".join(one if one.isprintable() and one == one.strip() else repr(one) for one in present)
+            raise ValueError(f"it has no column `{name}`, only {shown}" if present else "it has no columns")
         if present.count(name) > 1:
             raise ValueError(f"it has the column `{name}` twice")
     return names
@@ -60,7 +60,8 @@ def content_of(row: Any, params: Params, place: str) -> Content:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is JSON but not an object with named fields")
+        hint = "; an array of objects is `format: json`" if isinstance(row, list) and params.format == "jsonl" else ""
+        raise ValueError(f"{place} is JSON but not an object with named fields{hint}")
 
     def field(standard: str) -> tuple[Any, str]:
         """Return the value, None for an optional field that is not there, and what an error calls it."""
@@ -82,6 +83,13 @@ def content_of(row: Any, params: Params, place: str) -> Content:
 
     if params.record == "text":
         return string_of(*field("text"))
+    for standard in (name for name in VERDICTS if name in COLUMNS[params.record][1]):
+        value, where = field(standard)
+        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+            raise ValueError(
+                f"{where} says that the answer is a bad one, and it would be learned; take the row out, "
+                f"or let `on_error: drop` do so (`columns: {{{standard}: null}}`: not read)"
+            )
     if params.record == "messages":
         turns = _turns(*field("messages"), "role", "content", params)
     elif params.record == "sharegpt":
@@ -92,6 +100,12 @@ def content_of(row: Any, params: Params, place: str) -> Content:
             value, where = field(standard)
             if isinstance(value, list):
                 said = _turns(value, where, "role", "content", params)
+                if standard == "completion" and said[0]["role"] == "user" and turns[-1]["role"] == "user":
+                    name = params.columns.get(standard, standard)
+                    raise ValueError(
+                        f"{where} begins with a question behind that of the prompt; if it is the whole conversation, "
+                        f"read it by `record: messages` and `columns: {{messages: {name}}}`"
+                    )
                 turns += [_not_learned(turn) for turn in said] if standard == "prompt" else said
             else:
                 turns.append({"role": role, "content": string_of(value, where)})
@@ -165,8 +179,7 @@ def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{here} has the {role_key} {_short(role)}, expected one of {', '.join(ROLES)}")
         if isinstance(text, list):  # parts, as OpenAI writes them; pictures and sound have no text
-            parts = [part.get("text") if isinstance(part, dict) else part for part in text]
-            text = "".join(string_of(part, f"{here} part {at}") for at, part in enumerate(parts, start=1))
+            text = "".join(_part(part, f"{here} part {at}") for at, part in enumerate(text, start=1))
         if calls := message.get("tool_calls") or message.get("function_call"):
             said = string_of("" if text is None else text, f"{here} `{text_key}`")
             text = "\n".join(filter(None, (said, _json(calls, params))))
@@ -178,6 +191,13 @@ def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params)
         turn: Message = {"role": ROLES[role], "content": text}
         turns.append(_not_learned(turn) if 0 in [_weight(message, name, here) for name in WEIGHTS] else turn)
     return turns
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and not isinstance(part.get("text"), str):
+        kind = part.get("type")
+        raise ValueError(f"{where} is {f'of type {_short(kind)}' if kind else 'an object'} and has no text")
+    return string_of(part["text"] if isinstance(part, dict) else part, where)
 
 
 def _thought(message: dict[str, Any], here: str, params: Params, said: str) -> str:

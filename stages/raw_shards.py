@@ -45,6 +45,8 @@ class Shard(NamedTuple):
 def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple[list[str], int]:
     """Return the files to read, relative to `root`, sorted, and how many `ignore` leaves out beside hidden ones.
 
+    Hidden are names with a full stop in front, and with ~$, which Office writes beside a file that is open.
+
     The file's own name when `root` is one.
 
     A folder of `save_to_disk` is one such file. Raises SystemExit for a file of another kind, and for what is neither
@@ -53,7 +55,7 @@ def raw_files(root: Path, params: raw_params.Params, ignore: list[str]) -> tuple
     folder, names, left_out = root.parent, [root.name], list[str]()
     if root.is_dir() and not _is_dataset(root, params):
         folder, names = root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
-        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+        names = [name for name in names if not any(part.startswith((".", "~$")) for part in name.split("/"))]
         wanted = [name for name in names if not _is_ignored(name, ignore)]
         left_out = sorted(name for name in set(names) - set(wanted) if (root / name).is_file())
         names = wanted

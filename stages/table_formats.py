@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,12 +15,18 @@ from typing import Any
 import pyarrow as pa
 
 from raw_params import Params
-from raw_records import Record, foreign, library, seekable, sentence
+from raw_records import Record, foreign, library, raised, seekable, sentence
 from raw_rows import columns_of, record_of_row, string_of
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
 LENIENT = ("utf-8", "surrogatepass")
 ROWS = 256  # of Parquet and Arrow, turned into Python values at a time
+# Signs of the font Symbol by the last byte of their code: https://www.unicode.org/Public/MAPPINGS/VENDORS/ADOBE/symbol.txt
+SYMBOL = {number: chr(number) for number in (*range(0x28, 0x2A), *range(0x2C, 0x3C), 0x3D, 0x3E)}
+SYMBOL |= dict(zip(range(0x41, 0x5B), "ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤΥςΩΞΨΖ", strict=True))
+SYMBOL |= dict(zip(range(0x61, 0x7B), "αβχδεφγηιϕκλμνοπθρστυϖωξψζ", strict=True))
+SYMBOL |= {0x2B: "+", 0x2D: "−", 0xA3: "≤", 0xA5: "∞", 0xB0: "°", 0xB1: "±", 0xB3: "≥", 0xB4: "×", 0xB7: "•", 0xB8: "÷"}
+SYMBOL |= {0xAB: "↔", 0xAC: "←", 0xAD: "↑", 0xAE: "→", 0xAF: "↓", 0xB9: "≠", 0xBA: "≡", 0xBB: "≈", 0xBC: "…", 0xD6: "√"}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # pyarrow, datasets and arrow-rs all close a stream with it
 
 
@@ -95,15 +103,56 @@ def _value(row: pa.RecordBatch) -> Any:
 def read_pdf(path: Path, params: Params) -> Iterator[Record]:
     """One record for each page; a page without text, e.g. a scanned one, is blank."""
     pypdf = library("pypdf", "pdf", "pypdf")
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every flaw that it can mend
-    with seekable(path) as file:
+    said = _Errors()  # pypdf warns of every flaw that it can mend, and only says what it cannot
+    with seekable(path) as file, said:
         reader = foreign(pypdf.PdfReader, file)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise ValueError("it opens with a password only; save a copy without one")
         for number in range(1, foreign(lambda: len(reader.pages)) + 1):
             try:
-                text = string_of(foreign(lambda at: reader.pages[at].extract_text(), number - 1), "its text")
+                said.found.clear()
+                text = string_of(foreign(lambda at: _page_text(reader.pages[at]), number - 1), "its text")
+                if said.found:
+                    raise ValueError(said.found[0])
                 yield Record(None, None, number, text.encode(), text, None)
             except ValueError as error:
                 yield Record(None, None, number, b"", "", sentence(f"page {number} cannot be read ({error})"))
+
+
+class _Errors(logging.Handler):
+    """Collects what pypdf logs as an error, e.g. an encoding that it takes for another one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+        self.logger = logging.getLogger("pypdf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or record.name == "pypdf.filters":  # bytes that it had to pass over
+            self.found.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        self.logger.setLevel(logging.WARNING)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+
+
+def _page_text(page: Any) -> str:
+    """Return the text of a page; raise zlib.error for damaged content, of which pypdf takes what is left."""
+    contents = page.get("/Contents")
+    contents = contents.get_object() if contents is not None else []
+    for stream in contents if isinstance(contents, list) else [contents]:
+        stream = stream.get_object()
+        filters = stream.get("/Filter") if hasattr(stream, "get") else None
+        if filters == "/FlateDecode" or (isinstance(filters, list) and filters[:1] == ["/FlateDecode"]):
+            inflate = zlib.decompressobj()
+            inflate.decompress(stream._data)
+            if not inflate.eof:
+                raise zlib.error("its content is cut")
+    return str(page.extract_text())
 
 
 def read_docx(path: Path, params: Params) -> Iterator[Record]:
@@ -115,9 +164,14 @@ def read_docx(path: Path, params: Params) -> Iterator[Record]:
     docx = library("docx", "docx", "python-docx")
     outermost = "[not(ancestor::w:p) and not(ancestor::w:tbl)]"
     with seekable(path) as file:
-        body = foreign(docx.Document, file).element.body
-        for number, block in enumerate(body.xpath(f".//w:p{outermost} | .//w:tbl{outermost}"), start=1):
-            rows = block.xpath(".//w:tr[not(ancestor::w:tr)]")
+        blocks = f".//w:p{outermost} | .//w:tbl{outermost} | .//w:altChunk"
+        found = foreign(lambda: docx.Document(file).element.body.xpath(blocks))
+        for number, block in enumerate(found, start=1):
+            if block.tag.endswith("}altChunk"):
+                why = f"paragraph {number} is a document in the document, which is not read; save the file anew in Word"
+                yield Record(None, None, number, b"", "", why)
+                continue
+            rows = block.xpath(".//w:tr[not(ancestor::w:tr)]") if block.tag.endswith("}tbl") else []
             lines = ["\t".join(map(_runs, row.xpath(".//w:tc[not(ancestor::w:tc)]"))) for row in rows] or [_runs(block)]
             text = "\n".join(lines)
             yield Record(None, None, number, text.encode(), text, None)
@@ -137,4 +191,33 @@ def _runs(block: Any) -> str:
     """Return the text of a Word paragraph, or of a table's cell with a line for each of its paragraphs."""
     gone = "ancestor::w:moveFrom or ancestor::*[local-name()='Fallback']"  # both stand elsewhere once more
     paragraphs = block.xpath(".//w:p[not(ancestor::w:p)]") or [block]
-    return "\n".join("".join(run.text for run in part.xpath(f".//w:r[not({gone})]")) for part in paragraphs)
+    return "\n".join(_said(part.xpath(f".//w:r[not({gone})]")) for part in paragraphs)
+
+
+def _said(runs: list[Any]) -> str:
+    """Return the text of the runs of a paragraph; a line ends with each paragraph of a text box in it."""
+    pieces: list[str] = []
+    host = last = next(runs[0].iterancestors("{*}p"), None) if runs else None
+    for run in runs:
+        if text := _run_text(run):
+            home = next(run.iterancestors("{*}p"))
+            if last is not host and home is not last:
+                pieces.append("\n")
+            pieces.append(text)
+            last = home
+    return "".join(pieces)
+
+
+def _run_text(run: Any) -> str:
+    """Return what python-docx calls the text of a run, with signs of the font Symbol, and raised digits as such."""
+    kinds = " | ".join(f"w:{name}" for name in ("br", "cr", "noBreakHyphen", "ptab", "sym", "t", "tab"))
+    text = "".join(_sign(part) if part.tag.endswith("}sym") else str(part) for part in run.xpath(kinds))
+    return raised(text) if run.xpath("w:rPr/w:vertAlign[@w:val='superscript']") else text
+
+
+def _sign(part: Any) -> str:
+    """Return the character of a w:sym; one that only its font knows is U+FFFD, so that it is seen to be missing."""
+    space = part.tag.removesuffix("sym")
+    font, code = (part.get(f"{space}{name}", "") for name in ("font", "char"))
+    number = int(code, 16) & 0xFF if re.fullmatch("[0-9A-Fa-f]{1,6}", code) else 0
+    return SYMBOL.get(number, "\ufffd") if font == "Symbol" else "\ufffd"

@@ -657,6 +657,11 @@ def test_numbers_inside_others_and_amounts_survive(number: tuple[str, str], arou
         ("卡号4111111111111111 12/25 123", "卡号<BANK_CARD> 12/25 123"),
         ("3782 822463 10005", "<BANK_CARD>"),
         ("Tel13812345678,FAX010-62345678", "Tel<PHONE>,FAX<PHONE>"),
+        (
+            r'{"body": "患者\n13812345678", "id": "\t11010519491231002X"}',
+            r'{"body": "患者\n<PHONE>", "id": "\t<ID_CARD>"}',
+        ),
+        (r'"\u7535\u8bdd13812345678", "\r10.0.0.5"', r'"\u7535\u8bdd<PHONE>", "\r<IP>"'),
         ("ID11010519491231002X，mobile138-1234-5678", "ID<ID_CARD>，mobile<PHONE>"),
         ("13812345678@163.com", "<EMAIL>"),
         ("<td>+44 20 7946 0958</td>", "<td><PHONE></td>"),

@@ -117,6 +117,24 @@ def test_html_is_what_a_browser_shows() -> None:
     assert shown("no tags") == "no tags"
     assert shown("a<p hidden>b<b>c</b></p><p style='color: red; Display: none'>d</p><p style='x'>e") == "a\ne"
     assert shown("") == ""
+    assert (
+        shown("4.2<sub>x</sub> 10<sup>9</sup>/L, 10<sup>-<b>3</b></sup>, a<sup>th</sup> b") == "4.2x 10⁹/L, 10⁻³, ath b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ("<tr><td></td><td>20.00</td><td></td><td>1,480.00</td></tr>", "\t20.00\t\t1,480.00"),
+        ("<tr><td></td><td></td><td>7</td><td></td><tr><th>a<td>b", "\t\t7\t\na\tb"),
+        ("<tr><td><p>a</p></td><td><p>b</p><p>c</p></td><td><p></p></td><td><p>d</p></td></tr>", "a\tb\nc\t\td"),
+        ("<tr><td>a<td><table><tr><td><td>b<tr><td>c</table><td>d<tr><td>e<td>f", "a\t\n\tb\nc\td\ne\tf"),
+        ("<tr hidden><td>x<tr><td hidden>y<td>a<td>b", "a\tb"),
+    ],
+)
+def test_a_cell_of_html_stays_in_its_column(rows: str, shown: str) -> None:
+    """Also where it or its neighbours are empty, or hold paragraphs, as Word and Excel write them."""
+    assert contents(read(f"<p>x<table>{rows}</table>".encode(), "html"))[0].removeprefix("x\n") == shown
 
 
 def test_separators_begin_documents_and_stay_in_them() -> None:
@@ -417,7 +435,11 @@ BAD_ROWS = {
     '{"messages": [{"role": "user", "content": "a"}], "tools": ["saw"]}': "field `tools` is a list, expected a list",
     '{"messages": [{"role": "user", "content": "a"}], "tools": "saw"}': 'the field `tools` is "saw", expected a list',
     '{"messages": [{"role": "user", "content": "a"}], "tools": [{"a": "\\ud800"}]}': "half of a surrogate pair",
-    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "part 1 is null, expected a string",
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': 'is of type "image_url" and has no text',
+    '{"messages": [{"role": "user", "content": ["a", {}]}]}': "message 1, part 2 is an object and has no text",
+    '{"messages": [{"role": "user", "content": [{"text": "\\ud800"}]}]}': "message 1, part 1 holds half of a surrogate",
+    '{"messages": [{"role": "user", "content": "a"}], "kto_tag": false}': "`kto_tag` says that the answer is a bad",
+    '[{"messages": []}]': "line 1 is JSON but not an object with named fields; an array of objects is `format: json`",
     '{"messages": [{"role": "user", "content": "\\udc00"}]}': "message 1, `content` holds half of a surrogate pair",
     '{"conversations": []}': "line 1 has no field `messages`; it has conversations",
     '{"\\ud800": []}': "line 1 has no field `messages`; it has \\ud800",
@@ -428,6 +450,40 @@ BAD_ROWS = {
 def test_what_is_wrong_with_a_conversation_is_said(row: str) -> None:
     (record,) = read(row.encode(), "jsonl", record="messages")
     assert record.error and BAD_ROWS[row] in record.error
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "error"),
+    [
+        ({"label": False}, {}, "line 1: the field `label` says that the answer is a bad one, and it would be learned"),
+        ({"label": "False"}, {}, "let `on_error: drop` do so (`columns: {label: null}`: not read)"),
+        ({"good": False}, {"columns": {"label": "good"}}, "line 1: the field `good` says that the answer is a bad one"),
+        ({"label": False}, {"columns": {"label": None}}, None),
+        *(({"label": label}, {}, None) for label in (True, None, 0, "no", "true")),
+    ],
+)
+def test_an_answer_that_is_called_bad_is_not_learned(row: dict[str, Any], params: dict[str, Any], error: str) -> None:
+    """Rows of TRL for KTO: every second answer is one that the model must not give."""
+    (record,) = read(json.dumps({"prompt": "a", "completion": "b", **row}).encode(), "jsonl", **PAIR, **params)
+    assert (error in record.error) if record.error else error is None
+
+
+PAIR = {"record": "prompt_completion"}
+ASK, SAY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "is_right"),
+    [("a", [ASK, SAY], False), ([ASK], [ASK, SAY], False), ([ASK], [SAY], True), ([ASK, SAY], [ASK, SAY], True)],
+)
+def test_a_whole_conversation_is_no_completion(prompt: Any, completion: list[Any], is_right: bool) -> None:
+    """`chosen` of a set of preferences often holds the question once more."""
+    row = json.dumps({"prompt": prompt, "chosen": completion}).encode()
+    (record,) = read(row, "jsonl", **PAIR, columns={"completion": "chosen"})
+    assert (record.error is None) == is_right
+    if not is_right:
+        assert "begins with a question behind that of the prompt" in str(record.error)
+        assert "`columns: {messages: chosen}`" in str(record.error)
 
 
 def test_quotes_are_text_without_a_quotechar() -> None:
@@ -655,6 +711,78 @@ def test_word_tables_boxes_and_changes() -> None:
     assert contents(found) == ["one", "1\n2\t3\n\t4", "in a control", "", "around box", "a\tnew moved"]
 
 
+def test_what_a_word_file_says_in_other_ways_is_read_or_refused() -> None:
+    """Text boxes with tables and paragraphs, signs of the font Symbol, raised digits; a document in the document."""
+
+    def box(inside: str) -> str:
+        return f"<w:p><w:r><w:t>host</w:t></w:r><w:r><w:txbxContent>{inside}</w:txbxContent></w:r></w:p>"
+
+    table = f"<w:tbl><w:tr><w:tc>{paragraph('1')}</w:tc><w:tc>{paragraph('2')}</w:tc></w:tr></w:tbl>"
+    signs = '<w:sym w:font="Symbol" w:char="F06D"/><w:t>g </w:t><w:sym w:font="Wingdings" w:char="F0FE"/>'
+    raised = "<w:r><w:rPr><w:vertAlign w:val='superscript'/></w:rPr><w:t>{}</w:t></w:r>".format
+    dose = f"<w:p><w:r><w:t>5 </w:t>{signs}<w:t xml:space='preserve'> 10</w:t></w:r>{raised('-9')}{raised('th')}</w:p>"
+    body = box(paragraph("a") + paragraph("b")) + box(table) + dose + '<w:altChunk r:id="x"/>' + paragraph("end")
+    *found, torn, end = read(docx_bytes(body), "docx")
+    assert [record.content for record in found] == ["hosta\nb", "host1\n2", "5 μg \ufffd 10⁻⁹th"]
+    assert torn.error and torn.error.startswith("paragraph 4 is a document in the document, which is not read")
+    assert (end.number, end.content) == (5, "end")
+
+
+@pytest.mark.parametrize("root", ["<w:document xmlns:w='{}'/>", "<other/>"])
+def test_a_word_file_without_a_body_is_a_sentence(root: str) -> None:
+    docx = pytest.importorskip("docx", reason="the extra `documents` is not installed")
+    space = docx.oxml.ns.nsmap["w"]
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(docx_bytes(""))) as source, zipfile.ZipFile(changed, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, root.format(space) if name == "word/document.xml" else source.read(name))
+    (record,) = read(changed.getvalue(), "docx")
+    assert record.error and record.error.startswith("the file cannot be read (")
+
+
+def test_a_page_of_which_a_part_is_lost_is_an_error() -> None:
+    """pypdf goes on behind a bit that is flipped, and takes an encoding that it does not know for another one."""
+    pypdf = pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    words = " ".join(f"statement{number} balance{number * 7}" for number in range(200))
+    writer = pypdf.PdfWriter(io.BytesIO(pdf_bytes(["one", words, "three"])))
+    for page in writer.pages:
+        page.compress_content_streams()
+    writer.write(sink := io.BytesIO())
+    whole = sink.getvalue()
+    assert contents(read(whole, "pdf")) == ["one", words, "three"]
+    begins = [match.end() for match in re.finditer(rb"[^d]stream\r?\n", whole)]
+    place = (begins[1] + whole.index(b"endstream", begins[1])) // 2
+    flipped, blank = bytearray(whole), bytearray(whole)
+    flipped[place] ^= 4
+    blank[begins[1] : begins[1] + 4] = b"abcd"
+    for data in (flipped, blank):
+        one, two, three = read(bytes(data), "pdf")
+        assert (one.content, two.content, three.content) == ("one", "", "three")
+        assert two.error and two.error.startswith("page 2 cannot be read (")
+    name, generic = pypdf.generic.NameObject, pypdf.generic
+    for key, value in (("/Subtype", "/Type0"), ("/Encoding", "/GBKp-EUC-H"), ("/BaseFont", "/Song")):
+        writer.pages[1]["/Resources"]["/Font"]["/F"].get_object()[name(key)] = name(value)
+    kind = generic.DictionaryObject({name("/Type"): name("/Font"), name("/Subtype"): name("/CIDFontType0")})
+    font = writer.pages[1]["/Resources"]["/Font"]["/F"].get_object()
+    font[name("/DescendantFonts")] = generic.ArrayObject([kind])
+    writer.write(sink := io.BytesIO())
+    assert "GBKp-EUC-H" in str(read(sink.getvalue(), "pdf")[1].error)
+
+
+def test_a_pdf_with_a_password_is_called_so() -> None:
+    pypdf = pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    for password, error in (
+        ("", None),
+        ("secret", "the file cannot be read (it opens with a password only; save a copy"),
+    ):
+        writer = pypdf.PdfWriter(io.BytesIO(pdf_bytes(["one"])))
+        writer.encrypt(password, "owner", algorithm="RC4-128")
+        writer.write(sink := io.BytesIO())
+        (record,) = read(sink.getvalue(), "pdf")
+        assert record.error == error or (error and str(record.error).startswith(error))
+        assert record.content == ("" if error else "one")
+
+
 def test_a_whole_pdf_or_word_file_is_one_record() -> None:
     """A page that cannot be read is an error of the whole; a file without any is blank, as it is page by page."""
     page, torn = Record(None, None, 1, b"a", "a", None), Record(None, None, 2, b"", "", "page 2 cannot be read")
@@ -837,7 +965,7 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
     "jsonl: no end": ("jsonl", ROW + b'{"text": "a', {}, [GOOD, (r"line 2, column 10 is not JSON \(Unterminated", "")]),
     "jsonl: no value": ("jsonl", b'{"text":\r\n', {}, [(r"line 1, column 9 is not JSON \(Expecting value\)", "")]),
     "jsonl: two values": ("jsonl", b"{} {}\n", {}, [(r"line 1, column 4 is not JSON \(Extra data\)", "")]),
-    "jsonl: a list": ("jsonl", ROW + b"[]\n", {}, [GOOD, ("^line 2 is JSON but not an object with named fields$", "")]),
+    "jsonl: a list": ("jsonl", ROW + b"[]\n", {}, [GOOD, ("^line 2 is JSON .* named fields; an array", "")]),
     "jsonl: no such field": ("jsonl", b'{"txt": "", "a": 1}', {}, [("line 1 has no field `text`; it has a, txt", "")]),
     "jsonl: not a string": ("jsonl", b'{"text": 5}', {}, [("line 1: the field `text` is 5, expected a string", "")]),
     "jsonl: half a pair": (
@@ -899,7 +1027,20 @@ MALFORMED: dict[str, tuple[str, bytes, dict[str, Any], list[tuple[str | None, st
         {},
         [("line 2: the header has no column `text`, only id", ""), ("line 3: the header has no", "")],
     ),
-    "csv: a book for a header": ("csv", b"word " * 9_999 + b"\n1\n", {}, [("no column `text`, only word word", "")]),
+    "csv: a blank in a name": ("csv", b"id, text\n1,2\n", {}, [("no column `text`, only id, ' text'$", "")]),
+    "csv: another delimiter": (
+        "csv",
+        b"id;text\n1;2\n",
+        {},
+        [('id;text; are its .* `delimiter: ";"`[?]$', "")],
+    ),
+    "csv: tabs": ("csv", b"id\ttext\n1\t2\n", {}, [('are its columns apart by `delimiter: "\\\\t"`[?]$', "")]),
+    "csv: a book for a header": (
+        "csv",
+        b"word " * 9_999 + b"word\n1\n",
+        {},
+        [("no column `text`, only word word", "")],
+    ),
     "csv: no such column, of one that may be missing": (
         "csv",
         b"instruction,input,output\nq,,a\n",
