@@ -34,14 +34,14 @@ def _lineage() -> Any:
     return lineage
 
 
-def _print(answer: Any, as_json: bool) -> None:
+def _print(answer: Any, as_json: bool, limit: int = 0) -> None:
     """Print an answer: JSON, or its values with its lists as tables."""
     if as_json:
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return
     from lineage.tables import show
 
-    show(answer)
+    show(answer, limit)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def diff(rev1: str, rev2: Annotated[str, typer.Argument()] = "", limit: Limit = 
 
     if not rev2:
         _lineage()
-    _print(compare(Path(), rev1, rev2 or None, limit), as_json)
+    _print(compare(Path(), rev1, rev2 or None, limit), as_json, limit)
 
 
 @app.command()

@@ -32,6 +32,7 @@ LIMITS = (
     "not seen: the same content in other words, or in runs of fewer than 16 words (characters of Chinese)"
 )
 CLUSTER_STAGES = ("dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks")
+HOLDING = (*CLUSTER_STAGES[1:], "train_model")  # what they wrote holds text, or what was learned of it
 MODEL_STAGES = ("train_model", "merge_lora", "evaluate_model", "describe_model")
 
 
@@ -178,7 +179,7 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
 
     absent: nothing of it is, down to runs of 16 units. own_absent: nothing is that it alone had; what is left of it are
     `shared_units` that stand in other kept documents too, as formulas do, and `own_units` stand in none of them. Both
-    need that it is excluded, and that no model is of an older state.
+    need that it is excluded, and that no tokens, blocks or model are of an older state.
 
     `text`: the document's, needed where its record is no longer in the raw files. Raises SystemExit without it then.
     """
@@ -203,6 +204,10 @@ def prove(lineage: Lineage, identity: str, text: str | None = None) -> Answer:
     exports: dict[str, str | None] = dict.fromkeys(sorted(folders), "params.yaml does not name it")
     exports |= {s.item: lineage.outdated.why(name) for name, s in lineage.stages.items() if s.name == "export_model"}
     older += [f"models/exports/{item}: {why}" for item, why in exports.items() if why]
+    for name, stage in lineage.stages.items():
+        held = [out for out in stage.outs if out.startswith(("data/", "models/")) and (lineage.root / out).exists()]
+        if stage.name in HOLDING and held and (why := lineage.outdated.why(name)):
+            older.append(f"{held[0]}: {why}")
     most, where = _containment(lineage, text)
     listed = exclusions.read(present(lineage.root, exclusions.FILE))
     is_listed = doc_id in listed or any(_raw_id(*one) in listed for one in members)

@@ -17,17 +17,17 @@ ROWS = 40  # of a table: a long law stands in hundreds of blocks
 WIDE = 10_000  # columns of a pipe: no line is broken
 
 
-def show(answer: Any) -> None:
-    """Print an answer or a list of them."""
+def show(answer: Any, limit: int = 0) -> None:
+    """Print an answer or a list of them. `limit`: how many rows of a table were asked for, where that is more."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     answers = answer if isinstance(answer, list) else [answer]
     for number, one in enumerate(answers):
         if number:
             console.print()
-        _one(console, one)
+        _one(console, one, max(ROWS, limit))
 
 
-def _one(console: Console, answer: dict[str, Any], of: str = "") -> None:
+def _one(console: Console, answer: dict[str, Any], shown: int, of: str = "") -> None:
     tables = {key: value for key, value in answer.items() if _is_table(value)}
     plain = {key: value for key, value in answer.items() if key not in tables and value is not None}
     width = max(map(len, plain), default=0)
@@ -39,14 +39,14 @@ def _one(console: Console, answer: dict[str, Any], of: str = "") -> None:
         table = Table(box=None, pad_edge=False)
         for name in names:
             table.add_column(name, justify="right" if all(isinstance(row.get(name), int) for row in rows) else "left")
-        for row in rows[:ROWS]:
+        for row in rows[:shown]:
             table.add_row(*(Text(_short(_cell(row.get(name)))) for name in names))
         console.print(table)
-        if len(rows) > ROWS:
-            console.print(f"… and {len(rows) - ROWS:,} more; --json prints all")
-        for row in rows[:ROWS]:
+        if len(rows) > shown:
+            console.print(f"… and {len(rows) - shown:,} more; --json prints all")
+        for row in rows[:shown]:
             if below := {name: value for name, value in row.items() if _is_table(value)}:
-                _one(console, below, f" of {_cell(next(iter(row.values())))}")
+                _one(console, below, shown, f" of {_cell(next(iter(row.values())))}")
 
 
 def _short(text: str) -> str:

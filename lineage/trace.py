@@ -329,7 +329,9 @@ def _answer(text: str, places: list[tuple[int, int]], found: list[Span], split: 
     content = content_of(first.source, first.row)
     before = content.encode("utf-16-le")[: 2 * spans(content)[1][first.start][0]].decode("utf-16-le", "replace")
     unit = first.source.about["unit"]
-    line = document["number"] + (before.count("\n") if unit == "line" and "text" in document else 0)
+    # In JSON a line break of the text is none of the file, and one of a page is none of its HTML.
+    in_lines = "text" in document and first.source.about["format"] in ("text", "csv", "tsv")
+    line = document["number"] + (before.count("\n") if in_lines else 0)
     status = {"train": "in the training text", "eval": "held out, not trained", "dropped": "dropped, not trained"}[
         split
     ]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import hashlib
@@ -47,6 +48,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 RECORDS = "metrics/runs"
+# Names in a folder that are none of its content, beside what begins with ".tmp-".
+LEFT_OUT = {"__pycache__", ".dvc", ".git", ".hg", ".memo", ".venv", ".work"}
 RULES, BENCHMARKS = "data/rules", "data/benchmarks"
 EXCLUSIONS, EXCLUSIONS_KEY = "data/exclusions.txt", "data/exclusions.key"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -345,7 +348,7 @@ class Digests:
         if (self.root / path).is_file():
             return [path]
         found = [p.relative_to(self.root) for p in (self.root / path).rglob("*") if p.is_file()]
-        kept = [p for p in found if not any(part == "__pycache__" or part.startswith(".tmp-") for part in p.parts)]
+        kept = [p for p in found if not any(part in LEFT_OUT or part.startswith(".tmp-") for part in p.parts)]
         return [p.as_posix() for p in sorted(kept, key=lambda p: p.parts)]
 
     def sha256(self, path: str) -> str:
@@ -690,6 +693,26 @@ def opened(path: Path) -> Any:
     return pa.input_stream(str(path), compression=compression) if compression else path.open("rb")
 
 
+class Content:
+    """The bytes of a raw file, decompressed, one after the other; of a damaged one as many as can be had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stream, self.at, self.damaged = path, opened(path), 0, False
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = b"" if self.damaged else self.stream.read(size)
+        except OSError:
+            self.damaged, self.stream, rest = True, opened(self.path), bytearray()
+            with contextlib.suppress(OSError):
+                self.stream.read(self.at)
+                while len(rest) < size and (byte := self.stream.read(1)):  # a read that fails loses all it had
+                    rest += byte
+            data = bytes(rest)
+        self.at += len(data)
+        return bytes(data)
+
+
 def check_raw(project: Project, source: Source, report: Report) -> None:
     """Every record of the raw files stands in the ledger, with the hash of its bytes; kept ones are the documents."""
     folder = source.folder("ledger")
@@ -705,7 +728,7 @@ def check_raw(project: Project, source: Source, report: Report) -> None:
             raise Wrong(f"it names {file}, which " + ("stands there twice" if path else f"is not in {source.raw}"))
         last = file
         rows["files"] += 1
-        at, line, handle = 0, 1, opened(path) if tiled else None
+        at, line, handle = 0, 1, Content(path) if tiled else None
         values = _table_rows(path, source) if table else None
         for row in ledger:
             raw, problem = None, ""
@@ -717,8 +740,10 @@ def check_raw(project: Project, source: Source, report: Report) -> None:
                 line += raw.count(b"\n")
                 if at + len(raw) != row["end"]:
                     problem = f"ends at byte {at + len(raw)}, {folder} has a record at {at} to {row['end']}"
-            elif values is not None and row["rule"] != "unreadable":
+            elif values is not None:
                 raw = next(values, b"")
+            if row["start"] == 0 and raw:
+                replay.begin(raw)
             at = row["end"]
             if raw is not None and not problem and hashlib.sha256(raw).digest()[:16] != row["raw_id"]:
                 problem = f"{source.about['unit']} {row['number']} is not the record whose raw_id {folder} holds"
@@ -771,44 +796,81 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
 
 NAMES = {
     "text": ("text",),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "messages": ("messages", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "prompt_completion": ("prompt", "completion", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "kto_tag"),
+    "messages": ("messages", "system", "tools", "kto_tag"),
+    "sharegpt": ("conversations", "system", "tools", "kto_tag"),
+    "prompt_completion": ("prompt", "completion", "system", "history", "tools", "label"),
 }
+NEEDED = {
+    "alpaca": 3,
+    "prompt_completion": 2,
+}  # the first of them, else the first one; null in `columns` leaves one out
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
 
 
 def _table_rows(path: Path, source: Source) -> Iterator[bytes]:
-    """Yield the bytes that stand for each row of a Parquet or Arrow file: JSON of the columns that are read."""
+    """Yield the bytes that stand for each row of a Parquet or Arrow file: JSON of the columns that are read.
+
+    Of a row that cannot be read there are none; where the file cannot be read any further it ends.
+    """
     columns = source.params.get("columns") or {}
-    wanted = [columns.get(name, name) for name in NAMES[source.about["record"]]]
-    for batch in _table_batches(path, source.about["format"]):
-        chosen = batch.select([name for name in wanted if name in batch.schema.names])
-        for row in _rows(iter([chosen])):
-            named = {
-                name: value for name, value in row.items() if value is not None or name != columns.get("tools", "tools")
-            }
-            yield CANONICAL(named).encode("utf-8", "surrogatepass")
+    names = NAMES[source.about["record"]]
+    wanted = [columns.get(name, name) for name in names]
+    tools = columns.get("tools", "tools")
+    unreadable = (ValueError, OverflowError, pa.ArrowException)
+
+    def values(rows: pa.RecordBatch) -> list[Any]:
+        rows.validate(full=True)
+        return list(rows.to_pylist())
+
+    must = {*names[: NEEDED.get(source.about["record"], 1)], *columns}
+    needed = {column for name, column in zip(names, wanted, strict=True) if column and name in must}
+
+    def chosen(present: list[str]) -> list[str]:
+        """Return the columns that are read; none can be where one is missing or stands twice."""
+        found = [column for column in wanted if column in present]
+        if not needed <= set(found) or any(present.count(column) > 1 for column in found):
+            raise ValueError("it has not the columns")
+        return found
+
+    with contextlib.suppress(OSError, MemoryError, *unreadable):
+        for batch in _table_batches(path, source.about["format"], chosen):
+            for begin in range(0, batch.num_rows, 256):
+                rows = batch.slice(begin, 256)
+                try:
+                    found = values(rows)
+                except unreadable:
+                    found = []
+                    for at in range(rows.num_rows):
+                        try:
+                            found += values(rows.slice(at, 1))
+                        except unreadable:
+                            found.append(None)
+                for row in found:
+                    named = {name: value for name, value in (row or {}).items() if value is not None or name != tools}
+                    yield b"" if row is None else CANONICAL(named).encode("utf-8", "surrogatepass")
 
 
-def _table_batches(path: Path, kind: str) -> Iterator[pa.RecordBatch]:
+def _table_batches(path: Path, kind: str, chosen: Callable[[list[str]], list[str]]) -> Iterator[pa.RecordBatch]:
     if path.is_dir():
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for item in state["_data_files"]:
-            yield from _table_batches(path / item["filename"], kind)
+            yield from _table_batches(path / item["filename"], kind, chosen)
         return
     with opened(path) as handle:
         file = pa.BufferReader(handle.read()) if path.suffix.lower() in COMPRESSIONS else pa.memory_map(str(path))
     if kind == "parquet":
         from pyarrow import parquet
 
-        yield from parquet.ParquetFile(file).iter_batches(256)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
+        yield from table.iter_batches(256, columns=chosen(table.schema_arrow.names))
         return
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    names = chosen(reader.schema.names)
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+        yield batch.select(names)
 
 
 SPACES = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
@@ -873,22 +935,28 @@ class Replay:
         if self.format == "text":
             return [text.rstrip("\r\n") if self.by_line else text]
         if self.format in ("csv", "tsv"):
-            quote = self.source.params.get("quotechar", '"')
-            lines = csv.reader(
-                io.StringIO(text, newline=""),
-                delimiter=self.source.params.get("delimiter") or ("\t" if self.format == "tsv" else ","),
-                quotechar=quote,
-                quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
-                strict=True,
-            )
-            rows = list(lines)
-            self.header = rows[0] if is_first else self.header
-            fields = rows[-1]
+            fields = list(self.reader(text))[-1]
             return self.texts(dict(zip(self.header, fields, strict=True))) if fields else [""]
         if not text.strip():
             return [""]
         begin = text.index("{")
         return self.texts(json.JSONDecoder().raw_decode(text, begin)[0])
+
+    def begin(self, raw: bytes) -> None:
+        """Take the header of a csv file from its first record, which may be dropped."""
+        if self.format in ("csv", "tsv") and self.codec != "utf-16":
+            with contextlib.suppress(csv.Error):
+                self.header = next(self.reader(raw.decode(self.codec, "replace").removeprefix("\ufeff")), [])
+
+    def reader(self, text: str) -> Iterator[list[str]]:
+        quote = self.source.params.get("quotechar", '"')
+        return csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=self.source.params.get("delimiter") or ("\t" if self.format == "tsv" else ","),
+            quotechar=quote,
+            quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+            strict=True,
+        )
 
     def texts(self, row: dict[str, Any]) -> list[str] | None:
         """Return the contents of a row in their order."""

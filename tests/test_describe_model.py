@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import croissant
@@ -129,8 +130,19 @@ def test_what_was_dropped_stands_in_the_funnel_by_rule(varied_project: Path, mon
     assert summary["data_processing"]["documents_excluded_on_request"] == 1
     assert summary["data_processing"]["records_with_personal_information_replaced"] == 1
     assert summary["general_information"]["latest_data_acquisition"] == "unknown"
+    for days, latest in ((["2024-03-01", "2025-01-31"], "2025-01-31"), (["2024-03-01", "unknown"], "unknown")):
+        two = [{**entries[0], "collected_on": day, "train_tokens": 500_000_000} for day in days]
+        about = source_register.summary("packs", "models/base/x", two, 1)["general_information"]
+        assert (about["latest_data_acquisition"], about["size"]) == (latest, "1 billion to 10 trillion")
     (row,) = source_register.collection_record(entries)
     assert (row["name"], row["licence_or_authorisation"], row["origin"]) == ("packed", "CC0-1.0", "unknown")
+
+
+def test_the_bytes_of_a_part_of_a_batch_are_its_own() -> None:
+    said = [[{"content": text} for text in texts] for texts in (["法律", "a"], ["bc"], [], ["d", "ef"])]
+    batch = pa.record_batch({"messages": said})
+    assert source_register.text_bytes(batch).tolist() == [7, 2, 0, 3]
+    assert source_register.text_bytes(batch.slice(1, 3)).tolist() == [2, 0, 3]
 
 
 def test_a_lost_document_is_never_published(varied_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,13 @@ def test_blocks_of_a_stream_have_their_begins_in_the_tokens(tmp_path: Path) -> N
         begins(stream, rows)
 
 
+def test_a_document_of_one_token_may_end_a_block() -> None:
+    ids = pa.FixedSizeListArray.from_arrays(pa.array([2, 7, 7, 2, 2, 7, 1, 1]), 4)
+    columns = pa.table({"input_ids": ids, "starts": [[0, 3, 4], [0, 2]]})
+    found = begins(columns, np.arange(2))
+    assert found.tolist() == [[True, False, False, True], [True, False, True, False]]
+
+
 def test_a_stream_that_does_not_tell_its_documents_is_refused(tmp_path: Path) -> None:
     """A chat template without BOS, or one that puts it before each turn."""
     _, stream = blocks(tmp_path / "stream", starts=None)

@@ -346,6 +346,9 @@ def test_a_share_of_a_source_is_drawn_by_content() -> None:
     assert 12800 < third.sum() < 13200
     assert {*np.flatnonzero(tenth)} <= {*np.flatnonzero(third == 2)}
     assert (document_turns.times(identities[100:200], 0.1) == tenth[100:200]).all()
+    # The last 8 bytes decide, and a whole weight leaves nothing to draw.
+    ends = pa.array([b"\xff" * 8 + bytes(8), bytes(8) + b"\xff" * 8], pa.binary(16))
+    assert [document_turns.times(ends, weight).tolist() for weight in (0.5, 2.0)] == [[1, 0], [2, 2]]
 
 
 @given(

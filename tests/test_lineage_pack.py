@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes([77] * 32))
 
 
-def pem(key: Ed25519PrivateKey, path: Path) -> Path:
+def pem(key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey, path: Path) -> Path:
     """Write a key and its public half as path and path.pub."""
     form, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     path.write_bytes(key.private_bytes(form, kind, serialization.NoEncryption()))
@@ -66,13 +67,18 @@ def run(pack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_key_of_the_exclusions_is_in_no_pack(finished: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
     exclude(root, {b"\xab" * 16})
+    (root / "params.yaml").chmod(0o755)
     pack(root, tmp_path / "one.tar")
     with tarfile.open(tmp_path / "one.tar") as tar:
         names = tar.getnames()
+        assert names == sorted(names) and {member.mode for member in tar} == {0o644}
         tar.extractall(tmp_path / "pack", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     assert "data/exclusions.txt" in names and "data/exclusions.key" not in names
     key = (root / "data/exclusions.key").read_bytes().strip()
     assert not any(key in path.read_bytes() for path in (tmp_path / "pack").rglob("*") if path.is_file())
+    (root / "data/raw/tiny_notes.txt").unlink()
+    with pytest.raises(SystemExit, match=r"data/raw/tiny_notes\.txt is not there; run `dvc repro`"):
+        pack(root, tmp_path / "one.tar")
 
 
 def test_a_stranger_accepts_it_without_project_and_network_and_only_with_the_right_key(packed: Path) -> None:
@@ -94,9 +100,9 @@ def test_an_altered_file_and_an_altered_statement_are_found(packed: Path) -> Non
     content = bytearray(path.read_bytes())
     content[-200] ^= 1
     path.write_bytes(content)
-    failed = {
-        f.path for f in verify.verify(packed, key=key).findings if f.status == "FAILED" and f.check == "attestations"
-    }
+    findings = [f for f in verify.verify(packed, key=key).findings if f.status == "FAILED"]
+    failed = {f.path for f in findings if f.check == "attestations"}
+    assert "it is another file than DVC has listed for data/blocks/chat" in [f.detail for f in findings]
     content[-200] ^= 1
     path.write_bytes(content)
     assert failed == {"data/blocks/chat/train/data-00000.arrow"}
@@ -104,18 +110,26 @@ def test_an_altered_file_and_an_altered_statement_are_found(packed: Path) -> Non
     path = packed / "attestations/clean@tiny_qa.json"
     text = path.read_text()
     whole = json.loads(text)
-    said = json.loads(base64.b64decode(whole["payload"]))
-    said["predicate"]["buildDefinition"]["resolvedDependencies"].pop()
-    whole["payload"] = base64.b64encode(json.dumps(said).encode()).decode()
-    path.write_text(json.dumps(whole))
+    stated = base64.b64decode(whole["payload"])
+    for alter, expected in (
+        (lambda made: made["resolvedDependencies"].pop(0), "data/raw/tiny_qa/qa.jsonl is no input of it, or not there"),
+        (
+            lambda made: made["externalParameters"]["parameters"].clear(),
+            "it names another stage, command or parameters",
+        ),
+    ):
+        said = json.loads(stated)
+        alter(said["predicate"]["buildDefinition"])
+        whole["payload"] = base64.b64encode(json.dumps(said).encode()).decode()
+        path.write_text(json.dumps(whole))
+        (without,) = (f for f in verify.verify(packed).findings if f.status == "FAILED")
+        assert without.path == "attestations/clean@tiny_qa.json" and without.detail.startswith(expected)
     details = {f.detail for f in verify.verify(packed, key=key).findings if f.status == "FAILED"}
-    without = {f.path for f in verify.verify(packed).findings if f.status == "FAILED"}
     path.unlink()
     gone = {f.path for f in verify.verify(packed, key=key).findings if f.status == "FAILED"}
     path.write_text(text)
     assert details == {"it is not signed with this key"}
     assert gone == {"attestations/clean@tiny_qa.json"}
-    assert not without or without == gone  # what was taken out is the note on Git, or is named
     assert not [f for f in verify.verify(packed, key=key).findings if f.status == "FAILED"]
 
 
@@ -138,9 +152,15 @@ def test_without_a_key_it_is_not_signed_and_a_wrong_one_is_refused(
 ) -> None:
     monkeypatch.delenv(KEY, raising=False)
     assert not pack(finished, tmp_path / "plain.tar")[2]
+    report = verify.Report()
+    verify.check_attestations(verify.Project(finished, None), report, bytes(32))
+    assert [finding.detail for finding in report.findings] == ["a key was given, but there are none"]
     (tmp_path / "key.pem").write_text("no key")
     monkeypatch.setenv(KEY, str(tmp_path / "key.pem"))
     with pytest.raises(SystemExit, match="is no private key in PEM"):
+        pack(finished, tmp_path / "plain.tar")
+    pem(ec.generate_private_key(ec.SECP256R1()), tmp_path / "key.pem")
+    with pytest.raises(SystemExit, match="is no ed25519 key; make one"):
         pack(finished, tmp_path / "plain.tar")
 
 
@@ -158,7 +178,12 @@ def test_signatures_of_rfc_8032() -> None:
             "387b2eaeb4302aeeb00d291612bb0c00",
         ),
     ):  # fmt: skip
-        assert verify.is_signed(*map(bytes.fromhex, (key, message, signature)))
+        public, said, whole = map(bytes.fromhex, (key, message, signature))
+        assert verify.is_signed(public, said, whole)
+        # The same number plus the order of the group, and a point written otherwise, are no second signature.
+        more = (int.from_bytes(whole[32:], "little") + verify.ED_L).to_bytes(32, "little")
+        assert not verify.is_signed(public, said, whole[:32] + more)
+    assert verify._point((1).to_bytes(32, "little")) and not verify._point((verify.ED_P + 1).to_bytes(32, "little"))
 
 
 @settings(max_examples=15)

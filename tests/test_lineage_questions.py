@@ -19,10 +19,11 @@ import pyarrow as pa
 import pytest
 from lineage import folders, tables, verify
 from lineage.__main__ import _counted
-from lineage.diff import at_revision, compare
+from lineage.diff import at_revision, cache_folder, compare
 from lineage.erase import exclude
 from lineage.questions import Lineage
 from lineage.replay import _encoder, records, replay
+from lineage.trace import content_of, trace
 
 import tiny
 import varied
@@ -63,6 +64,17 @@ def ask(root: Path, *arguments: str, status: int = 0) -> Any:
     done = lineage_command(root, *arguments, *([] if status else ["--json"]))
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr if status else json.loads(done.stdout)
+
+
+def rewritten(folder: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Write an Arrow folder anew with edited rows."""
+    table = arrow.table(folder)
+    schema, rows, counts = table.schema, table.to_pylist(), arrow.manifest(folder)["counts"]
+    del table
+    edit(rows)
+    with arrow.Writer(folder, schema) as out:
+        out.write(pa.Table.from_pylist(rows, schema))
+        out.counts = counts
 
 
 # --- Blocks and documents
@@ -157,14 +169,11 @@ def test_a_block_that_is_not_what_the_raw_files_give_is_named(
     project: Path, tmp_path: Path, column: str, said: str
 ) -> None:
     root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
-    folder = root / "data/blocks/talk/train"
-    table = arrow.table(folder)
-    schema, rows, counts = table.schema, table.to_pylist(), arrow.manifest(folder)["counts"]
-    del table
-    rows[3][column][2] = rows[3][column][2] + 1 if column == "input_ids" else not rows[3][column][2]
-    with arrow.Writer(folder, schema) as out:
-        out.write(pa.Table.from_pylist(rows, schema))
-        out.counts = counts
+
+    def alter(rows: list[dict[str, Any]]) -> None:
+        rows[3][column][2] = rows[3][column][2] + 1 if column == "input_ids" else not rows[3][column][2]
+
+    rewritten(root / "data/blocks/talk/train", alter)
     wrong = [said for one in replay(Lineage(root), ["talk"], 300, seed=5) for said in one["wrong"]]
     assert len(wrong) == 1 and wrong[0].startswith(f"block 3: {said}")
 
@@ -177,6 +186,7 @@ def test_random_records_are_judged_anew_and_a_forged_reason_is_found(
     assert not any(one["wrong"] for one in found)
     assert all(one["judged"] == one["records"] for one in found)
     assert len(found) == len([*varied.FORMATS, *varied.CHATS])
+    assert not any(one["wrong"] for one in records(lineage, 5, seed=5))  # some of those that stand on one line
 
     root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
     folder = root / "data/clean/packs/packed/ledger"
@@ -198,6 +208,18 @@ def test_random_records_are_judged_anew_and_a_forged_reason_is_found(
         with arrow.Writer(folder, schema) as out:
             out.write(pa.Table.from_pylist(rows, schema))
             out.counts = counts
+
+    # Of a format whose records are found by reading the file; of a document that is another one than its record gives.
+    for place, name, value, said in (
+        ("docs/csv/ledger", "end", 1, r"rows\.csv:\d+: its end is \d+ today, 1 in the ledger"),
+        ("docs/csv/ledger", "number", 999, r"rows\.csv:999: there is no record in the raw file"),
+        ("docs/csv/documents", "doc_id", bytes(16), rf"rows\.csv:\d+: its doc_id is \w+ today, {'0' * 32} in"),
+    ):
+        before = arrow.table(root / "data/clean" / place).to_pylist()
+        rewritten(root / "data/clean" / place, lambda rows, name=name, value=value: rows[-1].update({name: value}))
+        (wrong,) = (text for one in records(Lineage(root), 200, seed=5) for text in one["wrong"])
+        assert re.search(said, wrong), wrong
+        rewritten(root / "data/clean" / place, lambda rows, before=before: rows.__setitem__(slice(None), before))
 
 
 def test_each_block_is_shown_once_in_an_epoch_and_steps_are_the_order_s_inverse(trained: Lineage) -> None:
@@ -377,6 +399,17 @@ def test_lines_within_a_record_lead_to_it_and_lines_beyond_the_file_to_none(line
             lineage.why(file, 1)
 
 
+def test_without_the_raw_file_a_record_of_one_line_holds_no_other_line(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that may be longer the nearest is named."""
+    monkeypatch.setattr(lineage, "_raw", lambda *_: None)
+    assert lineage.why("data/raw/text/05.txt", 99)[0]["line"] == 1
+    for file in ("data/raw/line.txt", "data/raw/jsonl/rows.jsonl.gz"):
+        with pytest.raises(SystemExit, match="no source has a record there"):
+            lineage.why(file, 99)
+
+
 @pytest.mark.parametrize(
     ("line", "verdict", "rule", "evidence"),
     [
@@ -474,6 +507,9 @@ def test_an_id_leads_to_its_records_whole_or_by_its_first_half(lineage: Lineage)
     unchanged = next(one for one in lineage.sample(0, 500) if one.get("doc_id") == one["raw_id"])
     found = [str(one) for one in lineage.where(unchanged["doc_id"])]
     assert len(found) == len(set(found)) > 0
+    other = f"{dropped['raw_id'][:-1]}{'0' if dropped['raw_id'][-1] != '0' else '1'}"
+    with pytest.raises(SystemExit, match="is no id, no part of a document"):
+        lineage.where(other)  # its first half is that of a record, the whole is not
     with pytest.raises(SystemExit, match="is no id, no part of a document"):
         lineage.where("6222021234567890123")  # an odd number of digits is a text
     copies = lineage.where(lineage.why("data/raw/packed.txt", 44)[0]["doc_id"][:16])
@@ -505,6 +541,26 @@ def test_a_model_says_all_that_went_in_down_to_the_horizon(trained: Lineage) -> 
         assert one["blocks_shown"] == min(one["steps"] * 4, one["blocks"])
         layout = trained.phases[one["phase"]].layout("train")
         assert sum(source["tokens"] for source in one["sources"]) == layout.filled
+
+
+def test_of_more_than_an_epoch_each_block_was_shown_and_a_phase_goes_on_from_the_one_it_names(trained: Lineage) -> None:
+    fresh = Lineage(trained.root)
+    fresh.phases["chat"].__dict__["steps"] = 1000
+    chat = fresh.model("chat")["trainings"][0]
+    assert (chat["blocks_shown"], chat["tokens_shown"]) == (chat["blocks"], 1000 * 4 * 32)
+    assert fresh.descendants("pretrain") == ["chat"]
+    fresh.phases["chat"].base = "models/pretrained/merged"
+    assert fresh.descendants("pretrain") == []
+
+
+def test_a_trace_of_a_phase_looks_at_its_documents_and_at_those_it_goes_on_from(trained: Lineage) -> None:
+    own = [content_of(trained.phases[name].sources[-1], 1) for name in ("pretrain", "chat")]
+    question, answer = trained.phases["chat"].sources[0].documents.row(1)["messages"]
+    assert own[1] == f"{question['content']}\n{answer['content']}"
+    for name, seen in (("pretrain", {"pretrain"}), ("chat", {"pretrain", "chat"}), (None, {"pretrain", "chat"})):
+        assert {run["phase"] for run in trace(trained, "\n".join(own), name)} == seen
+    with pytest.raises(SystemExit, match=r"dvc\.lock has no phase 'x'"):
+        trace(trained, own[0], "x")
 
 
 # --- What is of an older state
@@ -670,6 +726,56 @@ def test_diff_says_what_came_in_and_went_out(project: Path, tmp_path: Path) -> N
     assert gone[0]["doc_id"] == found["out"][0]["doc_id"]
     with pytest.raises(SystemExit, match=r"Git has no dvc.lock there"):
         compare(root, "nonsense", None)
+
+
+def test_diff_counts_tokens_sides_and_says_why_a_document_is_not_kept(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two documents that are dropped now, and one that has changed its side."""
+    root = Path(shutil.copytree(project, tmp_path / "project", symlinks=True))
+    kept = [row for row in arrow.table(root / "data/dedup/packs/packed").to_pylist() if row["split"] != "dropped"]
+    gone, moved = [row["doc_id"] for row in kept[1:3]], kept[0]["doc_id"]
+    lengths = [len(row["input_ids"]) for row in arrow.table(root / "data/tokens/packs/packed").to_pylist()[1:3]]
+
+    def decide(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["doc_id"] in gone:
+                row.update(split="dropped", rule="excluded")
+            if row["doc_id"] == moved:
+                row["split"] = "eval" if row["split"] == "train" else "train"
+
+    rewritten(root / "data/dedup/packs/packed", decide)
+    rewritten(root / "data/tokens/packs/packed", lambda rows: rows.__delitem__(slice(1, 3)))
+    monkeypatch.setattr("lineage.diff.at_revision", lambda _, revision: {"then": project, "now": root}[revision])
+    names = ("documents_in", "tokens_in", "documents_out", "tokens_out", "other_split", "tokens_of_the_others")
+    found, back = compare(root, "then", "now"), compare(root, "now", "then", limit=1)
+    for answer, counts in ((found, [0, 0, 2, sum(lengths), 1, 0]), (back, [2, sum(lengths), 0, 0, 1, 0])):
+        (one,) = (one for one in answer["sources"] if one["documents_in"] or one["documents_out"])
+        assert [one["source"], *(one[name] for name in names)] == ["packed", *counts]
+    assert [(one["doc_id"], one["tokens"], one["on_the_other_side"]) for one in found["out"]] == [
+        (identity.hex(), length, "excluded") for identity, length in zip(gone, lengths, strict=True)
+    ]
+    assert [(one["doc_id"], one["on_the_other_side"]) for one in back["in"]] == [(gone[0].hex(), "excluded")]
+
+
+def test_the_data_of_a_revision_are_those_of_its_lock_in_the_cache_that_dvc_uses(tmp_path: Path) -> None:
+    """A branch that has moved is other data; `dvc config --local` goes before what Git holds."""
+    found: list[Path] = []
+    for number in (1, 2):
+        write(tmp_path / "dvc.lock", f"schema: '2.0'\nstages: {{}}\n# {number}\n")
+        write(tmp_path / "params.yaml", "{}\n")
+        if number == 1:
+            git(tmp_path, "init", "--quiet")
+        git(tmp_path, "add", "--all")
+        git(tmp_path, "commit", "--quiet", "--message", "a state")
+        found.append(at_revision(tmp_path, "HEAD"))
+        assert f"# {number}" in (found[-1] / "dvc.lock").read_text()
+    assert at_revision(tmp_path, "HEAD~1") == found[0] != found[1]
+    assert cache_folder(tmp_path) == tmp_path / ".dvc/cache/files/md5"
+    write(tmp_path / ".dvc/config", "[cache]\n    dir = ../shared\n")
+    assert cache_folder(tmp_path) == tmp_path / ".dvc/../shared/files/md5"
+    write(tmp_path / ".dvc/config.local", "[cache]\n    dir = /mnt/cache\n")
+    assert cache_folder(tmp_path) == Path("/mnt/cache/files/md5")
 
 
 def test_a_commit_before_there_was_data_sources_is_read(workspace: Path) -> None:

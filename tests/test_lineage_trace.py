@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lineage import trace
+from lineage import folders, trace
 from lineage.questions import Lineage
 
 import clean
@@ -110,11 +110,23 @@ def test_a_part_of_a_text_leads_to_all_documents_that_hold_it_by_index_or_by_a_l
     assert list(lineage._holding(written(draw, 40))) == []
 
 
+@pytest.mark.parametrize(("kind", "line"), [("text", 4), ("csv", 4), ("jsonl", 1), ("json", 1)])
+def test_the_line_of_a_run_is_one_of_the_raw_file(tmp_path: Path, kind: str, line: int) -> None:
+    """JSON writes a text in one line whatever breaks it has; else a record that comes later would be named."""
+    paragraphs = [written(random.Random(number), 30).replace("\n", " ") for number in range(4)]
+    lineage = project(tmp_path, ["\n".join(paragraphs)], ["train"])
+    lineage.sources[0].about["format"] = kind
+    (run,) = trace.trace(lineage, paragraphs[3])
+    assert (run["line"], run["file"]) == (line, "data/raw/s/00000.txt")
+
+
 def test_a_match_ends_with_its_document_and_frequency_counts_documents(tmp_path: Path) -> None:
     draw = random.Random(1)
     one, other, shared = (written(draw, 40) for _ in range(3))
-    lineage = project(tmp_path, [one, other, f"new {shared} here", f"and {shared} there"], ["train"] * 4)
+    documents = [one, other, f"new {shared} here", f"and {shared} there, {shared} again"]
+    lineage = project(tmp_path, documents, ["train"] * 4)
     found = trace.trace(lineage, one + " " + other)
+    assert trace.trace(lineage, one + " " + other, limit=1) == found[:1]
     assert [(run["units"], run["file"]) for run in found] == [
         (40, "data/raw/s/00000.txt"),
         (40, "data/raw/s/00001.txt"),
@@ -219,7 +231,25 @@ def test_matches_are_all_longest_common_runs(text: list[str], document: list[str
     assert set(trace.matches(a, b)) == expected
 
 
-def test_the_index_is_exact_sharded_and_built_where_it_is_missing(tmp_path: Path) -> None:
+def test_of_a_shard_of_more_than_65536_documents_the_last_one_is_named(tmp_path: Path) -> None:
+    text = written(random.Random(0), 20)
+    target = tmp_path / "index"
+    rows = pa.table({"text": ["x"] * 2**16 + [text]})
+
+    class Documents:
+        starts = np.array([0, len(rows)])
+        batch_of = staticmethod(lambda row: 0)
+        batch = staticmethod(lambda number: rows.combine_chunks().to_batches()[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lineage.folders.Folder", lambda *_: Documents())
+        trace._build((tmp_path, tmp_path, 0, len(rows), target))
+    assert set(trace.look_up(target, trace.fingerprints(pa.array([text]))[0]).tolist()) == {2**16}
+
+
+def test_the_index_is_exact_sharded_and_built_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(4)
     documents = [written(draw, draw.randint(20, 300)) for _ in range(300)]
     lineage = project(tmp_path / "one", documents, ["train"] * 300, [20] * 15)
@@ -241,3 +271,8 @@ def test_the_index_is_exact_sharded_and_built_where_it_is_missing(tmp_path: Path
     new = [shard for shard in index.shards if before.get(shard.path) != shard.path.stat().st_mtime_ns]
     assert new == [index.shards[7]]
     assert np.sum([shard.last - shard.first for shard in index.shards]) == 301
+    # Other code may cut texts into other units.
+    for module in (folders, trace):
+        monkeypatch.setattr(module, "code", lambda: b"edited")
+    edited = trace.Index(Lineage(tmp_path / "one").sources[0], workers=1)
+    assert not {shard.path for shard in edited.shards} & {shard.path for shard in index.shards}

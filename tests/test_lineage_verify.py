@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,14 +29,16 @@ from lineage.pack import pack
 from lineage.questions import Lineage
 from ruamel.yaml import YAML
 
+import clean
 import raw_params
 import raw_rows
 import tiny
 from block_order import BlockOrder, block_receipt, step_receipt
-from conftest import ROOT
+from conftest import ROOT, copy_project
 from kit import arrow
 from kit.tokenizer import Vocabulary
 from masking import Masking
+from test_clean import write_files, write_sources
 
 STRUCTURE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -180,11 +184,36 @@ def test_swapped_inputs_are_found(altered: Path) -> None:
 
 
 def test_a_stranger_among_the_outputs_is_found(altered: Path) -> None:
-    (altered / "data/blocks/old").mkdir()
-    (altered / "data/blocks/old/data.arrow").write_bytes(b"x")
-    found = failures(altered)
-    shutil.rmtree(altered / "data/blocks/old")
-    assert "data/blocks/old/data.arrow" in found
+    (altered / "data/blocks/chat-old").mkdir()
+    (altered / "data/blocks/chat-old/data.arrow").write_bytes(b"x")
+    found, shown = failures(altered), verify.show(verify.verify(altered))
+    shutil.rmtree(altered / "data/blocks/chat-old")
+    assert shown.startswith("FAILED")
+    assert "data/blocks/chat-old/data.arrow" in found
+
+
+def test_a_listing_in_the_cache_that_is_not_the_one_of_dvc_lock_accuses_no_file(tmp_path: Path) -> None:
+    content = json.dumps([{"md5": "0" * 32, "relpath": "a"}]).encode()
+    md5 = hashlib.md5(content).hexdigest()
+    (tmp_path / "d").mkdir()
+    project = cast(Any, SimpleNamespace(root=tmp_path, digests=verify.Digests(tmp_path)))
+    for said, found in ((md5, ["d/a"]), ("ab" * 16, [])):
+        listing = tmp_path / f".dvc/cache/files/md5/{said[:2]}/{said[2:]}.dir"
+        listing.parent.mkdir(parents=True)
+        listing.write_bytes(content)
+        assert verify.inside(project, "d", f"{said}.dir") == found
+
+
+def test_a_value_that_lies_beyond_its_buffer_is_not_read(tmp_path: Path) -> None:
+    """Its offsets say so; a digest of the same hand does not."""
+    batch = pa.record_batch({"text": ["a" * 501, "b" * 702]})
+    with pa.OSFile(str(tmp_path / "x"), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+    old, new = (np.array([0, 501, end], "<i4").tobytes() for end in (1203, 9999))
+    replaced(tmp_path / "x", old, new)()
+    project = SimpleNamespace(root=tmp_path, manifest=lambda folder: {"shards": [{"name": "x"}]})
+    with pytest.raises(pa.ArrowInvalid):
+        list(verify.Project.batches(cast(Any, project), "."))
 
 
 # --- A forger who rewrites the papers, too: manifests, run records and dvc.lock agree with the altered bytes.
@@ -204,7 +233,7 @@ def papers(root: Path) -> dict[str, str]:
     return found
 
 
-def forge(root: Path, alter: Callable[[], None]) -> None:
+def forge(root: Path, alter: Callable[[], object]) -> None:
     """Alter artefacts, and write every digest anew wherever papers name the old one."""
     for round_ in range(3):  # run records are outputs themselves; then dvc.lock
         before = papers(root)
@@ -226,8 +255,8 @@ def forge(root: Path, alter: Callable[[], None]) -> None:
     (root / "dvc.lock").write_text(text)
 
 
-def rewrite(folder: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> Callable[[], None]:
-    """Return what rewrites an Arrow folder with edited rows, its manifest made for them."""
+def rewrite(folder: Path, edit: Callable[[list[dict[str, Any]]], Any], **more: int) -> Callable[[], None]:
+    """Return what rewrites an Arrow folder with edited rows, its manifest made for them, but for `more` of a count."""
 
     def work() -> None:
         table = arrow.table(folder)
@@ -238,7 +267,7 @@ def rewrite(folder: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> Callab
             path.unlink()
         with arrow.Writer(folder, schema) as out:
             out.write(pa.Table.from_pylist(rows, schema))
-            out.counts = {name: count for name, count in counts.items() if name != "rows"}
+            out.counts = {name: count + more.get(name, 0) for name, count in counts.items() if name != "rows"}
 
     return work
 
@@ -273,7 +302,7 @@ def keep_the_duplicate(rows: list[dict[str, Any]]) -> None:
 
 def other_side(rows: list[dict[str, Any]]) -> None:
     for now, then in (("train", "eval"), ("eval", "train")):
-        for row in [row for row in rows if row["split"] == now][-3:]:
+        for row in [row for row in rows if row["split"] == now][-1:]:
             row["split"] = f"to {then}"
     for row in rows:
         row["split"] = row["split"].removeprefix("to ")
@@ -324,11 +353,34 @@ def off_by_one(rows: list[dict[str, Any]]) -> None:
         row["input_ids"] = flat[place * size : (place + 1) * size]
 
 
+def again(rows: list[dict[str, Any]]) -> None:
+    rows.append(rows[-1])
+
+
+def other_twin(rows: list[dict[str, Any]], twin: str) -> None:
+    next(row for row in rows if row["split"] == "dropped")["twin"] = twin
+
+
+def other_question(rows: list[dict[str, Any]]) -> None:
+    next(s for s in rows[0]["segments"] if not s["learn"] and not s["special"])["text"] = "Human: Why?\n\nAssistant: "
+
+
 FORGERIES = [
+    ("data/clean/pretrain/tiny_text/documents", again, "more documents than kept records"),
+    ("data/dedup/pretrain/tiny_text", lambda rows: rows[0].update(rule="length"), "with the rule length"),
+    ("data/dedup/pretrain/tiny_text", lambda rows: rows.pop(), "has more documents than decisions"),
+    ("data/dedup/pretrain/tiny_notes", lambda rows: other_twin(rows, "tiny_notes/99"), "which is not kept"),
+    ("data/dedup/pretrain/tiny_notes", lambda rows: other_twin(rows, "tiny_notes/5"), "which has another text"),
+    ("data/marked/pretrain/tiny_text", lambda rows: rows[0]["segments"][0].update(text="<x>"), "is no special token"),
+    ("data/marked/pretrain/tiny_text", lambda rows: rows[0]["segments"].pop(), "does not end with the end token"),
+    ("data/marked/chat/tiny_qa", other_question, "lacks the words of user"),
+    ("data/tokens/pretrain/tiny_text", again, "holds more documents than data/marked"),
+    ("data/blocks/pretrain/train", again, "there is no text for block"),
     ("data/clean/pretrain/tiny_text/documents", other_text, "not the one that its doc_id names"),
     ("data/clean/pretrain/tiny_text/documents", other_text_and_id, "is not what the raw bytes say"),
     ("data/clean/pretrain/tiny_text/documents", skip_record, "has another file"),
     ("data/clean/pretrain/tiny_text/ledger", lambda rows: swap(rows, "raw_id"), "line 1 is not the record"),
+    ("data/clean/pretrain/tiny_text/ledger", lambda rows: rows.append(rows[0]), "00.txt, which stands there twice"),
     ("data/clean/pretrain/tiny_text/ledger", skip_record, "the document in its place has another file"),
     ("data/clean/chat/tiny_qa/ledger", skip_record, "calls line 4 of qa.jsonl line 5"),
     ("data/clean/pretrain/tiny_notes/ledger", lambda rows: rows[20].update(number=7), "calls line 21 of"),
@@ -362,6 +414,85 @@ def test_altered_rows_are_found_though_every_paper_agrees(
     assert said in str([f.detail for f in found if f.status == "FAILED"])
 
 
+def test_one_document_may_stand_in_for_an_empty_split_and_two_may_not(altered: Path) -> None:
+    def check() -> None:
+        rewrite(altered / "data/dedup/pretrain/tiny_text", to_eval, train=-1, eval=1)()
+        project = verify.Project(altered, None)
+        verify.check_decisions(project, "pretrain", project.sources("pretrain"), verify.Report())
+
+    def to_eval(rows: list[dict[str, Any]]) -> None:
+        next(row for row in rows if row["split"] == "train")["split"] = "eval"
+
+    check()
+    with pytest.raises(verify.Wrong, match="2 documents are on another side"):
+        check()
+
+
+def test_a_document_that_neither_segments_nor_tokens_hold_is_missed(altered: Path) -> None:
+    folders = [altered / f"data/{kind}/pretrain/tiny_text" for kind in ("marked", "tokens")]
+    forge(altered, lambda: [rewrite(folder, lambda rows: rows.pop())() for folder in folders])
+    assert "data/marked/pretrain/tiny_text lacks documents that data/dedup" in str(list(failures(altered).values()))
+
+
+@pytest.mark.parametrize(
+    ("folder", "count", "said"),
+    [
+        ("data/clean/pretrain/tiny_text/ledger", "kept", "its manifest counts"),
+        ("data/dedup/pretrain/tiny_text", "eval", "the manifest of data/dedup/pretrain/tiny_text counts"),
+        ("data/marked/chat/tiny_qa", "characters", "the manifest of data/marked/chat/tiny_qa counts"),
+        ("data/tokens/chat/tiny_qa", "learned", "the manifest of data/tokens/chat/tiny_qa counts"),
+        ("data/blocks/chat/train", "dropped_tokens", "do not add up to those of its documents"),
+    ],
+)
+def test_a_count_that_is_not_that_of_the_rows_is_found(altered: Path, folder: str, count: str, said: str) -> None:
+    forge(altered, rewrite(altered / folder, lambda rows: None, **{count: 1}))
+    assert said in str(list(failures(altered).values()))
+
+
+def test_a_manifest_says_what_its_folder_holds(altered: Path) -> None:
+    """Each of these alone, its state.json made for it; digests in dvc.lock, which would differ, are not looked at."""
+    folder = "data/tokens/chat/tiny_qa"
+    paths = [altered / folder / name for name in ("manifest.json", "state.json", "dataset_info.json")]
+    before = [path.read_bytes() for path in paths]
+    edits: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("is not the file that manifest.json names", lambda content: content["shards"][0].update(sha256="0" * 64)),
+        ("has other columns than manifest.json says", lambda content: content["schema"].update(split="int8")),
+        (r"has \d+ rows, manifest.json says 1$", lambda content: content["shards"][0].update(rows=1)),
+        (r"its shards have \d+ rows, manifest.json counts 1$", lambda content: content["counts"].update(rows=1)),
+        ("data-00001.arrow is not there, or not in its manifest", lambda content: content["shards"].append(SHARD)),
+    ]
+    for said, edit in edits:
+        content, state = json.loads(before[0]), json.loads(before[1])
+        edit(content)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        arrow.write_json(paths[0], content)
+        arrow.write_json(paths[1], {**state, "_fingerprint": digest})
+        assert_wrong(altered, folder, said)
+        for path, own in zip(paths, before, strict=True):
+            path.write_bytes(own)
+    for number, old, new, said in (
+        (0, b"{\n", b"{ \n", "is not in the form in which it is written"),
+        (1, b'"_fingerprint": "', b'"_fingerprint": "0', "state.json is not that of manifest.json"),
+        (1, b"data-00000", b"data-00001", "state.json is not that of manifest.json"),
+        (2, b"{}", b"{ }", "dataset_info.json is not empty"),
+    ):
+        replaced(paths[number], old, new)()
+        assert_wrong(altered, folder, said)
+        paths[number].write_bytes(before[number])
+    (altered / folder / "notes.txt").write_text("x")
+    assert_wrong(altered, folder, "notes.txt is not there, or not in its manifest")
+
+
+SHARD = {"name": "data-00001.arrow", "rows": 0, "sha256": "0" * 64}
+
+
+def assert_wrong(root: Path, folder: str, said: str) -> None:
+    project = verify.Project(root, None)
+    project.digests.read([folder])
+    with pytest.raises(verify.Wrong, match=said):
+        verify._check_manifest(project, folder)
+
+
 def replaced(path: Path, old: bytes, new: bytes) -> Callable[[], None]:
     content = path.read_bytes()
     assert old in content
@@ -376,6 +507,11 @@ def write(path: Path, content: bytes) -> None:
     ("file", "old", "new", "said"),
     [
         ("data/raw/tiny_text/03.txt", b"bridges", b"ferries", "line 1 is not the record whose raw_id"),
+        ("metrics/runs/clean@tiny_qa.json", b"tiny_qa sha256:", b"tiny_qa sha256:0", "its bytes are not those of"),
+        ("metrics/runs/clean@tiny_qa.json", b'  "sha256:', b'  "sha256:0', "was written by other code than dvc.lock"),
+        ("data/raw/tiny_text/03.txt", b" fish.\n", b" fish.\nmore", "it goes on after its last record, at byte"),
+        ("data/raw/tiny_text/03.txt", b" fish.\n", b"", "ends at byte"),
+        ("data/blocks/pretrain/grouping.json", b'"block_size": 32', b'"block_size": 33', "says block_size 33, "),
         ("data/sources/chat/tiny_qa/source.json", b'"dropped": 0', b'"dropped": 1', "source.json says 1 dropped"),
         ("data/sources/chat/tiny_qa/source.json", b'"utf-8"', b'"uuf-8"', "cannot be read as it should be (Look"),
         ("data/blocks/chat/grouping.json", b'"tokens"', b'"takens"', "says of tiny_qa (eval)"),
@@ -409,23 +545,34 @@ def test_what_was_left_out_of_blocks_and_what_each_source_gave_is_counted_anew(
 ) -> None:
     """Shares of sources, in the register and the model card, are made of these numbers alone."""
     root = Path(shutil.copytree(varied_project, tmp_path / "project", symlinks=True))
-    assert not failures(root)
     folder, grouping = root / "data/blocks/packs/left_out", root / "data/blocks/docs/grouping.json"
     rows = arrow.table(folder).to_pylist()
+
+    def check(phase: str) -> None:
+        project = verify.Project(root, None)
+        tokenizer = verify.Tokenizer(root / "models/tokenizers" / phase)
+        verify.check_blocks(project, phase, project.sources(phase), tokenizer, verify.Report())
+
     for edit, said in (
         (lose_one_left_out, "where `truncate` leaves out"),
         (one_more_left_out, "which is in the blocks"),
         (more_left_out, f"names {rows[0]['left_out'] + 1} tokens of {rows[0]['doc_id'].hex()} where `truncate` leaves"),
     ):
-        forge(root, rewrite(folder, edit))
-        assert said in failures(root)["data/blocks/packs"]
-        forge(root, rewrite(folder, lambda now: now.__setitem__(slice(None), rows)))
-        assert not failures(root)
+        rewrite(folder, edit)()
+        with pytest.raises(verify.Wrong, match=said):
+            check("packs")
+        rewrite(folder, lambda now: now.__setitem__(slice(None), rows))()
+        check("packs")
     content = json.loads(grouping.read_text())
     content["train"]["line"]["tokens"] += 10
     content["train"]["csv"]["tokens"] -= 10
-    forge(root, lambda: arrow.write_json(grouping, content))
-    assert "grouping.json says of csv (train)" in failures(root)["data/blocks/docs"]
+    check("docs")
+    arrow.write_json(grouping, content)
+    with pytest.raises(verify.Wrong, match=r"grouping.json says of csv \(train\)"):
+        check("docs")
+    rewrite(root / "data/blocks/packs/train", lambda rows: rows[0]["starts"].__setitem__(1, rows[0]["starts"][1] - 1))()
+    with pytest.raises(verify.Wrong, match="block 0 says other beginnings of documents than there are"):
+        check("packs")
 
 
 def test_an_excluded_document_that_is_kept_is_found_another_key_too_and_a_missing_one_is_said(altered: Path) -> None:
@@ -457,6 +604,10 @@ def test_an_altered_receipt_and_an_altered_weight_are_found_though_every_paper_a
     content[16 * 2 + 5] ^= 4
     forge(altered, lambda: write(path, bytes(content)))
     assert "receipt of step 3" in str(failures(altered))
+
+    for other in (content[:-16], content + b"\0"):
+        forge(altered, lambda other=other: write(path, bytes(other)))
+        assert f"has {len(other)} bytes, 16 for each of 4 steps are due" in str(failures(altered))
 
     path = altered / "models/pretrain/merged/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -627,6 +778,70 @@ def test_what_params_no_longer_names_is_listed_and_not_checked(altered: Path) ->
     assert any(one.status == "stops" and "clean@gone" in one.detail for one in report.findings)
     assert "gone" not in {source.name for source in Lineage(altered).sources}
     pack(altered, altered / "evidence.tar")  # does not ask for data/clean/pretrain/gone
+
+
+LINES = b"".join(b'{"text": "line %d of a file, %d"}\n' % (number, number**5) for number in range(3000))
+TABLE = {"text": ["one", None, "three", ""]}
+TURNS = [[{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]] * 2
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    pq.write_table(pa.table(columns), sink := pa.BufferOutputStream())
+    return bytes(sink.getvalue())
+
+
+def stream(**columns: list[Any]) -> bytes:
+    table = pa.table(columns)
+    with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("files", "group", "rebuilt"),
+    [
+        ({"a.csv": b"id,text\n1,\n2,two\n"}, {"format": "csv"}, 1),
+        ({"a.csv": b"id,text\n1,call 13800138000\n2,two\n"}, {"format": "csv", "rules": [{"rule": "pii"}]}, 1),
+        ({"a.csv": b"id,text\n1,one\n", "b.csv": b"text,id\n,9\nfour,4\n"}, {"format": "csv"}, 2),
+        ({"a.csv": b"id,text\n1\n2,two\n3,a,b\n4,four"}, {"format": "csv"}, 2),
+        ({"a.csv": b'id,text\n1,"o\nne\n2,two\n'}, {"format": "csv"}, 1),
+        ({"a.csv": b"\xff,text\n1,one\n2,two\n"}, {"format": "csv"}, 1),
+        ({"a.jsonl": LINES[:30] + b"\n[1]\n\xff\n" + LINES[30:300]}, {"format": "jsonl"}, None),
+        ({"a.jsonl.gz": gzip.compress(LINES)[:20_000]}, {"format": "jsonl"}, None),
+        ({"a.txt.gz": gzip.compress(LINES)[:20_000], "b.txt": b"two"}, {"format": "text"}, 1),
+        ({"a.jsonl.gz": gzip.compress(LINES) + b"more"}, {"format": "jsonl"}, None),
+        ({"a.jsonl.gz": b"", "b.jsonl": LINES[:32]}, {"format": "jsonl"}, None),
+        ({"a.parquet": parquet(**TABLE), "b.parquet": parquet(text=["four"])}, {"format": "parquet"}, 3),
+        ({"a.parquet": parquet(**TABLE)[:-9], "b.parquet": parquet(text=["four"])}, {"format": "parquet"}, 1),
+        ({"a.parquet": parquet(other=["x"]), "b.parquet": parquet(text=["four"])}, {"format": "parquet"}, 1),
+        ({"a.arrow": stream(**TABLE)}, {"format": "arrow"}, 2),
+        ({"a.arrow": stream(**TABLE)[:-8]}, {"format": "arrow"}, 2),
+        ({"a.arrow": stream(**TABLE).replace(b"three", b"thr\xffe")}, {"format": "arrow"}, 1),
+        ({"a.parquet": parquet(messages=TURNS, system=["Brief."] * 2)}, {"format": "parquet", "record": "messages"}, 2),
+        (
+            {"a.parquet": parquet(prompt=["1"], completion=["2"], system=["Brief."], history=[[["a", "b"]]])},
+            {"format": "parquet", "record": "prompt_completion"},
+            0,
+        ),
+    ],
+)
+def test_what_is_damaged_or_has_more_columns_is_read_as_the_pipeline_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], group: dict[str, Any], rebuilt: int | None
+) -> None:
+    """With `on_error: drop`, a project of such files is as right as any other."""
+    monkeypatch.chdir(copy_project(tmp_path / "project"))
+    write_files(Path("data/raw/s"), files)
+    write_sources(Path(), s={"on_error": "drop", **group})
+    clean.main("s")
+    about = json.loads(Path("data/sources/p/s/source.json").read_text(encoding="utf-8"))
+    checked = verify.Project.__new__(verify.Project)
+    checked.root, report = Path(), verify.Report()
+    verify.check_raw(checked, verify.Source("s", "p", "data/raw/s", group, about), report)
+    assert [finding for finding in report.findings if finding.status == "FAILED"] == []
+    found = next((f.detail for f in report.findings if (f.status, f.check) == ("ok", "raw -> documents")), "0 texts")
+    kept = about["kept"] if rebuilt is None else rebuilt
+    assert found.startswith(f"{kept:,} texts")
+    assert about["dropped"] or len(files) == 1
 
 
 def said(*turns: tuple[str, str], role: str = "role", text: str = "content") -> list[dict[str, str]]:

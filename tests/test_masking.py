@@ -118,6 +118,7 @@ def test_pieces_of_other_tokenizers() -> None:
     assert _ends("▁the", {}) == (BLANK, LETTER)
     assert _ends("4a2", {}) == (DIGIT, DIGIT)
     assert _ends("法律", {}) == (HAN, HAN)
+    assert _ends("कि", {}) == (LETTER, LETTER)  # its last sign is a mark, category M
     assert _ends("<0xE6>", {}) == (HAN, HAN)
     assert _ends("<0xB3>", {}) == (PART, PART)
 

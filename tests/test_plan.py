@@ -75,6 +75,7 @@ def test_activations_are_those_that_a_real_pass_keeps(base: Path) -> None:
     assert twice == pytest.approx(2 * head, rel=0.05)
     less = made(base, params(gradient_checkpointing=True)).memory["activations"]
     assert less < 0.7 * head
+    assert made(base, params(bf16=True)).memory["activations"] == pytest.approx(0.6 * head)
 
 
 def test_an_adapter_on_a_base_of_4_bits(base: Path) -> None:
@@ -120,9 +121,13 @@ def test_what_fits_is_not_refused(base: Path) -> None:
         Plan(1, 1, 1, 1, {"program": 9, "activations": 5.0, "weights": 1.0}, "CPU", 3).refuse()
 
 
-def test_the_machine_has_memory() -> None:
+def test_the_machine_has_memory_and_a_container_what_its_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     name, free, program = plan._device()
     assert name and free > program >= 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(plan, "_cgroups", lambda: iter([(5e6, 4e6), (9e6, 2e6)]))
+    _, free, program = plan._device()
+    assert free == program + 1e6
 
 
 def test_the_bits_of_a_quantised_weight() -> None:

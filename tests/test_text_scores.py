@@ -67,6 +67,7 @@ def test_an_interval_covers_the_truth_and_narrows() -> None:
         widths[size] = np.mean([high - low for low, high in found])
     assert 176 <= covered <= 199
     assert widths[25] / widths[100] == pytest.approx(2, rel=0.1)
+    assert widths[100] == pytest.approx(2 * 1.96 * 2 / 10, rel=0.05)
 
 
 def test_an_interval_is_of_the_ratio_of_sums_and_of_the_seed() -> None:
