@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export PYTHONDONTWRITEBYTECODE := 1
 # Two processes, each with whole files: what a file sets up once stays in one of them.
 PYTEST := pytest -n 2 --dist loadfile
 
@@ -15,9 +14,11 @@ SERVE = HF_HUB_OFFLINE=1 HF_HUB_CACHE=.work/hub transformers serve models/$(PHAS
 
 repro: setup  ## run every stage that is out of date
 	python stages/check_params.py
+	python stages/check_runs.py
 	dvc repro
 	@dvc data status --json | python -c 'import json, sys; lost = json.load(sys.stdin).get("not_in_cache"); \
 		sys.exit(lost and "not in the DVC cache: " + ", ".join(lost) + "; was the disk full? free space, then run dvc commit")'
+	python stages/check_runs.py
 
 test: setup  ## the fast tests, under 10 minutes
 	$(PYTEST) -m "not slow"

@@ -93,7 +93,7 @@ BYTE_ORDER_MARKS = {
 def _text_of_day(day: Any) -> Any:
     """Return a year, which YAML reads as a number, as text; of a date of YAML, DVC ends with a traceback."""
     if isinstance(day, datetime.date):
-        raise ValueError(f"put the day in quotes: '{day}'; DVC cannot take a date of YAML")
+        raise ValueError(f"put the day in quotes: '{day:%Y-%m-%d}'; DVC cannot take a date of YAML")
     return str(day) if isinstance(day, int) else day
 
 

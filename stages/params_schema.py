@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from ruamel.yaml import YAML
 
 import clean
 import decontaminate
@@ -30,7 +31,8 @@ import train_tokenizer
 from chat_templates import TEMPLATES, special_tokens
 from kit import params
 
-POSITIONS = ("max_position_embeddings", "n_positions")  # of config.json; GPT-2 has the second
+# Types of models whose config.json calls max_position_embeddings so; others may have the key and no table of positions.
+N_POSITIONS = ("codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt")
 
 
 def _name(text: str) -> str:
@@ -196,17 +198,31 @@ def _too_long(phase: Phase, base: Path) -> str | None:
     """
     try:
         config = json.loads((base / "config.json").read_bytes())
-        limit = int(next(config[key] for key in POSITIONS if key in config))
-    except (OSError, ValueError, TypeError, StopIteration):  # not here yet, or without a table: the stages know
+        kind = config.get("model_type", "")
+        limit = int(config["n_positions" if kind in N_POSITIONS else "max_position_embeddings"])
+        if "roberta" in kind or kind == "camembert":  # it counts positions from the one after padding's
+            limit -= int(config.get("pad_token_id", 1)) + 1
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):  # the stages will know
         return None
     lengths = {
         "group_blocks.block_size": phase.group_blocks.block_size,
         "evaluate_model.max_length": phase.evaluate_model.max_length,
     }
     for key, length in lengths.items():
-        if length > limit:
+        if length > limit and not _will_be_fetched(base):
             return f"{key} is {length:,} but {base} has positions for {limit:,}; lower it."
     return None
+
+
+def _will_be_fetched(base: Path) -> bool:
+    """Return whether import_base will put another model there than the one that lies there, as dvc.lock has it."""
+    bases = params.load()["bases"]
+    if base.parent != Path("models/base") or base.name not in bases:
+        return False
+    lock = Path("dvc.lock")
+    stages = (YAML(typ="safe").load(lock.read_bytes()) if lock.is_file() else None) or {}
+    fetched = stages.get("stages", {}).get(f"import_base@{base.name}", {}).get("params", {}).get("params.yaml", {})
+    return bool(fetched.get(f"bases.{base.name}") != bases[base.name])
 
 
 def _is_model_of_a_phase(parts: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import fcntl
 import json
 import os
@@ -28,11 +29,16 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 # `python` of a stage's command is the python that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+compileall.compile_dir(ROOT / "stages", quiet=2)
+
 Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def copy_project(target: Path) -> Path:
-    """Copy what Git would clone into `target`: code, dvc.yaml, configs; no data, no cache, no environment."""
+    """Copy what Git would clone into `target`: code, dvc.yaml, configs; no data, no cache, no environment.
+
+    With the byte code of the stages, after them: each process that compiled them anew would take 0.1 to 0.25 s for it.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in ("stages", "models/configs", "data/rules", "data/benchmarks"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -47,6 +53,8 @@ def copy_project(target: Path) -> Path:
         "params.yaml",
     ):
         shutil.copyfile(ROOT / name, target / name)
+    for name in ("stages/__pycache__", "stages/kit/__pycache__"):
+        shutil.copytree(ROOT / name, target / name)
     return target
 
 

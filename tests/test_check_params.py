@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
+import json
 import re
 import shutil
 import sys
@@ -477,25 +477,6 @@ def test_a_folder_of_no_source_of_the_phase_is_no_input(here: Path) -> None:
         params.phase_sources("law", Path("data/clean/law"))
 
 
-def test_the_command_says_what_other_versions_made(project: Path, run_stage: Runner) -> None:
-    """DVC calls it up to date. What is not here, as in a fresh clone, will be made or fetched anyway."""
-    write(project / "params.yaml", TEXT)
-    write(project / "data/raw/laws/a.txt", "text of a law")
-    assert run_stage(project, "clean", "laws").returncode == 0
-    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
-    record = project / "metrics/runs/clean@laws.json"
-    write(record, re.sub(r"pyarrow [\d.]+", "pyarrow 1.2", record.read_text(encoding="utf-8")))
-    assert re.search(
-        r"^clean@laws ran with other versions \(pyarrow 1\.2, now \d.*--force",
-        run_stage(project, "check_params").stdout,
-        re.M,
-    )
-    shutil.rmtree(project / "data/clean")
-    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
-    write(record, "<<<<<<< ours\n")
-    assert run_stage(project, "check_params").stdout == "params.yaml: in order\n"
-
-
 def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner) -> None:
     """By the command alone, and not of what an import writes; DVC would name a file and no source."""
     write(project / "params.yaml", TEXT)
@@ -512,24 +493,6 @@ def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner)
         )
         write(project / "params.yaml", imported)
         assert run_stage(project, "check_params").returncode == status, path
-
-
-def test_raw_text_that_dvc_takes_for_the_old_is_said(project: Path, run_stage: Runner) -> None:
-    """Of the same inode, size and time: `dvc repro` alone would start no stage. New rights alone are no change."""
-    write(project / "params.yaml", TEXT)
-    raw = project / "data/raw/laws/a.txt"
-    write(raw, "text of a law")
-    before = raw.stat()
-    assert run_stage(project, "clean", "laws").returncode == 0
-    for mode in (0o600, 0o644):
-        raw.chmod(mode)
-        assert run_stage(project, "check_params").returncode == 0
-    for text, finds in (("text of a jaw", True), ("text of a law", False)):
-        raw.write_text(text, encoding="utf-8")
-        os.utime(raw, ns=(before.st_atime_ns, before.st_mtime_ns))
-        finished = run_stage(project, "check_params")
-        assert ("a.txt has other bytes than when it was last read, but" in finished.stderr) == finds
-        assert finished.returncode == finds
 
 
 def test_a_file_that_was_in_order_is_not_checked_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,10 +521,18 @@ def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.Monk
     check_params.check()
 
 
-@pytest.mark.parametrize("positions", ["max_position_embeddings", "n_positions"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_position_embeddings": 16},
+        {"model_type": "gpt2", "n_positions": 16},
+        {"model_type": "roberta", "max_position_embeddings": 18},
+        {"model_type": "xlm-roberta", "max_position_embeddings": 16, "pad_token_id": -1},
+    ],
+)
 @pytest.mark.parametrize("key", ["block_size", "max_length"])
 def test_a_length_beyond_the_positions_of_the_base_is_found_before_any_training(
-    here: Path, key: str, positions: str
+    here: Path, key: str, config: dict[str, Any]
 ) -> None:
     """Also of a phase that builds on another one, and when the base comes later than params.yaml was checked."""
     text = TEXT + SECOND.replace("models/configs/llama_small", "models/law/merged").replace(f"{key}: 16", f"{key}: 17")
@@ -571,13 +542,45 @@ def test_a_length_beyond_the_positions_of_the_base_is_found_before_any_training(
     chat = text.index("  chat:\n")
     text = text[:chat] + text[chat:].replace("{mode: train, vocab_size: 300}", "{mode: reuse}")
     assert said(text) is None
-    config = here / "models/configs/llama_small/config.json"
-    config.write_text(f'{{"{positions}": 16}}', encoding="utf-8")
+    file = here / "models/configs/llama_small/config.json"
+    write(file, json.dumps(config))
     found = said(text)
     assert found
     assert re.search(rf"phases\.chat\.\w+\.{key} is 17 but models/configs/llama_small has positions for 16", found)
-    config.write_text(f'{{"{positions}": 17}}', encoding="utf-8")
+    more = {name: value + 1 if name.endswith(("positions", "embeddings")) else value for name, value in config.items()}
+    write(file, json.dumps(more))
     assert said(text) is None
+
+
+def test_a_base_without_a_table_of_positions_takes_any_length(here: Path) -> None:
+    """Or with one of which the config alone does not tell; or that cannot be read, as its stage will say."""
+    file = here / "models/configs/llama_small/config.json"
+    for text in (
+        '{"model_type": "bloom", "n_positions": 8}',
+        '{"max_position_embeddings": Infinity}',
+        '{"max_position_embeddings": null}',
+        '{"model_type": "gpt2", "max_position_embeddings": 8}',
+        "[8]",
+        "no JSON",
+    ):
+        write(file, text)
+        assert said(TEXT) is None, text
+    file.unlink()
+    file.mkdir()
+    assert said(TEXT) is None
+
+
+def test_the_positions_are_of_the_base_that_will_be_fetched(here: Path) -> None:
+    """Of another commit than the one that lies here nothing is known yet, and it could never come."""
+    base = "bases: {big: {repo_id: a/b, revision: '" + "1" * 40 + "'}}"
+    text = TEXT.replace("bases: {}", base).replace("models/configs/llama_small", "models/base/big")
+    text = text.replace("{mode: train, vocab_size: 300}", "{mode: reuse}")
+    write(here / "models/base/big/config.json", '{"max_position_embeddings": 8}')
+    lock = f"stages: {{import_base@big: {{params: {{params.yaml: {{bases.big: {base[13:-1]}}}}}}}}}"
+    assert said(text) is None
+    write(here / "dvc.lock", lock)
+    assert "block_size is 16 but models/base/big has positions for 8; lower it" in str(said(text + "#"))
+    assert said(text.replace("1" * 40, "2" * 40)) is None
 
 
 def test_a_damaged_note_of_what_was_checked_is_no_traceback(here: Path) -> None:

@@ -823,7 +823,7 @@ def test_a_change_of_rules_code_or_lists_leaves_nothing_remembered(
     assert second != first
     write_sources(small_shards, s=FORMATS["jsonl"])
     assert build(small_shards)[1:] == (shards, shards)
-    monkeypatch.setattr("kit.stage.code_digest", lambda script: "other code")
+    monkeypatch.setattr("kit.stage.code_digest", lambda digests: "other code")
     assert build(small_shards)[1:] == (shards, shards)
 
 

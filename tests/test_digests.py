@@ -270,8 +270,22 @@ def test_a_file_that_may_not_be_read_is_one_sentence(here: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(SystemExit, match=r"^input/a.txt may not be read; give yourself the right \(chmod u\+r\)"):
+    with pytest.raises(
+        SystemExit, match=r"^input/a.txt may not be read; give yourself the right \(chmod u\+r input/a.txt\)"
+    ):
         digests.digest(Path("input"))
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python lists a tree without it, and all that it holds would be missing in silence."""
+    right = digests.os.access
+    monkeypatch.setattr(digests.os, "access", lambda path, mode: path.name != "deep" and right(path, mode))
+    with pytest.raises(SystemExit, match=r"^input/deep may not be read; .* \(chmod u\+rx input/deep\) and run again"):
+        digests.digest(Path("input"))
+    write(here / "input/.git/deep/a", "")
+    before = digests.digest(Path("input/a.txt"))
+    monkeypatch.setattr(digests.os, "access", lambda path, mode: path.name != ".git")
+    assert digests.file_digests(Path("input"))["a.txt"] == before
 
 
 def test_a_damaged_note_is_not_believed(here: Path, read: list[str], noting: None) -> None:
@@ -295,4 +309,4 @@ def test_small_files_are_not_noted_and_gone_ones_forgotten(
     inputs_of_a_run(said="x" * digests.REMEMBERED)
     assert set(digests.read_note(digests.DIGESTS)) == {"out/x/text"}
     assert leftovers(here) == []
-    assert sorted(path.name for path in digests.WORK.iterdir()) == ["digests", "imports", "locks", "seen"]
+    assert sorted(path.name for path in digests.WORK.iterdir()) == ["digests", "imports", "locks", "ran", "seen"]

@@ -222,8 +222,9 @@ def test_stage_has_a_script_and_a_test(name: str) -> None:
 
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_script_that_is_no_stage_is_part_of_one(name: str) -> None:
-    """Nothing in stages/ is dead."""
-    assert any(name in modules_of(stage)[1:] for stage in NAMES), f"stages/{name}.py is imported by no stage"
+    """Nothing in stages/ is dead. What `make repro` alone runs decides no result."""
+    is_command = f"python stages/{name}.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert any(name in modules_of(stage)[1:] for stage in NAMES) or is_command, f"nothing runs stages/{name}.py"
 
 
 def test_command_is_the_script_with_the_item(items: list[Item]) -> None:

@@ -80,7 +80,15 @@ def test_nothing_is_left_behind(twins: tuple[Path, Path]) -> None:
     """No temporary file and no checkpoint stays; Git is not offered any data."""
     for folder in twins:
         assert [str(path) for path in folder.rglob(".tmp-*")] == []
-        ours = {"checked", "digests", "imports", "locks", "seen", "lineage"}  # the last: other tests asked questions
+        ours = {
+            "checked",
+            "digests",
+            "imports",
+            "locks",
+            "ran",
+            "seen",
+            "lineage",
+        }  # the last: other tests asked questions
         assert {path.name for path in (folder / ".work").iterdir()} <= ours
         tracked = set(git(folder, "ls-files").splitlines())
         made = {path for path in tracked if path.startswith(("data/", "models/pretrain", "models/chat"))}

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import alive, git, leftovers, wait_for, write, write_script
-from kit import digests, stage
+from kit import digests, stage, stage_code
 from kit.digests import digest
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -199,6 +199,82 @@ def test_other_code_may_change_while_the_stage_runs(place: Path) -> None:
     assert shout(place, "Path('stages/other.py').write_text('new = 1')").returncode == 0
 
 
+@pytest.mark.parametrize("module", ["shout", "helper", "kit/digests"])
+def test_code_changed_after_python_has_read_it_is_refused(place: Path, module: str) -> None:
+    """While the stage still imports what it needs: the record would name the new code, and memo and DVC believe it."""
+    write(place / "stages/helper.py", "")
+    edit = f"import helper, time; time.sleep(0.03); file = open('stages/{module}.py', 'a'); file.write('# new')"
+    write(place / "stages/check_params.py", "def check() -> None: ...\n")
+    write_script(place, "pass")
+    script = place / "stages/shout.py"
+    script.write_text(script.read_text().replace("import os,", f"{edit}; file.close()\nimport os,"))
+    command = [sys.executable, "stages/shout.py", "x"]
+    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    said = f"stages/{module}.py changed while the stage started; nothing was done: run again.\n"
+    assert sentence(finished) == said
+    assert published(place) is None
+
+
+def test_what_is_remembered_is_of_the_code_that_runs(place: Path) -> None:
+    """A memo entry under the key of code that was written since would be found by the next run."""
+    write(place / "stages/helper.py", "")
+    edit = "import helper; before, path = run.recipe(1), Path('stages/helper.py'); path.write_text('# new')"
+    assert shout(place, f"{edit}; assert run.recipe(1) == before; path.write_text('')").returncode == 0
+
+
+def test_code_of_the_future_is_no_change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another machine's clock may give; it would be one for as long."""
+    monkeypatch.setattr(stage_code, "STAGES", place / "stages")
+    (module := place / "stages/helper.py").write_text("")
+    assert "helper.py changed while the stage started" in str(stage_code.run_otherwise([module]))
+    now = time.time_ns()
+    monkeypatch.setattr(stage_code.time, "time_ns", lambda: now - 3600 * 10**9)
+    assert stage_code.run_otherwise([module]) is None
+
+
+@pytest.mark.parametrize("mode", ["timestamp", "unchecked-hash"])
+def test_byte_code_of_another_text_is_refused(place: Path, mode: str) -> None:
+    """Python compares size and second alone, and of one kind of byte code nothing."""
+    helper, body = place / "stages/helper.py", "import helper; (folder / 'text').write_text(helper.SAID)"
+    write(helper, "SAID = 'old'")
+    compiled = place / "stages/__pycache__"
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "--invalidation-mode", mode, helper], check=True)
+    assert shout(place, body).returncode == 0 and published(place) == "old"
+    before = helper.stat()
+    helper.write_text("SAID = 'new'")
+    os.utime(helper, ns=(before.st_atime_ns, before.st_mtime_ns + 100_000 if mode == "timestamp" else 1))
+    refused = sentence(shout(place, body))
+    assert refused.startswith("stages/helper.py has another text than the byte code that Python keeps of it")
+    assert "remove the byte code (rm -r stages/__pycache__) and run again" in refused
+    assert published(place) == "old"
+    shutil.rmtree(compiled)
+    assert shout(place, body).returncode == 0 and published(place) == "new"
+
+
+@pytest.mark.parametrize("mode", ["timestamp", "checked-hash", "unchecked-hash"])
+def test_byte_code_of_the_same_text_is_compared_once(place: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the project has new change times throughout; byte code of another Python is none of this one."""
+    monkeypatch.setattr(stage_code, "STAGES", place / "stages")
+    monkeypatch.setattr(stage_code, "_begun", time.time_ns)
+    paths = sorted((place / "stages").rglob("*.py"))
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", mode, place / "stages"], check=True
+    )
+    for path in paths:
+        path.chmod(0o600)
+    time.sleep(0.02)
+    assert stage_code.run_otherwise(paths) is None
+    monkeypatch.setattr(stage_code.marshal, "loads", lambda content: pytest.fail("compared again"))
+    if mode != "checked-hash":
+        assert stage_code.run_otherwise(paths) is None
+    for path in paths:
+        path.chmod(0o644)
+        compiled = next((path.parent / "__pycache__").glob(f"{path.stem}.*"))
+        compiled.write_bytes(b"1234" + compiled.read_bytes()[4:])
+        path.chmod(0o600)
+    assert stage_code.run_otherwise(paths) is None
+
+
 PIPELINE = "stages: {shout: {foreach: '${loud}', do: {cmd: x, params: ['loud.${key}.how', volume]}}}\n"
 PARAMS = "volume: 1\nloud:\n  x: {how: 1, who: 1}\n  y: {how: 1}\n"
 
@@ -230,6 +306,31 @@ def test_other_params_may_change_while_the_stage_runs(place: Path, old: str, new
     write(place / "dvc.yaml", PIPELINE)
     write(place / "params.yaml", PARAMS)
     assert shout(place, f"Path('params.yaml').write_text({PARAMS.replace(old, new)!r})").returncode == 0
+
+
+@pytest.mark.parametrize("edited", ["params.yaml", "stages/helper.py"])
+def test_what_changed_while_the_inputs_were_hashed_is_refused(place: Path, edited: str) -> None:
+    """Large ones take minutes; the stage has its parameters already, and its code."""
+    write(place / "dvc.yaml", PIPELINE)
+    write(place / "params.yaml", PARAMS)
+    write(place / "stages/helper.py", "")
+    new = {"params.yaml": PARAMS.replace("x: {how: 1", "x: {how: 2")}.get(edited, "new = 1")
+    edit = f"import helper; hashed = stage.input_digests; write = lambda: Path({edited!r}).write_text({new!r})"
+    script = f"{edit}\n    stage.input_digests = lambda *a: (hashed(*a), write())[0]\n    with stage.run("
+    write_script(place, "pass")
+    path = place / "stages/shout.py"
+    path.write_text(path.read_text().replace("with stage.run(", script, 1))
+    command = [sys.executable, "stages/shout.py", "x"]
+    what = {"params.yaml": "loud.x.how in params.yaml"}.get(edited, edited)
+    before = (place / edited).read_text()
+    for script in (path.read_text(), path.read_text().replace("write())[0]", "[])[0]")):
+        path.write_text(script)
+        (place / edited).write_text(before)
+        refused = sentence(subprocess.run(command, cwd=place, capture_output=True, text=True, check=False))
+        assert refused.startswith(f"shout@x: {what} changed while the stage ran; nothing was published")
+        # The second time already while params.yaml is checked, before the stage has read its own keys.
+        edit = f"from pathlib import Path\ndef check() -> None: Path({edited!r}).write_text({new!r})\n"
+        write(place / "stages/check_params.py", edit)
 
 
 def test_input_changed_at_the_very_end_is_refused(place: Path) -> None:
@@ -312,6 +413,20 @@ def test_other_bytes_under_the_old_time_are_refused(place: Path) -> None:
     assert published(place) == "HO"
 
 
+def test_other_bytes_than_those_of_a_run_that_failed_are_refused(place: Path) -> None:
+    """DVC has hashed what that run was to read, and would tie it to this output. It is so with code, too."""
+    assert shout(place, "raise SystemExit('no')").returncode == 1
+    for path, new in (("input/a.txt", "ho"), ("stages/kit/digests.py", None)):
+        file = place / path
+        before, old = file.stat(), file.read_bytes()
+        file.write_bytes(new.encode() if new else old.replace(b"states of", b"States of", 1))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert f"{path} has other bytes than when it was last read" in sentence(shout(place))
+        file.write_bytes(old)
+    assert published(place) is None
+    assert shout(place).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -332,12 +447,13 @@ def test_what_dvc_does_not_see_is_refused(place: Path, name: str, text: str, wor
 
 
 def test_other_lines_of_dvcignore_do_no_harm(place: Path) -> None:
-    """What they name is no input, or hidden, which no stage reads; this repository's own .dvc does none either."""
+    """What they name is no input, or hidden, which no stage reads; nor a .dvc of this repository or an input's own."""
     write(place / ".dvcignore", "node_modules\n.cache\n")
     write(place / "input/.cache/c.txt", "hidden")
+    write(place / "input/.dvc/config", "")
     write(place / ".dvc/config", "")
     assert shout(place).returncode == 0
-    assert digests.unseen(["a.txt"]) is None
+    assert digests.unseen("input", ["input/a.txt"]) is None
 
 
 def test_git_merges_no_lock_by_lines(tmp_path: Path) -> None:

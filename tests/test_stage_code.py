@@ -23,11 +23,11 @@ def test_code_files_are_the_imports_at_any_depth(here: Path) -> None:
         write(here / f"stages/{name}.py", "")
     found = [path.relative_to(here / "stages").as_posix() for path in stage_code.code_files(here / "stages/one.py")]
     assert found == ["kit/digests.py", "kit/five.py", "kit/four.py", "one.py", "three.py", "two.py"]
-    before = stage_code.code_digest(here / "stages/one.py")
+    before = stage_code.code_digests(here / "stages/one.py")
     write(here / "stages/six.py", "changed = True\n")
-    assert stage_code.code_digest(here / "stages/one.py") == before
+    assert stage_code.code_digests(here / "stages/one.py") == before
     write(here / "stages/kit/four.py", "changed = True\n")
-    assert stage_code.code_digest(here / "stages/one.py") != before
+    assert stage_code.code_digests(here / "stages/one.py") != before
 
 
 def test_versions_follow_from_the_code_alone(here: Path) -> None:

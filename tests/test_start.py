@@ -74,7 +74,7 @@ from kit.start import lean
 lean()
 from kit import stage
 sys.modules["check_params"] = types.SimpleNamespace(check=lambda: None)
-sys.argv = ["stages/any.py", "name"]
+sys.argv = ["stages/clean.py", "name"]
 stage.cli(lambda name: print(gc.isenabled(), gc.get_freeze_count() > 10_000), None)
 """
     assert run(program) == "True True"

@@ -26,6 +26,7 @@ WORK = Path(".work")
 DIGESTS = WORK / "digests"
 REMEMBERED = 2**20  # bytes of a file whose SHA-256 is remembered; a smaller one is read in no time
 OWN_IGNORED = {"__pycache__", ".tmp-*", ".work", ".memo", ".venv", ".git"}  # the project's own lines of .dvcignore
+LEFT_OUT = {*OWN_IGNORED, ".dvc", ".hg"}  # of any folder: that, and what DVC itself ignores
 RECENT = 600 * 10**9  # ns; the kernel writes a changed page to the disk long before
 # Name, device, inode, size, mtime and ctime of a file.
 State = tuple[str, int, int, int, int, int]
@@ -41,8 +42,8 @@ def file_digests(path: Path, known: dict[Path, str] | None = None, threads: int 
 
     `known`: files that need not be read. No more than 8 `threads` are started.
 
-    Left out is what DVC leaves out: byte code, what a killed stage left behind, links to folders. Raises SystemExit
-    when the path is missing or the folder holds no file, or one that may not be read.
+    Left out is what DVC leaves out: byte code, what a killed stage left behind, .git, links to folders. Raises
+    SystemExit when the path is missing or the folder holds no file, or one that may not be read.
     """
     files = [path] if path.is_file() else _all_files(path)
     if not files:
@@ -61,7 +62,11 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except PermissionError:
-        raise SystemExit(f"{path} may not be read; give yourself the right (chmod u+r) and run again.") from None
+        raise SystemExit(_may_not_be_read(path, "r")) from None
+
+
+def _may_not_be_read(path: Path, right: str) -> str:
+    return f"{path} may not be read; give yourself the right (chmod u+{right} {shlex.quote(str(path))}) and run again."
 
 
 def combined(files: dict[str, str]) -> str:
@@ -95,25 +100,35 @@ def folder_states(names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
 
 
 def _all_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p.relative_to(folder)))
+    """Return the files in a folder; raise SystemExit about one in it that may not be read, which rglob passes over."""
+    files = []
+    for path in (folder, *folder.rglob("*")):  # a folder before what is in it
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir() and not (
+            path.is_symlink() or os.access(path, os.R_OK | os.X_OK) or _ignored(path.relative_to(folder))
+        ):
+            raise SystemExit(_may_not_be_read(path, "rx"))
+    return sorted(path for path in files if not _ignored(path.relative_to(folder)))
 
 
 def _ignored(path: Path) -> bool:
-    return any(part == "__pycache__" or part.startswith(".tmp-") for part in path.parts)
+    return any(part in LEFT_OUT or part.startswith(".tmp-") for part in path.parts)
 
 
-def unseen(names: Iterable[str]) -> str | None:
-    """Return a sentence about one of these files whose changes DVC does not see, None where it sees all.
+def unseen(root: str, names: Iterable[str]) -> str | None:
+    """Return a sentence about one of these files of an input whose changes DVC does not see, None where it sees all.
 
-    It leaves out what .dvcignore names, and a folder that is a DVC repository of its own. Hidden files no stage reads.
+    It leaves out what .dvcignore names, and a folder in the input that is a DVC repository of its own; of an input that
+    is one as a whole it sees all. Hidden files no stage reads.
     """
     visible = [name for name in names if "/." not in f"/{name}"]
     inside = {os.path.dirname(name) for name in visible} - {""}  # noqa: PTH120 (much faster)
     for folder in sorted({parent for name in inside for parent in (Path(name), *Path(name).parents[:-1])}):
-        if (folder / ".dvc").is_dir():
+        if (folder / ".dvc").is_dir() and folder != Path(root):
             return (
                 f"{folder} is a DVC repository of its own, and this one's DVC sees no change in it; "
-                f"remove {folder}/.dvc, or copy the files elsewhere."
+                "put a copy of its files without .dvc in its place."
             )
         if (folder / ".dvcignore").is_file():
             return (
@@ -133,14 +148,14 @@ def unseen(names: Iterable[str]) -> str | None:
     )
 
 
-SEEN = WORK / "seen"
+SEEN, RAN = WORK / "seen", WORK / "ran"  # what a stage last read; params.yaml and the record of when it last ended
 # Of a file as a stage last read it: "inode size mtime ctime SHA-256", in one text, for there may be many files.
 Seen = dict[str, str]
 
 
 def seen(states: Iterable[State], files: dict[str, str], root: Path) -> Seen:
     """Return the states of an input's files, with what `file_digests` found of them."""
-    named = ((one, one[0][len(str(root)) + 1 :]) for one in states)
+    named = ((one, one[0][len(str(root)) + 1 :]) for one in states)  # "" of the input itself
     return {one[0]: " ".join(map(str, (*one[2:], files[inside]))) for one, inside in named if inside in files}
 
 
@@ -159,23 +174,18 @@ def taken_for_old(before: dict[str, Any], now: Seen) -> str | None:
     return None
 
 
-def taken_for_old_since(note: Path) -> str | None:
-    """Return the sentence of `taken_for_old` about the files that a stage noted as seen, as they are now.
+def seen_since(path: Path, before: dict[str, Any], threads: int) -> Seen:
+    """Return what `seen` does of an input as it is now; a file in the state of before is not read again."""
+    states = state(path)
+    same = {one[0]: sha256 for one in states if (sha256 := _as_before(one, before.get(one[0], "")))}
+    files = file_digests(path, {Path(name): sha256 for name, sha256 in same.items()}, threads)
+    return seen(states, files, path)
 
-    Only those are read whose ctime alone is another one; what has new links or rights is noted anew.
-    """
-    before = read_note(note)
-    now: Seen = {}
-    for name, then in before.items():
-        for found in state(Path(name)) if Path(name).is_file() else ():
-            *shown, ctime = map(str, found[2:])
-            *before_shown, before_ctime, _ = then.split(" ")
-            if shown == before_shown and ctime != before_ctime:
-                now |= seen([found], {"": digest(Path(name))}, Path(name))
-    sentence = taken_for_old(before, now)
-    if now and not sentence:
-        write_note(note, before | now)
-    return sentence
+
+def _as_before(now: State, before: str) -> str | None:
+    """Return the SHA-256 of a file that is in the state of before."""
+    then, _, sha256 = before.rpartition(" ")
+    return sha256 if then == " ".join(map(str, now[2:])) else None
 
 
 def just_written(folder: Path) -> dict[Path, str]:
@@ -266,7 +276,7 @@ def write_note(note: Path, entries: dict[str, Any]) -> None:
     content = json.dumps(entries, sort_keys=True).encode()
     temporary = note.with_name(f".tmp-{note.name}-{os.getpid()}")
     with contextlib.suppress(OSError):  # a full disk: nothing is remembered
-        note.parent.mkdir(exist_ok=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(_noted(content) + b"\n" + content)
             temporary.replace(note)

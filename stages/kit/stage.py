@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib
@@ -39,6 +40,7 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from kit.digests import (
+    RAN,
     REMEMBERED,
     SEEN,
     WORK,
@@ -60,12 +62,26 @@ from kit.digests import (
     unseen,
     write_note,
 )
-from kit.stage_code import STAGES, code_digest, code_files, versions
+from kit.stage_code import STAGES, code_digest, code_digests, run_otherwise, versions
 
 RECORDS = Path("metrics/runs")
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 T = TypeVar("T")
 CLOCK_REALTIME_COARSE = 5  # linux/time.h; Python 3.11 has no name for it
+
+
+class _Start(NamedTuple):
+    """What decides beside the inputs, as it was when the process began: it may change while large inputs are hashed."""
+
+    code: dict[Path, str]
+    params: bytes
+
+    @classmethod
+    def of(cls, script: Path) -> _Start:
+        return cls(code_digests(script), PARAMS.read_bytes() if PARAMS.is_file() else b"")
+
+
+_start: _Start | None = None  # as `cli` found it
 
 
 def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any] | None) -> None:
@@ -82,6 +98,10 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
         print(f"usage: python stages/{script} NAME{optional}\n\n{(doc or '').strip()}{_keys(main)}")
         raise SystemExit(0 if "-h" in sys.argv or "--help" in sys.argv else 2)
     die_with_parent()
+    global _start
+    _start = _Start.of(STAGES / Path(sys.argv[0]).name)
+    if sentence := run_otherwise(_start.code):
+        raise SystemExit(sentence)
     # By name at run time: the check can only refuse and never changes a result, so it is no dependency of a stage.
     importlib.import_module("check_params").check()
     name = f"{Path(sys.argv[0]).stem}@{sys.argv[1]}"
@@ -236,6 +256,7 @@ class Run:
 
     def __init__(self, stage: str, item: str, inputs: list[Path], outputs: list[Path]) -> None:
         self.stage, self.item = stage, item
+        self.code, self.params = _start or _Start.of(STAGES / f"{stage}.py")
         self.inputs, self.targets = inputs, outputs
         self.outputs = [target.with_name(f".tmp-{target.name}") for target in outputs]
         self.record = RECORDS / f".tmp-{self.name}.json"
@@ -244,19 +265,24 @@ class Run:
             path: input_digests(one.root, list(one.states.values()), workers()) for path, one in self.guards.items()
         }
         self.digests = {path: combined(files) for path, files in self.files.items()}
-        self.seen: Seen = {}
-        for path, one in self.guards.items():
-            self.seen |= seen(one.states.values(), self.files[path], one.root)
-        self.seen_note = SEEN / f"{self.name}.json"
-        if sentence := unseen(self.seen):
-            raise SystemExit(sentence)
-        # It would tie the old MD5 to the new output, in dvc.lock and in its run cache.
-        if sentence := taken_for_old(read_note(self.seen_note), self.seen):
-            raise SystemExit(sentence)
-        self.code = {path: digest(path) for path in STAGES.rglob("*.py")}
-        self.params = PARAMS.read_bytes() if PARAMS.is_file() else b""
+        self._look_at_what_dvc_does_not_see()
         self.counts: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
+
+    def _look_at_what_dvc_does_not_see(self) -> None:
+        """Raise SystemExit about a file whose change DVC does not see: it would tie the old MD5 to the new output."""
+        found: Seen = {}
+        for path, one in self.guards.items():
+            found |= (inside := seen(one.states.values(), self.files[path], one.root))
+            if sentence := unseen(path, inside):
+                raise SystemExit(sentence)
+        for module, sha256 in self.code.items():
+            name = module.relative_to(STAGES.parent)
+            found |= seen([(str(name), *state(module)[0][1:])], {"": sha256}, name)
+        note = SEEN / f"{self.name}.json"
+        if sentence := taken_for_old(read_note(note), found):
+            raise SystemExit(sentence)
+        write_note(note, found)  # also of a run that fails: DVC has looked at the files by then
 
     @property
     def name(self) -> str:
@@ -283,7 +309,7 @@ class Run:
 
     def recipe(self, params: Any) -> str:
         """Return a digest of code, library versions and `params`: what decides the result for a part of the inputs."""
-        parts = [code_digest(STAGES / f"{self.stage}.py"), versions(STAGES / f"{self.stage}.py"), params]
+        parts = [code_digest(self.code), versions(STAGES / f"{self.stage}.py"), params]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def refusal(self, what: str) -> str:
@@ -306,32 +332,9 @@ class Run:
             for path, one in self.guards.items()
             if not one.holds() and not (one.holds(ctimes=False) and digest(one.root, workers()) == self.digests[path])
         )
-        modules = code_files(STAGES / f"{self.stage}.py")
-        code = (f"stages/{p.relative_to(STAGES)}" for p in modules if digest(p) != self.code.get(p))
-        return next(itertools.chain(inputs, code, self._changed_params()), None)
-
-    def _changed_params(self) -> Iterator[str]:
-        """Yield the keys that dvc.yaml gives this stage and whose values in params.yaml are others by now.
-
-        Only these: while a long training runs, other phases may be edited.
-        """
-        now = PARAMS.read_bytes() if PARAMS.is_file() else b""
-        if now == self.params:
-            return
-        from ruamel.yaml import YAML
-        from ruamel.yaml.error import YAMLError
-
-        yaml = YAML(typ="safe")
-        declared = yaml.load(PIPELINE.read_bytes())["stages"][self.stage]
-        try:
-            before, after = yaml.load(self.params), yaml.load(now)
-        except YAMLError:
-            yield "params.yaml"  # somebody is writing it
-            return
-        for text in declared.get("do", declared).get("params", []):
-            key = text.replace("${key}", self.item)
-            if _value(before, key) != _value(after, key):
-                yield f"{key} in params.yaml"
+        code = (f"stages/{path.relative_to(STAGES)}" for path, found in self.code.items() if digest(path) != found)
+        params = changed_params(self.stage, self.item, self.params)
+        return next(itertools.chain(inputs, code, params), None)
 
     def work_folder(self, params: Any) -> Path:
         """Return `.work/<stage>/<key>/`, the place of checkpoints: another input, code or parameter, another folder."""
@@ -380,9 +383,9 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
                 raise SystemExit(current.refusal(changed))
             for target, temporary in zip(current.targets, current.outputs, strict=True):
                 _publish(temporary, target)
-            current.record.replace(RECORDS / f"{current.name}.json")
+            current.record.replace(record := RECORDS / f"{current.name}.json")
             remember(written)
-            write_note(current.seen_note, current.seen)
+            write_note(RAN / f"{current.name}.json", {"record": digest(record), "params": current.params.decode()})
         except Exception:  # of whatever kind: what was not there when it was to be read
             if changed := current.changed():
                 raise SystemExit(current.refusal(changed)) from None
@@ -398,6 +401,34 @@ def run(stage: str, item: str, inputs: list[str], outputs: list[str]) -> Iterato
     print(f"{current.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
+def changed_params(stage: str, item: str, before: bytes) -> Iterator[str]:
+    """Yield the keys that dvc.yaml gives this stage and whose values in params.yaml are others than before.
+
+    Only these: while a long training runs, other phases may be edited.
+    """
+    now = PARAMS.read_bytes() if PARAMS.is_file() else b""
+    if now == before:
+        return
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        then, new, declared = _yaml(before), _yaml(now), _value(_yaml(PIPELINE.read_bytes()), f"stages.{stage}") or {}
+    except YAMLError:
+        yield "params.yaml"  # somebody is writing it
+        return
+    for text in declared.get("do", declared).get("params", []):
+        key = text.replace("${key}", item)
+        if _value(then, key) != _value(new, key):
+            yield f"{key} in params.yaml"
+
+
+@functools.lru_cache(maxsize=8)
+def _yaml(text: bytes) -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(text)
+
+
 def _value(content: Any, key: str) -> Any:
     for part in key.split("."):
         content = content.get(part) if isinstance(content, dict) else None
@@ -410,7 +441,6 @@ def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
     Counts, digests and versions stand in lists, which DVC leaves out of `dvc metrics show`: its table keeps the
     metrics, the time and the memory. Returns state and SHA-256 of the large new files by the name they will have.
     """
-    script = STAGES / f"{current.stage}.py"
     large = settled([one for folder in current.outputs for one in state(folder) if one[3] >= REMEMBERED])
     written: dict[str, tuple[State, str]] = {}
     outputs = []
@@ -429,9 +459,9 @@ def _record(current: Run, seconds: float) -> dict[str, tuple[State, str]]:
         "peak_memory_mib": _peak_memory_kib() // 1024,
         "inputs": [f"{path} sha256:{value}" for path, value in sorted(current.digests.items())],
         "outputs": outputs,
-        "code": [f"sha256:{code_digest(script)}"],
+        "code": [f"sha256:{code_digest(current.code)}"],
         "git": _git_state(),
-        "versions": [f"{name} {version}" for name, version in versions(script).items()],
+        "versions": [f"{name} {version}" for name, version in versions(STAGES / f"{current.stage}.py").items()],
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     current.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

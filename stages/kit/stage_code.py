@@ -1,8 +1,8 @@
-"""The code of a stage: the modules under stages/ that it imports, their digest, the versions of its libraries.
+"""The code of a stage: the modules under stages/ that it imports, their digests, the versions of its libraries.
 
-    code_files(STAGES / "clean.py")   ->  [stages/changing_rules.py, ..., stages/kit/arrow.py, ...]
-    code_digest(STAGES / "clean.py")  ->  SHA-256 over all of them
-    versions(STAGES / "clean.py")     ->  {"python": "3.11.9", "numpy": "2.3.4", ...}
+    code_files(STAGES / "clean.py")    ->  [stages/changing_rules.py, ..., stages/kit/arrow.py, ...]
+    code_digests(STAGES / "clean.py")  ->  {stages/changing_rules.py: SHA-256 of its text, ...}
+    versions(STAGES / "clean.py")      ->  {"python": "3.11.9", "numpy": "2.3.4", ...}
 
 All of it follows from the import statements in their text, also those inside functions; a dynamic import is not seen.
 """
@@ -13,10 +13,14 @@ import ast
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
+import marshal
+import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kit.digests import WORK, digest, read_note, write_note
@@ -33,10 +37,64 @@ def code_files(script: Path) -> list[Path]:
     return _imports(script)[0]
 
 
-def code_digest(script: Path) -> str:
-    """Return the SHA-256 over the stage's code and all it imports from stages/."""
-    parts = [[p.relative_to(STAGES).as_posix(), digest(p)] for p in code_files(script)]
+def code_digests(script: Path) -> dict[Path, str]:
+    """Return the SHA-256 of the stage's code and of each module that it imports from stages/."""
+    return {path: digest(path) for path in code_files(script)}
+
+
+def code_digest(digests: dict[Path, str]) -> str:
+    """Return the one SHA-256 over what `code_digests` found."""
+    parts = [[path.relative_to(STAGES).as_posix(), found] for path, found in digests.items()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def run_otherwise(paths: Iterable[Path]) -> str | None:
+    """Return a sentence about the first of these modules of which this process may run another text than lies there.
+
+    For Python has read them already, some tenths of a second ago. And it takes byte code for that of a module when only
+    the size and the second of the last change are the same.
+    """
+    begun, now = _begun(), time.time_ns()
+    for path in paths:
+        changed, name = path.stat().st_ctime_ns, path.relative_to(STAGES.parent)
+        compiled = Path(importlib.util.cache_from_source(str(path)))
+        if begun < changed < now:  # not one of the future, as another machine may give
+            with contextlib.suppress(OSError):  # of which text it is, nobody knows
+                compiled.unlink()
+            return f"{name} changed while the stage started; nothing was done: run again."
+        if compiled.is_file() and _is_stale(compiled, path):
+            folder = compiled.relative_to(STAGES.parent) if STAGES in compiled.parents else compiled
+            return (
+                f"{name} has another text than the byte code that Python keeps of it, but the same size and time, so "
+                f"the old code would run; remove the byte code (rm -r {folder.parent}) and run again."
+            )
+    return None
+
+
+def _begun() -> int:
+    """Return when this process began, in nanoseconds as `time.time_ns`, at most a hundredth of a second too late."""
+    about = Path("/proc/self/stat")
+    if not about.is_file():
+        return time.time_ns()
+    ticks = int(about.read_bytes().rpartition(b")")[2].split()[19])  # since the machine began; field 22 in proc(5)
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + (ticks + 1) * 10**9 // os.sysconf("SC_CLK_TCK")
+
+
+def _is_stale(compiled: Path, path: Path) -> bool:
+    """Return whether Python would take byte code of another text for that of a module: its header is of PEP 552."""
+    stat = path.stat()
+    if compiled.stat().st_ctime_ns > stat.st_ctime_ns + 10**7:  # made since the last change; a clock's tick apart
+        return False
+    content = compiled.read_bytes()
+    flags, seconds, size = (int.from_bytes(content[place : place + 4], "little") for place in (4, 8, 12))
+    is_named = (seconds, size) == (int(stat.st_mtime) & 0xFFFFFFFF, stat.st_size & 0xFFFFFFFF)
+    if content[:4] != importlib.util.MAGIC_NUMBER or not (is_named if flags == 0 else flags == 1):
+        return False
+    if marshal.loads(content[16:]) != compile(path.read_bytes(), str(path), "exec", dont_inherit=True):  # noqa: S302
+        return True
+    with contextlib.suppress(OSError):
+        os.utime(compiled)  # not to be compared again
+    return False
 
 
 def versions(script: Path) -> dict[str, str]:
