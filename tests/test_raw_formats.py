@@ -759,6 +759,11 @@ def test_a_page_of_which_a_part_is_lost_is_an_error() -> None:
         one, two, three = read(bytes(data), "pdf")
         assert (one.content, two.content, three.content) == ("one", "", "three")
         assert two.error and two.error.startswith("page 2 cannot be read (")
+    page = pypdf.PdfWriter(sink).pages[1]
+    stream = page["/Contents"].get_object()
+    stream._data = stream._data[:-20]
+    page.indirect_reference.pdf.write(cut := io.BytesIO())
+    assert read(cut.getvalue(), "pdf")[1].error == "page 2 cannot be read (error: its content is cut)"
     name, generic = pypdf.generic.NameObject, pypdf.generic
     for key, value in (("/Subtype", "/Type0"), ("/Encoding", "/GBKp-EUC-H"), ("/BaseFont", "/Song")):
         writer.pages[1]["/Resources"]["/Font"]["/F"].get_object()[name(key)] = name(value)
