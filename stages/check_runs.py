@@ -11,7 +11,7 @@ stage has read (a file that came in while the stage ended).
 Example: a text came into data/raw/laws in that moment
 
     clean@laws: DVC takes data/raw/laws/new.txt for what the stage has read, which it has not; run
-    find data/raw/laws -type f -exec touch {} + && rm -rf "$(dvc cache dir)/runs" && dvc repro -s --force clean@laws
+    find -L data/raw/laws -type f -exec touch {} + && rm -rf "$(dvc cache dir)/runs" && dvc repro -s --force clean@laws
     and then again what you wanted to run.
 """
 
@@ -117,7 +117,7 @@ def _doubt(record: Record, before: Seen, known: Seen, now: dict[str, Seen]) -> s
     folders = " ".join(shlex.quote(path) for path in changed if Path(path).exists())
     return taken_for_old(before, found) or (
         f"DVC takes {next(iter(changed.values()))} for what the stage has read, which it has not; run\n"
-        + (f"find {folders} -type f -exec touch {{}} + && " if folders else "")
+        + (f"find -L {folders} -type f -exec touch {{}} + && " if folders else "")
         + f'rm -rf "$(dvc cache dir)/runs" && dvc repro -s --force {record.name}\n'
         "and then again what you wanted to run."
     )
