@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -297,7 +298,9 @@ class Lineage:
                     names[Path(path).name] = None
                 elif whole.startswith(f"{source.raw}/"):
                     names[whole[len(source.raw) + 1 :]] = None
-            yield from ((source, name) for name in names)
+            # An é may be one character or two, by the system that wrote the name and by the keyboard that asks.
+            forms = (normalize(form, name) for name in names for form in ("NFC", "NFD"))
+            yield from ((source, name) for name in dict.fromkeys((*names, *forms)))
 
     def _last_line(self, source: Source, record: Answer) -> int:
         if (

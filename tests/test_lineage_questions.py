@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -816,6 +817,16 @@ def test_commands_print_json_and_tables_and_mistakes_are_one_sentence(trained: L
     assert "\x1b" not in shown
 
 
+def test_a_name_is_found_however_its_accents_are_written() -> None:
+    """macOS writes an e and an accent where most keyboards give one character."""
+    one, two = "data/raw/r\u00e9sum\u00e9.txt", "data/raw/re\u0301sume\u0301.txt"
+    lineage: Any = SimpleNamespace(sources=[SimpleNamespace(raw="data/raw")])
+    for name in (one, two):
+        found = [called for _, called in Lineage._files(lineage, name)]
+        assert found[0] == name
+        assert {one[9:], two[9:]} <= set(found)
+
+
 def test_a_long_table_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Also the tables below its rows: those of rows that are not shown are not, either."""
     row = {"steps": [{"step": 1}]}
@@ -824,6 +835,8 @@ def test_a_long_table_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> 
         printed = capsys.readouterr().out
         assert printed.count("steps of b") == tables.ROWS
         assert (last in printed) and printed.count("more; --json") == lines - 1
+    tables.show({"blocks": [{"block": number} for number in range(tables.ROWS + 9)]}, tables.ROWS + 5)
+    assert "… and 4 more; --json" in capsys.readouterr().out  # of as many as were asked for
 
 
 @pytest.mark.parametrize(
