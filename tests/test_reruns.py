@@ -130,7 +130,7 @@ NEW_ROW = '{"instruction": "Is the Po long?", "input": "", "output": "It is."}\n
 EDITS: list[tuple[str, Edit, set[str]]] = [
     ("all time stamps", touch_everything, set()),
     ("what a kill left", append("data/clean/pretrain/.tmp-tiny_text/documents/data-00000.arrow", "x"), set()),
-    ("byte code", append("stages/kit/__pycache__/stage.cpython-311.pyc", "x"), set()),
+    ("byte code", append("stages/kit/__pycache__/stage.cpython-39.pyc", "x"), set()),
     ("comment in params.yaml", append("params.yaml", "# a comment\n"), set()),
     ("comment in train_loop", comment("stages/train_loop.py"), each("train_model", of=PHASES)),
     ("comment in kit/stage", comment("stages/kit/stage.py"), EVERYTHING),
