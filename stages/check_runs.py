@@ -101,6 +101,9 @@ def _doubt(record: Record, before: Seen, known: Seen, now: dict[str, Seen]) -> s
         found |= now[path]
         if combined({name[len(path) + 1 :]: _sha256(line) for name, line in now[path].items()}) != sha256:
             changed[path] = next((name for name, line in now[path].items() if _is_other(before, name, line)), path)
+    source = params.load()["sources"].get(record.item) if record.stage == "clean" else None
+    if source and (raw := str(Path(source["path"]))) not in record.inputs:
+        changed[raw] = raw  # params.yaml was edited between DVC's reading of it and the stage's
     code = code_digests(record.script)
     for module in code:
         found |= seen_since(module.relative_to(STAGES.parent), known, 1)

@@ -81,8 +81,28 @@ def test_what_came_while_the_stage_ended_is_said(laws: Path, edit: str, what: st
     assert len([path for path in (laws / ".dvc/cache/runs").rglob("*") if path.is_file()]) == 1
 
 
+def test_a_path_that_was_edited_while_dvc_ran_is_said(laws: Path) -> None:
+    """DVC has read params.yaml at its own start, and ties the old path to what the stage reads in the new one."""
+    write(laws / "data/raw/other/a.txt", "text of another")
+    pipeline = (laws / "dvc.yaml").read_text(encoding="utf-8")
+    write(laws / "dvc.yaml", pipeline.replace("exec python stages/clean.py", "sh edit && python stages/clean.py"))
+    write(laws / "edit", "test -e edited || { touch edited; sed -i s#data/raw/laws#data/raw/other# params.yaml; }\n")
+    repro(laws, "clean@laws")
+    assert check(laws) == ("", "")  # the new path DVC has yet to read
+    write(laws / "params.yaml", TEXT)
+    assert "up to date" in dvc(laws, "status", "clean@laws").stdout
+    _, refused = check(laws)
+    assert refused.startswith("clean@laws: DVC takes data/raw/laws for what the stage has read, which it has not; run")
+    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=environment(laws))
+    assert check(laws) == ("", "")
+    assert b"text of a law" in (laws / "data/clean/law/laws/documents/data-00000.arrow").read_bytes()
+
+
 def test_what_dvc_will_run_again_is_no_fault(laws: Path) -> None:
     """A file, a parameter and code that were edited since: DVC sees them, and nothing is refused before it runs."""
+    assert check(laws) == ("", "")
+    write(laws / "params.yaml", TEXT.replace("data/raw/laws", "./data/raw//laws/"))
+    repro(laws, "clean@laws")
     assert check(laws) == ("", "")
     for path, old, new in (
         ("data/raw/laws/a.txt", "law", "jaw of another kind"),
