@@ -701,7 +701,7 @@ class Content:
 
     def read(self, size: int) -> bytes:
         try:
-            data = b"" if self.damaged else self.stream.read(size)
+            data = b"" if self.damaged else bytes(self.stream.read(size))
         except OSError:
             self.damaged, self.stream, rest = True, opened(self.path), bytearray()
             with contextlib.suppress(OSError):
@@ -710,7 +710,7 @@ class Content:
                     rest += byte
             data = bytes(rest)
         self.at += len(data)
-        return bytes(data)
+        return data
 
 
 def check_raw(project: Project, source: Source, report: Report) -> None:
@@ -801,10 +801,8 @@ NAMES = {
     "sharegpt": ("conversations", "system", "tools", "kto_tag"),
     "prompt_completion": ("prompt", "completion", "system", "history", "tools", "label"),
 }
-NEEDED = {
-    "alpaca": 3,
-    "prompt_completion": 2,
-}  # the first of them, else the first one; null in `columns` leaves one out
+# So many of them, from the first on, a row must have, else the first one; null in `columns` leaves one out.
+NEEDED = {"alpaca": 3, "prompt_completion": 2}
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
 
 

@@ -1,7 +1,7 @@
 """Check the whole of params.yaml and what earlier settings left behind, before any stage works.
 
-Reads:  params.yaml, the groups that the other stages declare, config.json of the bases, the names of the folders in
-        data/ and models/
+Reads:  params.yaml, the groups that the other stages declare, config.json of the bases, dvc.lock (which of them will be
+        fetched anew), the names of the folders in data/ and models/
 Writes: nothing; a mistake ends in one sentence
 
 Every stage runs this check first, too. It can only refuse: no value reaches a stage through it. As a command it also

@@ -11,7 +11,7 @@ stage has read (a file that came in while the stage ended).
 Example: a text came into data/raw/laws in that moment
 
     clean@laws: DVC takes data/raw/laws/new.txt for what the stage has read, which it has not; run
-    find -L data/raw/laws -type f -exec touch {} + && rm -rf "$(dvc cache dir)/runs" && dvc repro -s --force clean@laws
+    find -L data/raw/laws ... && cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf clean@laws
     and then again what you wanted to run.
 """
 
@@ -121,7 +121,7 @@ def _doubt(record: Record, before: Seen, known: Seen, now: dict[str, Seen]) -> s
     return taken_for_old(before, found) or (
         f"DVC takes {next(iter(changed.values()))} for what the stage has read, which it has not; run\n"
         + (f"find -L {folders} -type f -exec touch {{}} + && " if folders else "")
-        + f'rm -rf "$(dvc cache dir)/runs" && dvc repro -s --force {record.name}\n'
+        + f'cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf {record.name}\n'
         "and then again what you wanted to run."
     )
 

@@ -111,13 +111,17 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
+def with_notes(folder: Path) -> dict[str, str]:
+    """Return the environment in which DVC's own notes stay beside a folder."""
+    return {**os.environ, "DVC_SITE_CACHE_DIR": str(folder.parent / f"{folder.name}.dvc-notes")}
+
+
 def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run dvc in a folder; stderr stands in stdout, as a terminal shows it. DVC's own notes stay beside the folder."""
-    notes = {"DVC_SITE_CACHE_DIR": str(folder.parent / f"{folder.name}.dvc-notes")}
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
-        env={**os.environ, **notes, **environment},
+        env={**with_notes(folder), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import copy_project, dvc, git, repro, write
+from conftest import copy_project, dvc, git, repro, with_notes, write
 from test_check_params import TEXT
 
 SIGN = "and then again what you wanted to run.\n"
@@ -38,15 +38,10 @@ def check(project: Path) -> tuple[str, str]:
     """Return what the check prints, and what it refuses for."""
     command = [sys.executable, "stages/check_runs.py"]
     finished = subprocess.run(
-        command, cwd=project, capture_output=True, text=True, check=False, env=environment(project)
+        command, cwd=project, capture_output=True, text=True, check=False, env=with_notes(project)
     )
     assert finished.returncode == bool(finished.stderr), finished.stderr
     return finished.stdout, finished.stderr
-
-
-def environment(project: Path) -> dict[str, str]:
-    """Return the environment in which DVC keeps its notes beside the project, as `dvc` of conftest.py does."""
-    return {**os.environ, "DVC_SITE_CACHE_DIR": str(project.parent / f"{project.name}.dvc-notes")}
 
 
 def store(path: Path, text: str) -> None:
@@ -76,7 +71,7 @@ def test_what_came_while_the_stage_ended_is_said(laws: Path, edit: str, what: st
     assert refused.startswith(f"clean@laws: DVC takes {what} for what the stage has read, which it has not; run\n")
     command, end = refused.splitlines()[1:]
     assert end == "and then again what you wanted to run."
-    subprocess.run(command, shell=True, cwd=laws, check=True, env=environment(laws))
+    subprocess.run(command, shell=True, cwd=laws, check=True, env=with_notes(laws))
     assert check(laws) == ("", "")
     assert len([path for path in (laws / ".dvc/cache/runs").rglob("*") if path.is_file()]) == 1
 
@@ -93,7 +88,7 @@ def test_a_path_that_was_edited_while_dvc_ran_is_said(laws: Path) -> None:
     assert "up to date" in dvc(laws, "status", "clean@laws").stdout
     _, refused = check(laws)
     assert refused.startswith("clean@laws: DVC takes data/raw/laws for what the stage has read, which it has not; run")
-    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=environment(laws))
+    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=with_notes(laws))
     assert check(laws) == ("", "")
     assert b"text of a law" in (laws / "data/clean/law/laws/documents/data-00000.arrow").read_bytes()
 
@@ -147,7 +142,7 @@ def test_the_old_text_under_the_time_of_the_new_is_said(laws: Path) -> None:
     store(raw, "text of a jaw")
     _, refused = check(laws)
     assert refused.startswith("clean@laws: DVC takes data/raw/laws for what the stage has read")
-    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=environment(laws))
+    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=with_notes(laws))
     assert check(laws) == ("", "")
     assert b"text of a jaw" in (laws / "data/clean/law/laws/documents/data-00000.arrow").read_bytes()
     raw.write_text("text of a law")
