@@ -83,7 +83,7 @@ class Params(BaseModel):
     )
     bootstrap_samples: int = Field(1000, ge=100, description="draws of documents for each 95 % interval")
     require: list[Annotated[str, AfterValidator(_requirement)]] = Field(
-        [], description="e.g. `bits_per_byte < 3` (of merged) or `change.loss < 0`: else the stage fails"
+        [], description="e.g. `bits_per_byte < 3` (of merged) or `change.bits_per_byte < 0`: else the stage fails"
     )
 
 

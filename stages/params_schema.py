@@ -9,6 +9,7 @@ state of params.yaml and of the code.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 from pathlib import Path, PurePosixPath
@@ -23,9 +24,11 @@ import dedup
 import evaluate_model
 import export_model
 import group_blocks
+import harness
 import import_base
 import import_python_docs
 import merge_lora
+import score_report
 import train_model
 import train_tokenizer
 from chat_templates import TEMPLATES, special_tokens
@@ -131,6 +134,8 @@ def check_references(everything: Everything) -> None:
                     f"params.yaml: phases.{name}.{key} names {benchmark}, but neither {files[0]} nor .txt is there; "
                     "put it there, or remove the name."
                 )
+        if flaw := _unfit_evaluation(phase, sources):
+            raise SystemExit(f"params.yaml: phases.{name}.evaluate_model.{flaw}")
         if name in ("configs", "base", "tokenizers", "exports", "runs"):
             raise SystemExit(
                 f"params.yaml: a phase cannot be called `{name}`: the folder of that name has a use already."
@@ -157,6 +162,27 @@ def check_references(everything: Everything) -> None:
         sources_of = [source for source in everything.sources.values() if source.phase == name]
         if flaw := _unfit_tokenizer(phase, sources_of) or _unfit_template(phase, phases):
             raise SystemExit(f"params.yaml: phases.{name}.train_tokenizer: {flaw}")
+
+
+def _unfit_evaluation(phase: Phase, sources: list[str]) -> str | None:
+    """Return the rest of the sentence about a score or task that there is none of: found out before the training."""
+    asked = phase.evaluate_model
+    kind = phase.train_model.objective
+    known = score_report.possible(kind, sources, asked.general, asked.quantized, asked.lm_eval_tasks)
+    for text in asked.require:
+        name = text.split("<")[0].split(">")[0].strip()
+        if not any(fnmatch.fnmatchcase(name, one) for one in known):
+            near = difflib.get_close_matches(name, known, n=1)
+            rest = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}."
+            return f"require names {name}, which is no score of this phase; {rest}"
+    for task in asked.lm_eval_tasks:
+        files = sorted(harness.FOLDER.rglob("*.yaml"))
+        if not any(task in file.read_text(encoding="utf-8", errors="replace") for file in files):
+            return (
+                f"lm_eval_tasks names {task}, but no .yaml file in {harness.FOLDER} has `task: {task}`; add it, "
+                "or remove the name."
+            )
+    return None
 
 
 def _unfit_tokenizer(phase: Phase, sources: list[Source]) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import baselines
 import text_scores
 from held_out import Document
 from text_scores import Array
@@ -43,7 +44,7 @@ WRITTEN: Measures = {
 }
 WORST = 10  # documents shown of those that stand in the training text
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-REQUIREMENT = re.compile(r"\s*([\w.]+)\s*(<=?|>=?)\s*(-?[\d.]+(?:[eE]-?\d+)?)\s*")
+REQUIREMENT = re.compile(r"\s*([\w.,-]+)\s*(<=?|>=?)\s*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 def scores(sums: Array, measures: Measures) -> dict[str, float]:
@@ -122,7 +123,7 @@ def missed(result: dict[str, Any], require: list[str]) -> str | None:
 
     Raises ValueError when there is no such score.
     """
-    known = {**_numbers(result), **_numbers(result["merged"])}
+    known = {**numbers(result), **numbers(result["merged"])}
     for text in require:
         match = REQUIREMENT.fullmatch(text)
         assert match
@@ -134,12 +135,33 @@ def missed(result: dict[str, Any], require: list[str]) -> str | None:
     return None
 
 
-def _numbers(content: dict[str, Any], before: str = "") -> dict[str, float]:
+def possible(
+    kind: str, sources: list[str], general: list[str], quantized: Sequence[str], tasks: list[str]
+) -> list[str]:
+    """Return the dotted names of all scores that such an evaluation can have, with * for tasks and their measures.
+
+    A source without held-out text, for example, has none in the end: then `missed` says so.
+    """
+    measures = list(MEASURES[kind])
+    of_model = [*measures, "pseudo_perplexity"] if kind == "mlm" else measures
+    names = [*of_model, f"change.{measures[0]}", *(f"{model}.{name}" for model in MODELS for name in of_model)]
+    for group in (*(f"sources.{name}" for name in sources), *(f"general.{name}" for name in general)):
+        names += [f"{group}.{model}" for model in MODELS]
+    names += [f"quantized.{bits}.{name}" for bits in quantized for name in measures]
+    names += ["contamination.share_of_documents", *(f"contamination.clean.{model}" for model in MODELS)]
+    names += [f"tasks.{model}.*" for model in ("base", "merged") if tasks]  # of a group, those of its tasks
+    if kind == "clm":
+        names += [f"scale.{name}" for name in baselines.NAMES]
+        names += [f"generated.{model}.{name}" for model in ("base", "merged") for name in WRITTEN]
+    return names
+
+
+def numbers(content: dict[str, Any], before: str = "") -> dict[str, float]:
     """Return the numbers of nested dicts by dotted name, as `dvc metrics show` does."""
     found: dict[str, float] = {}
     for name, value in content.items():
         if isinstance(value, dict):
-            found |= _numbers(value, f"{before}{name}.")
+            found |= numbers(value, f"{before}{name}.")
         elif isinstance(value, (int, float)):
             found[before + name] = value
     return found

@@ -45,6 +45,32 @@ if TYPE_CHECKING:
     from plan import Plan
 
 
+# What each schedule of transformers takes in lr_scheduler_kwargs; of a second list it needs exactly one.
+SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "cosine": (("num_cycles",), ()),
+    "cosine_with_restarts": (("num_cycles",), ()),
+    "polynomial": (("lr_end", "power"), ()),
+    "constant": ((), ()),
+    "constant_with_warmup": ((), ()),
+    "inverse_sqrt": (("timescale",), ()),
+    "reduce_lr_on_plateau": (
+        ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps"),
+        (),
+    ),
+    "cosine_with_min_lr": (("num_cycles", "min_lr", "min_lr_rate"), ("min_lr", "min_lr_rate")),
+    "cosine_warmup_with_min_lr": (
+        ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+        ("min_lr", "min_lr_rate"),
+    ),
+    "warmup_stable_decay": (
+        ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
+        ("num_decay_steps",),
+    ),
+}
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+
+
 class Params(BaseModel):
     """`phases.PHASE.train_model`: how long, how fast, which weights. Names as in transformers' TrainingArguments."""
 
@@ -112,6 +138,23 @@ class Params(BaseModel):
     )
     lora: Lora | None = Field(None, description="train an adapter; null trains all weights")
     quantization: Quantization | None = Field(None, description="base in 4 or 8 bits; needs `lora`")
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Params:
+        name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        known, needed = SCHEDULES[name]
+        if strangers := sorted(given.keys() - set(known)):
+            raise ValueError(
+                f"lr_scheduler_kwargs names {strangers[0]}, which the schedule {name} does not know; "
+                f"it knows {', '.join(known) or 'none'}"
+            )
+        if needed and len(given.keys() & set(needed)) != 1:
+            one = f"one of {' and '.join(needed)}" if len(needed) > 1 else needed[0]
+            raise ValueError(f"the schedule {name} needs {one} in lr_scheduler_kwargs")
+        if name in WITHOUT_WARMUP and self.warmup_steps:
+            other = ", or take constant_with_warmup" if name == "constant" else ""
+            raise ValueError(f"the schedule {name} has no warm-up; leave warmup_steps out{other}")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 import check_params
 import params_schema
+import score_report
 from conftest import ROOT, Runner, write
 from kit import params
 
@@ -99,6 +100,32 @@ MISTAKES = {
         "eval_fraction: 0.05",
         "seed: 18446744073709551616",
         "line 14: .* input should be less than",
+    ),
+    "a misspelt score": (
+        "max_length: 16",
+        'max_length: 16, require: ["token_accuracy > 0", "chnge.bits_per_byte < 0"]',
+        r"phases\.law\.evaluate_model\.require names chnge\.bits_per_byte, which is no score of this phase; "
+        r"did you mean `change\.bits_per_byte`\?",
+    ),
+    "a score of another objective": (
+        "max_length: 16",
+        "max_length: 16, require: [masked_loss < 3]",
+        "require names masked_loss, which is no score of this phase",
+    ),
+    "a score of another phase's source": (
+        "max_length: 16",
+        "max_length: 16, require: [sources.rules.merged < 3]",
+        r"did you mean `sources\.laws\.merged`\?",
+    ),
+    "no number in a requirement": (
+        "max_length: 16",
+        "max_length: 16, require: [loss < 1.2.3]",
+        "line 19: .*'loss < 1.2.3' is no requirement: write a score",
+    ),
+    "a task that nobody wrote": (
+        "max_length: 16",
+        "max_length: 16, lm_eval_tasks: [quiz]",
+        "lm_eval_tasks names quiz, but no .yaml file in data/benchmarks has `task: quiz`; add it, or remove the name",
     ),
     "a word not in the list": ("format: text", "format: doc", "line 9: .* is 'doc': input should be 'text'"),
     "a misspelt rule": (
@@ -308,6 +335,16 @@ def test_a_mistake_gets_one_sentence_with_its_line(here: Path, case: str) -> Non
 def test_params_in_order_pass(here: Path) -> None:
     assert said(TEXT) is None
     assert said((ROOT / "params.yaml").read_text(encoding="utf-8")) is None
+
+
+def test_what_an_evaluation_will_measure_may_be_required(here: Path) -> None:
+    write(here / "data/benchmarks/novel-1.txt", "Call me Ishmael.\n")
+    write(here / "data/benchmarks/quiz.yaml", "task: quiz\n")
+    names = ["loss", "trained.loss", "change.bits_per_byte", "sources.laws.base", "general.novel-1.merged"]
+    names += ["quantized.nf4.perplexity", "scale.gzip", "tasks.merged.quiz.exact_match,strict-match"]
+    require = [f"{name} >= -1.5e+3" for name in [*names, "generated.merged.chrf", "contamination.clean.merged"]]
+    asked = {"general": ["novel-1"], "quantized": ["nf4"], "lm_eval_tasks": ["quiz"], "require": require}
+    assert said(TEXT.replace("{max_length: 16}", json.dumps({"max_length": 16, **asked}))) is None
 
 
 def test_the_worked_example_of_the_docstring(here: Path) -> None:
@@ -649,3 +686,15 @@ def test_the_settings_in_the_readme_are_in_order() -> None:
         assert set(groups) == {"dedup", "train_tokenizer", "group_blocks"}
         for name, group in groups.items():
             params_schema.Phase.model_fields[name].annotation.model_validate(group)  # type: ignore[union-attr]
+
+
+def test_the_settings_in_the_docs_are_in_order() -> None:
+    """Each line of a phase in docs/evaluation.md is what the stages take, and what it requires is measured."""
+    lines = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").splitlines()
+    groups = [YAML(typ="safe").load(line) for line in lines if re.match("    (dedup|evaluate_model):", line)]
+    assert len(groups) == 3
+    required = []
+    for ((name, group),) in map(dict.items, groups):
+        found = params_schema.Phase.model_fields[name].annotation.model_validate(group)  # type: ignore[union-attr]
+        required += [text.split()[0] for text in getattr(found, "require", [])]
+    assert len(required) == 3 and set(required) <= set(score_report.possible("clm", [], ["NAME"], [], []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
@@ -22,6 +23,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
 import bpe_training
 import loss_head
@@ -37,7 +40,7 @@ from kit import arrow
 from kit.model import IGNORED, Blocks, load_model, max_positions, mean_loss, new_tokens, objective
 from kit.tokenizer import BYTE_TO_UNICODE, Vocabulary
 from test_loss_head import Waits
-from train_model import Params, examples, spelled, total_steps
+from train_model import SCHEDULES, WITHOUT_WARMUP, Params, examples, spelled, total_steps
 
 
 def open_blocks(folder: Path) -> Blocks:
@@ -656,23 +659,49 @@ def test_every_optimizer_of_the_list_takes_a_step(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("reduce_lr_on_plateau", {"patience": 1}),
         ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
         ("warmup_stable_decay", {"num_decay_steps": 2}),
         ("inverse_sqrt", {}),
+        ("reduce_lr_on_plateau", {"patience": 1}),
     ],
 )
 def test_schedules(base: Path, tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
     """warmup_steps below 1 is a share of the steps, as in TrainingArguments."""
-    settings = params(lr_scheduler_type=name, lr_scheduler_kwargs=arguments, warmup_steps=0.5, max_steps=4)
+    warmup = 0 if name in WITHOUT_WARMUP else 0.5
+    settings = params(lr_scheduler_type=name, lr_scheduler_kwargs=arguments, warmup_steps=warmup, max_steps=4)
     _, done = run_training(base, tmp_path / "tokenizer", settings, tmp_path / "run")
     rates = [row["learning_rate"] for row in done.curves["train"]]
-    if name == "reduce_lr_on_plateau":
-        assert rates == [0.01] * 4  # this one knows no warm-up
+    if not warmup:
+        assert rates == [0.01] * 4
     else:
         assert rates[:2] == [0.0, 0.005] and max(rates) == 0.01
     if name == "cosine_with_min_lr":
         assert 0.001 < rates[-1] < 0.01
+
+
+def test_schedules_take_what_transformers_gives_them() -> None:
+    """A misspelt argument is found before the phases that come first are trained, not by a TypeError after them."""
+    assert set(SCHEDULES) == set(typing.get_args(Params.model_fields["lr_scheduler_type"].annotation))
+    settled = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name, (known, needed) in SCHEDULES.items():
+        made = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+        made = torch.optim.lr_scheduler.ReduceLROnPlateau if name == "reduce_lr_on_plateau" else made
+        arguments = inspect.signature(made).parameters
+        assert set(known) == arguments.keys() - settled and set(needed) <= set(known)
+        without = [key for key in arguments if arguments[key].default is inspect.Parameter.empty and key not in settled]
+        assert set(without) <= set(needed)
+    wrong = {
+        "cosine_with_min_lr": [{}, {"min_lr_ratio": 0.1}, {"min_lr": 0.0, "min_lr_rate": 0.1}],
+        "warmup_stable_decay": [{}, {"num_decay_steps": 2, "min_lr_rate": 0.1}],
+        "constant_with_warmup": [{"num_cycles": 1}],
+    }
+    for name, cases in wrong.items():
+        for arguments in cases:
+            with pytest.raises(ValidationError, match=r"the schedule \w+ (needs|does not know)"):
+                params(lr_scheduler_type=name, lr_scheduler_kwargs=arguments)
+    for name in WITHOUT_WARMUP:
+        with pytest.raises(ValidationError, match=f"the schedule {name} has no warm-up; leave warmup_steps out"):
+            params(lr_scheduler_type=name, warmup_steps=2)
 
 
 def test_training_stops_when_the_evaluation_loss_rises(base: Path, tmp_path: Path, capsys: Any) -> None:
