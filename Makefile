@@ -13,6 +13,7 @@ SERVE = HF_HUB_OFFLINE=1 HF_HUB_CACHE=.work/hub transformers serve models/$(PHAS
 .PHONY: repro test test-all check bench setup recipe chat serve serving
 
 repro: setup  ## run every stage that is out of date
+	@test -s .dvc/tmp/rwlock || rm -f .dvc/tmp/rwlock  # left empty by a killed DVC, which no other DVC can read
 	python stages/check_params.py
 	python stages/check_runs.py
 	dvc repro

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 import near_duplicates
 import text_units
-from disk_rows import Rows
+from disk_rows import Rows, Texts
 
 PEER = "rensa==0.5.0"
 try:
@@ -117,15 +117,24 @@ def chinese_runs_quickly(text: str) -> list[str]:
     return [characters[i : i + 5] for i in range(len(characters) - 4)]
 
 
+def spooled(column: pa.ChunkedArray, rows: np.ndarray) -> Texts:
+    """Return the texts of some rows as the stage keeps them."""
+    texts, begin = Texts(None), 0
+    for chunk in column.chunks:
+        texts.append(chunk, rows[(rows >= begin) & (rows < begin + len(chunk))] - begin, begin)
+        begin += len(chunk)
+    return texts
+
+
 def ours(texts: pa.ChunkedArray) -> list[int]:
-    """Return the twin of each document, -1 for those that are kept; signatures on disk, as in the stage."""
+    """Return the twin of each document, -1 for those that are kept; signatures and texts on disk, as in the stage."""
     with tempfile.TemporaryDirectory() as folder:
         signatures = Rows(Path(folder), PARAMS.num_perm, np.uint16)
         for _, units, counts in text_units.pieces(texts):
             signatures.append(near_duplicates.sign(units, counts, PARAMS))
         company = near_duplicates.clusters(signatures, PARAMS, Path(folder))
         twin = np.full(len(texts), -1)
-        twin[company.rows] = near_duplicates.near_twins(signatures, company, PARAMS, texts)[0]
+        twin[company.rows] = near_duplicates.near_twins(signatures, company, PARAMS, spooled(texts, company.rows))[0]
     return twin.tolist()
 
 
@@ -154,7 +163,9 @@ def check(name: str, texts: list[str], source: dict[int, int], column: pa.Chunke
     sets = {row: set(runs(texts[row])) for pair in source.items() for row in pair}
     exact = {row: len(sets[row] & sets[of]) / len(sets[row] | sets[of]) for row, of in source.items()}
     rows = np.array(list(source))
-    computed = near_duplicates.jaccard(column, np.array(list(source.values())), rows, PARAMS)
+    computed = near_duplicates.jaccard(
+        spooled(column, np.arange(len(column))), np.array(list(source.values())), rows, PARAMS
+    )
     assert np.allclose(computed, [exact[row] for row in rows.tolist()], atol=1e-4), "other runs than the peer's"
     (twins, _), (kept, _) = in_a_child(partial(ours, column)), in_a_child(partial(peer, column, runs))
     twin = np.array(twins)

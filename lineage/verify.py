@@ -390,8 +390,8 @@ class Stage(NamedTuple):
 
     @property
     def group(self) -> dict[str, Any]:
-        """The values of its one group of params.yaml."""
-        return next((value or {} for value in self.params.values()), {})
+        """The values of its group of params.yaml; beside it may stand a path."""
+        return next((value for value in self.params.values() if isinstance(value, dict)), {})
 
 
 def read_lock(root: Path) -> dict[str, Stage]:

@@ -43,8 +43,12 @@ class Lora(BaseModel):
     modules_to_save: list[str] | None = Field(
         None, description="layers that are trained and saved whole; with new tokens the embeddings are added"
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="layer name -> another r")
-    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="layer name -> another lora_alpha")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="layer name -> another r; of several that fit the first in the alphabet"
+    )
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="layer name -> another lora_alpha, chosen likewise"
+    )
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, description="learning rate of the second matrix over that of the first (LoRA+), e.g. 16"
     )

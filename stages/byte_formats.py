@@ -244,7 +244,7 @@ def read_csv(source: Any, params: Params, codec: str) -> Iterator[Record]:
 
 
 def read_html(source: BinaryIO, params: Params, codec: str) -> Iterator[Record]:
-    parser = library("selectolax.lexbor", "html", "selectolax").LexborHTMLParser
+    parser = library("selectolax.lexbor", "html").LexborHTMLParser
     yield record_of(source.read(), codec, 0, 1, lambda text, line: _visible(parser(text).root))
 
 

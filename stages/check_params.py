@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import re
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from kit import params
-from kit.digests import WORK
+from kit.digests import LEFT_OUT, WORK
 from kit.stage_code import STAGES
 
 CHECKED = WORK / "checked"  # says which params.yaml was last found in order, and by which code
@@ -76,7 +80,10 @@ def check_leftovers(content: dict[str, Any]) -> None:
 
 
 def check_raw(content: dict[str, Any]) -> None:
-    """Raise SystemExit when raw files are not there and no import writes them: DVC itself would name no source."""
+    """Raise SystemExit when raw files are not there and no import writes them: DVC itself would name no source.
+
+    Also about what lies among them and stops DVC without a word of what and where, or for ever (a pipe).
+    """
     written = {Path("data/raw", f"{name}_{kind}") for name in content["imports"] for kind in ("reference", "qa")}
     for name, source in content["sources"].items():
         path = Path(source["path"])
@@ -84,6 +91,21 @@ def check_raw(content: dict[str, Any]) -> None:
             tracked = any(one.with_name(f"{one.name}.dvc").is_file() for one in (path, *path.parents) if one.name)
             how = "run `dvc pull`" if tracked else "put the files there, correct the path, or remove the source"
             raise SystemExit(f"sources.{name}.path: {path} does not exist; {how}.")
+        if flaw := next(_stops_dvc(path), None):
+            raise SystemExit(f"sources.{name}.path: {flaw}.")
+
+
+def _stops_dvc(path: Path) -> Iterator[str]:
+    """Yield a sentence, without its end, about each thing at a raw path that is no file or has no name in UTF-8."""
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(set(folders) - LEFT_OUT)
+        for name in sorted(names):
+            file = Path(folder, name)
+            if not file.is_file():
+                what = "leads nowhere" if file.is_symlink() else "is a pipe or a device"
+                yield f"{shlex.quote(str(file))} {what}, on which DVC stops; remove it"
+            elif re.search("[\udc80-\udcff]", str(file)):  # how Python writes a byte that is not UTF-8
+                yield f"the name {os.fsencode(file)!r} is not UTF-8, on which DVC stops; rename it"
 
 
 def _is_output(path: Path) -> bool:

@@ -1,12 +1,12 @@
 """Check that what DVC calls up to date is of the files, code and parameters as they are; `make repro` asks it twice.
 
-Reads:  metrics/runs, .work/seen and .work/ran (what each stage read), and of inputs and code what is no longer in the
-        state of then
+Reads:  metrics/runs, .work/seen (what each stage read), and of inputs and code what is no longer in the state of then
 Writes: nothing but new states of files with the old bytes (.work/seen); what is wrong ends in one sentence
 
-DVC looks at inode, size and time of a file, hashes inputs, code and parameters after a stage has ended, and leaves out
-what .dvcignore names. So it can take for old what is new (a text unpacked with a fixed time), or for read what no
-stage has read (a file that came in while the stage ended).
+DVC looks at inode, size and time of a file, hashes inputs, code and parameters after a stage has ended, leaves out what
+.dvcignore names, and takes over what lies there at `dvc commit`. So it can take for old what is new (a text unpacked
+with a fixed time), for read what no stage has read (a file that came in while the stage ended), or for written what no
+stage has written.
 
 Example: a text came into data/raw/laws in that moment
 
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import params
-from kit.digests import RAN, SEEN, Seen, combined, digest, read_note, seen_since, taken_for_old, unseen, write_note
-from kit.stage import RECORDS, changed_params, workers
-from kit.stage_code import STAGES, code_digest, code_digests, versions
+from kit.digests import SEEN, Seen, combined, holds_files, read_note, seen_since, taken_for_old, unseen, write_note
+from kit.stage import PARAMS, RECORDS, param_digests, workers
+from kit.stage_code import STAGES, code_digest, code_digests, version, versions
 
 
 class Record(NamedTuple):
@@ -37,6 +37,8 @@ class Record(NamedTuple):
     stage: str
     item: str
     inputs: dict[str, str]  # SHA-256 by path
+    outputs: dict[str, str]
+    params: dict[str, str]  # SHA-256 of the value by key
     code: list[str]
     versions: list[tuple[str, str, str]]  # name, " ", number
 
@@ -56,11 +58,17 @@ def check_runs() -> None:
     known = {path: line for note in before.values() for path, line in note.items()}
     now: dict[str, Seen] = {}  # by input: one that several stages read is looked at once
     doubts = {record.name: doubt for record in ran if (doubt := _doubt(record, before[record.name], known, now))}
+    # A stage that wrote something else comes before those that have read it: to run them again would mend nothing.
+    written = {record.name: doubt for record in ran if (doubt := _not_written(record, now))}
+    doubts = written | {name: doubt for name, doubt in doubts.items() if name not in written}
     if not doubts:
         return
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, check=False)
-    if status.returncode:  # it will say why to whoever runs it next
-        return
+    if status.returncode:
+        said = status.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise SystemExit(
+            f"{next(iter(doubts))} needs a look at what DVC knows, but `dvc status` fails ({said[0]}); run again."
+        )
     out_of_date = json.loads(status.stdout)
     wrong = {name: doubt for name, doubt in doubts.items() if name not in out_of_date}
     if wrong:
@@ -77,12 +85,15 @@ def records() -> Iterator[Record]:
         stage, _, item = path.stem.partition("@")
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            inputs = {name: sha256 for name, _, sha256 in (line.rpartition(" sha256:") for line in about["inputs"])}
-            outputs = [line.rpartition(" sha256:")[0] for line in about["outputs"]]
-            record = Record(stage, item, inputs, about["code"], [line.partition(" ") for line in about["versions"]])
+            inputs, outputs, keys = (
+                dict(line.rsplit(" sha256:", 1) for line in about[part]) for part in ("inputs", "outputs", "params")
+            )
+            found = [line.partition(" ") for line in about["versions"]]
+            record = Record(stage, item, inputs, outputs, keys, about["code"], found)
         except (ValueError, KeyError):  # in the middle of a merge
             continue
-        if item in items and record.script.is_file() and all(Path(name).exists() for name in (*inputs, *outputs)):
+        names = (*record.inputs, *record.outputs)
+        if item in items and record.script.is_file() and all(holds_files(Path(name)) for name in names):
             yield record
 
 
@@ -101,27 +112,49 @@ def _doubt(record: Record, before: Seen, known: Seen, now: dict[str, Seen]) -> s
         found |= now[path]
         if combined({name[len(path) + 1 :]: _sha256(line) for name, line in now[path].items()}) != sha256:
             changed[path] = next((name for name, line in now[path].items() if _is_other(before, name, line)), path)
-    source = params.load()["sources"].get(record.item) if record.stage == "clean" else None
-    if source and (raw := str(Path(source["path"]))) not in record.inputs:
-        changed[raw] = raw  # params.yaml was edited between DVC's reading of it and the stage's
     code = code_digests(record.script)
     for module in code:
         found |= seen_since(module.relative_to(STAGES.parent), known, 1)
     if [f"sha256:{code_digest(code)}"] != record.code:
         modules = [str(module.relative_to(STAGES.parent)) for module in code]
         changed["stages"] = next((name for name in modules if _is_other(before, name, found[name])), "stages")
-    ran = read_note(RAN / f"{record.name}.json")
-    if ran.get("record") == digest(RECORDS / f"{record.name}.json"):
-        changed |= {key: key for key in changed_params(record.stage, record.item, ran["params"].encode())}
+    for key, sha256 in param_digests(record.stage, record.item, PARAMS.read_bytes()).items():
+        if record.params.get(key) != sha256:
+            changed[key] = f"{key} in params.yaml"
     if not changed:
         if found.items() - before.items():
             write_note(SEEN / f"{record.name}.json", found)  # not to be read again
         return None
     folders = " ".join(shlex.quote(path) for path in changed if Path(path).exists())
-    return taken_for_old(before, found) or (
-        f"DVC takes {next(iter(changed.values()))} for what the stage has read, which it has not; run\n"
-        + (f"find -L {folders} -type f -exec touch {{}} + && " if folders else "")
-        + f'cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf {record.name}\n'
+    touch = f"find -L {folders} -type f -exec touch {{}} + && " if folders else ""
+    first = f"DVC takes {next(iter(changed.values()))} for what the stage has read, which it has not; "
+    return taken_for_old(before, found) or first + _again(touch, record)
+
+
+def _not_written(record: Record, now: dict[str, Seen]) -> str | None:
+    """Return a sentence about an output that another stage reads and that is not what this one wrote.
+
+    By `dvc commit` or a damaged cache; DVC itself sees the output of no other stage.
+    """
+    for output, sha256 in record.outputs.items():
+        for path in (Path(output), *Path(output).parents):
+            if str(path) in now:
+                inside = {
+                    name[len(output) + 1 :]: _sha256(line)
+                    for name, line in now[str(path)].items()
+                    if name.startswith(f"{output}/")
+                }
+                if combined(inside) != sha256:
+                    first = f"DVC takes {output} for what the stage has written, which it has not; "
+                    # What is read-only in its cache DVC believes, and would put it in the place of the new output.
+                    return first + _again('chmod -R u+w "$(dvc cache dir)" && ', record)
+    return None
+
+
+def _again(first: str, record: Record) -> str:
+    """Return the end of a sentence: the command that computes anew, not from DVC's run cache."""
+    return (
+        f'run\n{first}cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf {record.name}\n'
         "and then again what you wanted to run."
     )
 
@@ -139,8 +172,8 @@ def made_otherwise() -> str | None:
     names: list[str] = []
     changes: dict[str, str] = {}
     for record in records():
-        now = versions(record.script)
-        other = {name: number for name, _, number in record.versions if number != now.get(name, number)}
+        now = {name: version(name) or number for name, _, number in record.versions} | versions(record.script)
+        other = {name: number for name, _, number in record.versions if number != now[name]}
         if other:
             names.append(record.name)
             changes |= {name: f"{name} {number}, now {now[name]}" for name, number in other.items()}
@@ -156,6 +189,10 @@ def made_otherwise() -> str | None:
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         raise SystemExit(print(__doc__))
-    check_runs()
+    try:
+        check_runs()
+    except FileNotFoundError as error:
+        gone = f"{error.filename} went away while it was read; let the change finish and run again."
+        raise SystemExit(gone) from None
     if note := made_otherwise():
         print(note)

@@ -137,8 +137,6 @@ class Params(raw_params.Params):
     purpose: str = Field("unknown", description="what the text was collected for")
 
 
-# What decides a text and is no library of every stage: by format, or by rule.
-LIBRARIES = {"pdf": "pypdf", "docx": "python-docx", "html": "selectolax", "language": "py3langid"}
 NOTES = ("license", "owner", "origin", "language", "collected_on", "purpose")  # they change no document
 ABOUT = (*NOTES, "format", "record", "encoding")
 
@@ -152,13 +150,14 @@ class Work(NamedTuple):
     elsewhere: Result | None  # of the same bytes at another place in the file
 
 
-def libraries(params: Params) -> list[str]:
-    """Return the version of each library that only this format and these rules need; `Run.recipe` names the others."""
+def libraries(params: Params) -> dict[str, str]:
+    """Return the version of each library that only this format and these rules need; `Run.versions` has the others."""
     import importlib.metadata  # 17 ms that the start of other stages does not wait for
 
-    needed = {LIBRARIES[name] for name in (params.format, *(rule.rule for rule in params.rules)) if name in LIBRARIES}
-    found = {dist.name: dist.version for name in needed for dist in importlib.metadata.distributions(name=name)}
-    return [f"{name} {version}" for name, version in sorted(found.items())]
+    known = raw_records.LIBRARIES
+    needed = {known[name] for name in (params.format, *(rule.rule for rule in params.rules)) if name in known}
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in sorted(needed)}
+    return {name: dist.version for name, dist in found.items() if dist}  # the first is the one that is imported
 
 
 def documents_schema(params: Params) -> pa.Schema:
@@ -438,6 +437,7 @@ def main(name: str) -> None:
         for rule in params.rules:
             rule.load()
         run.guards[str(list_rules.FOLDER)].check()
+        run.versions |= libraries(params)
         files, ignored = raw_files(root, params, params.ignore)
         lists = run.files[str(list_rules.FOLDER)]
         memo = Memo(
@@ -446,7 +446,6 @@ def main(name: str) -> None:
                 [
                     params.model_dump(exclude=set(NOTES)),
                     [[file, lists[file]] for file in clean_rules.files(params.rules)],
-                    libraries(params),
                 ]
             ),
         )

@@ -99,9 +99,9 @@ class Buckets:
 
 
 class Texts:
-    """The texts of some rows of a column, ascending, in a nameless file in `folder`."""
+    """The texts of some rows of a column, ascending, in a nameless file in `folder` (None: as of Rows)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it lives as long as this)
         self._rows = np.zeros(0, np.int64)
         self._ends = np.zeros(0, np.int64)

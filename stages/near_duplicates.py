@@ -25,12 +25,11 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 import disk_rows
 import text_units
-from text_units import Array, Column, byte_lengths, mix, pieces, runs
+from text_units import Array, Column, mix, pieces, runs
 
 Signatures: TypeAlias = Array | disk_rows.Rows  # uint16 (n, num_perm), in memory or on disk
 
@@ -288,7 +287,7 @@ def near_twins(
     signatures: Signatures,
     company: Company,
     params: Params,
-    texts: Column | disk_rows.Texts | None = None,
+    texts: disk_rows.Texts,
     gone: Array | None = None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Return the kept document that each one of `company` duplicates, int32 (c,), its similarity, float32; else -1, 0.
@@ -297,13 +296,9 @@ def near_twins(
     none that is kept before it: every document that goes has a near twin that stays, not one at the far end of a chain.
     Those that are `gone`, bool (c,), are kept by nobody and no one's twin.
 
-    `texts`: those of the signatures, of `company` alone at least; needed when params.exact. Similarities are estimates,
-    but exact where the estimate lies within the `doubt` of the threshold.
+    `texts`: those of `company`, when params.exact. Similarities are estimates, but exact where the estimate lies within
+    the `doubt` of the threshold.
     """
-    if params.exact and texts is None:
-        raise ValueError(
-            "near_twins needs the texts to settle what the signatures leave in doubt; or set exact: false."
-        )
     rows = company.rows
     twin, similarity = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
 
@@ -322,24 +317,21 @@ def near_twins(
     return twin, similarity
 
 
-def jaccard(
-    texts: Column | disk_rows.Texts | None, left: Array, right: Array, params: Params
-) -> npt.NDArray[np.float64]:
+def jaccard(texts: disk_rows.Texts, left: Array, right: Array, params: Params) -> npt.NDArray[np.float64]:
     """Return the Jaccard similarity of the texts in rows left[i] and right[i], (len(left),); 0 for two empty sets.
 
     Exact but for runs that share a hash of 32 bits: of a million different ones, about 100 do.
     """
     if len(left) == 0:
         return np.zeros(0)
-    assert texts is not None
     result = np.zeros(len(left))
-    work = np.cumsum(_sizes(texts, left) + _sizes(texts, right))
+    work = np.cumsum(texts.sizes(left) + texts.sizes(right))
     window = text_units.WINDOW
     for part in np.split(np.arange(len(left)), np.searchsorted(work, np.arange(window, work[-1:].sum(), window))):
         if len(part) == 0:
             continue
         rows, place = np.unique(np.append(left[part], right[part]), return_inverse=True)
-        found = [runs(units, counts, params.ngram) for _, units, counts in pieces(_take(texts, rows))]
+        found = [runs(units, counts, params.ngram) for _, units, counts in pieces(texts.take(rows))]
         hashes, counts = (np.concatenate([piece[i] for piece in found]) for i in (0, 1))
         size = counts[place]  # of the left documents, then of the right ones
         first = (np.cumsum(counts) - counts)[place] - (np.cumsum(size) - size)
@@ -357,22 +349,3 @@ def _distinct(values: Array) -> Array:
     """Return the different values, sorted; a tenth of the time of np.unique, which in numpy 2.4 builds a hash table."""
     values = np.sort(values)
     return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
-
-
-def _sizes(texts: Column | disk_rows.Texts, rows: Array) -> Array:
-    """Return the UTF-8 bytes of the texts in these rows."""
-    if isinstance(texts, disk_rows.Texts):
-        return texts.sizes(rows)
-    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
-    return np.concatenate([byte_lengths(chunk) for chunk in chunks], dtype=np.int64)[rows]
-
-
-def _take(texts: Column | disk_rows.Texts, rows: Array) -> pa.Array:
-    """Return the texts in these rows, ascending. (`take` of a chunked array would first join all its chunks.)"""
-    if isinstance(texts, disk_rows.Texts):
-        return texts.take(rows)
-    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
-    cuts = np.cumsum([0, *map(len, chunks)])
-    ends = np.searchsorted(rows, cuts)
-    hit = np.flatnonzero(np.diff(ends))
-    return pa.concat_arrays([chunks[i].take(pa.array(rows[ends[i] : ends[i + 1]] - cuts[i])) for i in hit])

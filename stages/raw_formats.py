@@ -94,7 +94,7 @@ def _filled(record: Record, pattern: re.Pattern[str], fill: dict[str, str]) -> R
     return record._replace(content=content, filled=tuple(names))
 
 
-def _tiled(path: Path, params: Params, part: Part | None = None) -> Iterator[Record]:
+def _tiled(path: Path, params: Params, part: Part | None) -> Iterator[Record]:
     """Yield the records of a format with byte places; the last one takes the blame for a damaged compression."""
     with Decompressed(path, part) as raw, io.BufferedReader(raw, BLOCK_BYTES) as source:
         codec: str = params.encoding

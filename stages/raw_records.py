@@ -27,6 +27,8 @@ class Message(TypedDict):
 
 Content = str | list[Message]
 Parse = Callable[[str, int], Content]  # of a decoded record and its line; raises ValueError with the whole sentence
+# The package that reads a format, or judges by a rule: no library of every stage, so `clean` notes its version.
+LIBRARIES = {"pdf": "pypdf", "docx": "python-docx", "html": "selectolax", "language": "py3langid"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
 RAISED = str.maketrans("0123456789+-\u2212()", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾")
@@ -192,7 +194,9 @@ def sentence(error: object) -> str:
     return " ".join(str(error).split())[:300].encode("utf-8", "backslashreplace").decode()
 
 
-def library(module: str, name: str, package: str) -> Any:
+def library(module: str, name: str) -> Any:
+    """Return the module with which a format is read; raise SystemExit naming its package when it is not installed."""
+    package = LIBRARIES[name]
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -44,7 +44,7 @@ WRITTEN: Measures = {
 }
 WORST = 10  # documents shown of those that stand in the training text
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-REQUIREMENT = re.compile(r"\s*([\w.,-]+)\s*(<=?|>=?)\s*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
+REQUIREMENT = re.compile(r"\s*([^\s<>=]+)\s*(<=?|>=?)\s*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 def scores(sums: Array, measures: Measures) -> dict[str, float]:

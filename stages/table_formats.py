@@ -27,6 +27,11 @@ SYMBOL |= dict(zip(range(0x41, 0x5B), "ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤ�
 SYMBOL |= dict(zip(range(0x61, 0x7B), "αβχδεφγηιϕκλμνοπθρστυϖωξψζ", strict=True))
 SYMBOL |= {0x2B: "+", 0x2D: "−", 0xA3: "≤", 0xA5: "∞", 0xB0: "°", 0xB1: "±", 0xB3: "≥", 0xB4: "×", 0xB7: "•", 0xB8: "÷"}
 SYMBOL |= {0xAB: "↔", 0xAC: "←", 0xAD: "↑", 0xAE: "→", 0xAF: "↓", 0xB9: "≠", 0xBA: "≡", 0xBB: "≈", 0xBC: "…", 0xD6: "√"}
+IDENTITY = ("/Identity-H", "/Identity-V")  # codes are numbers of glyphs: only ToUnicode knows more
+# Of what pypdf warns of: its modules that pass over a part, what these do mend, and what is not where it should be.
+LOSSES = ("pypdf.filters", "pypdf._page", "pypdf._utils", "pypdf.generic._data_structures")
+MENDED = ("Multiple definitions", "Stream length not defined")
+ABSENT = ("not defined.", "skipping the entry.")
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # pyarrow, datasets and arrow-rs all close a stream with it
 
 
@@ -102,25 +107,34 @@ def _value(row: pa.RecordBatch) -> Any:
 
 def read_pdf(path: Path, params: Params) -> Iterator[Record]:
     """One record for each page; a page without text, e.g. a scanned one, is blank."""
-    pypdf = library("pypdf", "pdf", "pypdf")
+    pypdf = library("pypdf", "pdf")
     said = _Errors()  # pypdf warns of every flaw that it can mend, and only says what it cannot
     with seekable(path) as file, said:
         reader = foreign(pypdf.PdfReader, file)
         if reader.is_encrypted and not reader.decrypt(""):
             raise ValueError("it opens with a password only; save a copy without one")
-        for number in range(1, foreign(lambda: len(reader.pages)) + 1):
+        sound = set[int]()
+        pages = foreign(lambda: len(reader.pages))
+        declared = foreign(lambda: int(reader.root_object["/Pages"].get("/Count", 0)))
+        if declared != pages or not pages:
+            said.found.insert(0, f"of {declared} pages {pages} can be found")
+        lost = said.found[:1]
+        for number in range(1, pages + 1):
             try:
                 said.found.clear()
-                text = string_of(foreign(lambda at: _page_text(reader.pages[at]), number - 1), "its text")
+                text = foreign(lambda at: _page_text(reader.pages[at], sound, said.found), number - 1)
+                text = string_of(text, "its text")
                 if said.found:
                     raise ValueError(said.found[0])
                 yield Record(None, None, number, text.encode(), text, None)
             except ValueError as error:
                 yield Record(None, None, number, b"", "", sentence(f"page {number} cannot be read ({error})"))
+        if lost:
+            raise ValueError(lost[0])
 
 
 class _Errors(logging.Handler):
-    """Collects what pypdf logs as an error, e.g. an encoding that it takes for another one."""
+    """Collects what pypdf logs of text that it passes over, or of an encoding that it takes for another one."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -128,8 +142,10 @@ class _Errors(logging.Handler):
         self.logger = logging.getLogger("pypdf")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR or record.name == "pypdf.filters":  # bytes that it had to pass over
-            self.found.append(record.getMessage())
+        text = record.getMessage()
+        is_loss = (record.name in LOSSES and not text.startswith(MENDED)) or text.endswith(ABSENT)
+        if is_loss or record.levelno >= logging.ERROR:
+            self.found.append(text)
 
     def __enter__(self) -> None:
         self.logger.setLevel(logging.WARNING)
@@ -140,19 +156,49 @@ class _Errors(logging.Handler):
         self.logger.removeHandler(self)
 
 
-def _page_text(page: Any) -> str:
-    """Return the text of a page; raise zlib.error for damaged content, of which pypdf takes what is left."""
-    contents = page.get("/Contents")
-    contents = contents.get_object() if contents is not None else []
-    for stream in contents if isinstance(contents, list) else [contents]:
-        stream = stream.get_object()
-        filters = stream.get("/Filter") if hasattr(stream, "get") else None
-        if filters == "/FlateDecode" or (isinstance(filters, list) and filters[:1] == ["/FlateDecode"]):
+def _page_text(page: Any, sound: set[int], flaws: list[str]) -> str:
+    """Return the text of a page and add what is wrong with it to `flaws`, for example that glyph numbers are no text.
+
+    `sound`: streams that pages before it share and that need no second look. Raises zlib.error for damaged content, of
+    which pypdf takes what is left.
+    """
+    for stream in _streams(page):
+        filters = stream.get("/Filter")
+        is_deflated = filters == "/FlateDecode" or (isinstance(filters, list) and filters[:1] == ["/FlateDecode"])
+        if is_deflated and id(stream) not in sound:
             inflate = zlib.decompressobj()
             inflate.decompress(stream._data)
             if not inflate.eof:
                 raise zlib.error("its content is cut")
-    return str(page.extract_text())
+            sound.add(id(stream))
+
+    def drawn(text: str, _transform: Any, _matrix: Any, font: Any, _size: float) -> None:
+        if font and text.strip() and "/ToUnicode" not in font and font.get("/Encoding") in IDENTITY:
+            flaws.append(
+                f"its font {str(font.get('/BaseFont'))[1:]} does not say which characters its glyphs are; OCR would"
+            )
+
+    return str(page.extract_text(visitor_text=drawn))
+
+
+def _streams(page: Any) -> Iterator[Any]:
+    """Yield the streams that can hold text of a page: its own, and the forms that it names, one inside another."""
+    contents = page.get("/Contents")
+    contents = contents.get_object() if contents is not None else None
+    for part in contents if isinstance(contents, list) else [contents]:
+        stream = part.get_object() if part is not None else None
+        if hasattr(stream, "_data"):
+            yield stream
+    waiting, known = [page.get("/Resources")], set[int]()
+    while waiting:
+        resources = waiting.pop()
+        forms = resources.get_object().get("/XObject") if resources is not None else None
+        for value in forms.get_object().values() if forms is not None else ():
+            form = value.get_object()
+            if form.get("/Subtype") == "/Form" and id(form) not in known:
+                known.add(id(form))
+                waiting.append(form.get("/Resources"))
+                yield form
 
 
 def read_docx(path: Path, params: Params) -> Iterator[Record]:
@@ -161,7 +207,7 @@ def read_docx(path: Path, params: Params) -> Iterator[Record]:
     A table counts as one paragraph. Text boxes belong to the paragraph that holds them; tracked changes count as made.
     Headers, footers, footnotes and comments are not read.
     """
-    docx = library("docx", "docx", "python-docx")
+    docx = library("docx", "docx")
     outermost = "[not(ancestor::w:p) and not(ancestor::w:tbl)]"
     with seekable(path) as file:
         blocks = f".//w:p{outermost} | .//w:tbl{outermost} | .//w:altChunk"

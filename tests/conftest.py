@@ -292,7 +292,7 @@ def place(tmp_path: Path) -> Path:
     """A folder with a small real stage, `shout`, what it needs of kit/, and an input."""
     root = tmp_path / "place"
     (root / "stages/kit").mkdir(parents=True)
-    for name in ("digests", "stage", "stage_code"):
+    for name in ("digests", "params", "stage", "stage_code"):
         shutil.copyfile(ROOT / f"stages/kit/{name}.py", root / f"stages/kit/{name}.py")
     write(root / "stages/check_params.py", "def check() -> None: ...\n")
     write(root / "input/a.txt", "hi")

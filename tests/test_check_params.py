@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ from ruamel.yaml import YAML
 import check_params
 import params_schema
 import score_report
+import train_model
 from conftest import ROOT, Runner, write
 from kit import params
 
@@ -352,6 +354,23 @@ def test_the_worked_example_of_the_docstring(here: Path) -> None:
     assert said(text) == "params.yaml line 12: unknown key `soruces`; did you mean `sources`?"
 
 
+def test_the_order_of_keys_decides_nothing(here: Path) -> None:
+    """DVC calls a stage up to date whose keys have another order; peft takes the first pattern that fits."""
+    lora = "lora: {target_modules: [q_proj], rank_pattern: {%s}}"
+    found = []
+    for patterns in ("q_proj: 4, 0.q_proj: 2", "0.q_proj: 2, q_proj: 4"):
+        text = TEXT.replace("learning_rate: 1e-3", f"learning_rate: 1e-3, {lora % patterns}")
+        assert said(text) is None
+        trained = params.read_params("phases.law.train_model", train_model.Params)
+        assert trained.lora
+        found.append(list(trained.lora.arguments()["rank_pattern"].items()))
+    assert found == [[("0.q_proj", 2), ("q_proj", 4)]] * 2
+    mixed = {"b": [{"z": 1, "y": 2}], 10: 0, 9: 0, "a": {"d": 1, "c": {"f": 0, "e": 0}}}
+    assert json.dumps(params._by_name(mixed)) == (
+        '{"9": 0, "10": 0, "a": {"c": {"e": 0, "f": 0}, "d": 1}, "b": [{"y": 2, "z": 1}]}'
+    )
+
+
 def test_a_number_is_read_as_dvc_reads_it(here: Path) -> None:
     """YAML 1.2: 1e-3 is a number, `no` is text, and 010 is ten. What is used is what stands there: no 1e3 for 1000."""
     assert said(TEXT.replace("license: CC0-1.0", "license: no")) is None
@@ -524,6 +543,23 @@ def test_raw_files_that_are_not_there_are_said(project: Path, run_stage: Runner)
     assert "data/raw/laws does not exist; run `dvc pull`." in run_stage(project, "check_params").stderr
     write(project / "data/raw/laws/a.txt", "text")
     assert run_stage(project, "check_params").returncode == 0
+    (project / "data/raw/laws/.git").mkdir()
+    (project / "data/raw/laws/.git/lock").symlink_to("gone")  # DVC does not look there
+    (project / "data/raw/laws/deep").mkdir()
+    (project / "data/raw/laws/deep/link.txt").symlink_to("../a.txt")
+    assert run_stage(project, "check_params").returncode == 0
+    strange: dict[str, tuple[Callable[[Path], Any], str]] = {
+        "deep/.#a b": (
+            lambda path: path.symlink_to("me@host"),
+            "'data/raw/laws/deep/.#a b' leads nowhere, on which DVC",
+        ),
+        "pipe": (os.mkfifo, "data/raw/laws/pipe is a pipe or a device, on which DVC stops; remove it."),
+        "\udcff.txt": (Path.touch, r"the name b'data/raw/laws/\xff.txt' is not UTF-8, on which DVC stops; rename it."),
+    }
+    for name, (make, sentence) in strange.items():
+        make(place := project / "data/raw/laws" / name)
+        assert f"sources.laws.path: {sentence}" in run_stage(project, "check_params").stderr
+        place.unlink()
     for path, status in (("docs_qa", 0), ("docs_reference/modules", 0), ("docs_more", 1)):
         imported = TEXT.replace("imports: {}", "imports: {docs: {questions_per_entry: 1}}").replace(
             "data/raw/laws", f"data/raw/{path}"

@@ -85,12 +85,45 @@ def test_a_path_that_was_edited_while_dvc_ran_is_said(laws: Path) -> None:
     repro(laws, "clean@laws")
     assert check(laws) == ("", "")  # the new path DVC has yet to read
     write(laws / "params.yaml", TEXT)
-    assert "up to date" in dvc(laws, "status", "clean@laws").stdout
-    _, refused = check(laws)
-    assert refused.startswith("clean@laws: DVC takes data/raw/laws for what the stage has read, which it has not; run")
-    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=with_notes(laws))
+    assert "sources.laws.path" in dvc(laws, "status", "clean@laws").stdout
+    repro(laws, "clean@laws")
     assert check(laws) == ("", "")
     assert b"text of a law" in (laws / "data/clean/law/laws/documents/data-00000.arrow").read_bytes()
+
+
+def test_what_was_committed_and_never_written_is_said(laws: Path) -> None:
+    """`dvc commit -f` takes over what lies there, under other parameters, or another output; .work may be deleted."""
+    documents = laws / "data/clean/law/laws/documents/data-00000.arrow"
+    ruled = TEXT.replace("license:", "rules: [nfc, {rule: length, min_chars: 3}]\n      license:")
+    write(laws / "params.yaml", ruled)
+    dvc(laws, "commit", "-f", "clean@laws")
+    shutil.rmtree(laws / ".work")
+    _, refused = check(laws)
+    assert refused.startswith(
+        "clean@laws: DVC takes sources.laws.clean in params.yaml for what the stage has read, which"
+    )
+    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=with_notes(laws))
+    write(laws / "data/raw/laws/b.txt", "text of another")
+    repro(laws, "dedup@law")
+    assert check(laws) == ("", "")
+    documents.write_bytes(documents.read_bytes().replace(b"text of a law", b"text of a jaw"))
+    dvc(laws, "commit", "-f", "clean@laws", "dedup@law")
+    _, refused = check(laws)
+    assert refused.startswith(
+        "clean@laws (and 1 more stages): DVC takes data/clean/law/laws for what the stage has written, which it has not"
+    )
+    subprocess.run(refused.splitlines()[1], shell=True, cwd=laws, check=True, env=with_notes(laws))
+    repro(laws, "dedup@law")
+    assert check(laws) == ("", "")
+    assert b"text of a law" in documents.read_bytes()
+
+
+def test_what_a_failed_stage_leaves_is_no_fault(laws: Path) -> None:
+    """DVC removes the outputs before it starts a stage: the folder above them is empty."""
+    write(laws / "data/raw/laws/b.txt", "text of another")
+    repro(laws, "dedup@law")
+    shutil.rmtree(laws / "data/clean/law/laws")
+    assert check(laws) == ("", "")
 
 
 def test_what_dvc_will_run_again_is_no_fault(laws: Path) -> None:
@@ -108,7 +141,10 @@ def test_what_dvc_will_run_again_is_no_fault(laws: Path) -> None:
         write(file, file.read_text(encoding="utf-8").replace(old, new))
         assert check(laws) == ("", "")
     write(laws / "dvc.yaml", "stages: {")
-    assert check(laws) == ("", "")  # DVC says what is wrong with it, to whoever runs it
+    _, refused = check(laws)
+    assert re.match(
+        r"clean@laws needs a look at what DVC knows, but `dvc status` fails \(.*dvc.yaml.*\); run again", refused
+    )
 
 
 @pytest.mark.parametrize("path", ["data/raw/laws/a.txt", "stages/clean_rules.py"])
@@ -192,6 +228,8 @@ def test_other_versions_are_said(laws: Path) -> None:
     record = laws / "metrics/runs/clean@laws.json"
     write(record, re.sub(r"pyarrow [\d.]+", "pyarrow 1.2", record.read_text(encoding="utf-8")))
     assert re.match(r"clean@laws ran with other versions \(pyarrow 1\.2, now \d.*--force", check(laws)[0])
+    write(record, re.sub(r'"pyarrow [\d.]+"', '"pytest 1.2"', record.read_text(encoding="utf-8")))
+    assert "(pytest 1.2, now " in check(laws)[0]  # as of the library of a format, which no import names
     record.rename(gone := record.with_name("clean@gone.json"))
     assert check(laws) == ("", "")  # no source of params.yaml any more
     gone.rename(record)

@@ -854,6 +854,8 @@ def test_another_version_of_a_reader_leaves_nothing_remembered(
     write_sources(project, s=group)
     assert build(project)[2] == 1
     assert build(project)[2] == 0
+    record = arrow.read_json(project / "metrics/runs/clean@s.json")
+    assert library in [one.partition(" ")[0] for one in record["versions"]]
     distribution = types.SimpleNamespace(name=library, version="99")
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [distribution])
     assert build(project)[2] == 1
@@ -864,7 +866,7 @@ def test_each_format_that_needs_a_library_names_it_in_the_key(monkeypatch: pytes
     named = [types.SimpleNamespace(name=name, version="9") for name in ("pypdf", "python-docx", "selectolax")]
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [one for one in named if one.name == name])
     given = [Params.model_validate({"format": name, "license": "unknown"}) for name in ("pdf", "docx", "html", "jsonl")]
-    assert [clean.libraries(one) for one in given] == [["pypdf 9"], ["python-docx 9"], ["selectolax 9"], []]
+    assert [clean.libraries(one) for one in given] == [{"pypdf": "9"}, {"python-docx": "9"}, {"selectolax": "9"}, {}]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import doctest
 import importlib.util
 import os
 import subprocess
@@ -56,10 +55,6 @@ def test_a_step_has_the_same_blocks_for_any_number_of_processes(rows: int, world
             batches[world * batch + rank] for rank in range(world) for batch in range(step * count, (step + 1) * count)
         ]
         assert sorted(block for batch in fed for block in batch) == list(range(step * size, (step + 1) * size))
-
-
-def test_the_example() -> None:
-    assert doctest.testmod(distributed).failed == 0
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -114,9 +114,12 @@ def test_requirements() -> None:
     assert missed(result, ["bits_per_byte < 1.1", "change.bits_per_byte< -0.5", "general.novel.merged <= 1.8"]) is None
     assert missed(result, ["loss <= 3.0", "token_accuracy>=0.35", "scale.gzip > 2e0"]) is None
     assert missed(result, ["loss < 4", "loss < 3"]) == "loss is 3.0000 but evaluate_model.require wants `loss < 3`"
+    tasks = {"merged": {"quiz-2": {"exact_match,strict-match": 0.4}}}  # names of files and of the harness
+    wanted = Params(max_length=8, require=["tasks.merged.quiz-2.exact_match,strict-match >= 0.4"]).require
+    assert missed({**result, "tasks": tasks}, wanted) is None
     with pytest.raises(ValueError, match=r"names bits_per_bite, which is no score; there are base\.bits_per_byte"):
         missed(result, ["bits_per_bite < 3"])
-    for text in ("bits_per_byte 3", "bits_per_byte == 3", "bits_per_byte < low", "< 3"):
+    for text in ("bits_per_byte 3", "bits_per_byte == 3", "bits_per_byte < low", "bits_per_byte < 1.2.3", "< 3"):
         with pytest.raises(ValidationError, match="is no requirement: write a score"):
             Params(max_length=8, require=[text])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 from typing import Any
 from unittest import mock
 
@@ -216,7 +215,6 @@ def test_evaluation_needs_no_gradient() -> None:
 
 
 def test_places_are_those_that_predict_a_label() -> None:
-    assert doctest.testmod(loss_head).failed == 0
     labels = batch()["labels"]
     places = loss_head.learned(labels.numpy(), shift=True)
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)

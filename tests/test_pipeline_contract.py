@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
 import functools
 import importlib
 import importlib.metadata
@@ -38,13 +39,30 @@ TEXT = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["s
 NAMES = sorted(TEXT)
 SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
 KIT = sorted(path.stem for path in (STAGES / "kit").glob("*.py"))
-KIT_IMPORTS = {"stage": {"digests", "stage_code"}, "stage_code": {"digests"}}  # within kit/; all others import none
+KIT_IMPORTS = {
+    "stage": {"digests", "params", "stage_code"},
+    "stage_code": {"digests"},
+}  # within kit/; all others import none
 SIBLINGS = sorted(set(SCRIPTS) - set(NAMES))  # parts of stages, e.g. train_loop of train_model
+EXAMPLES = [
+    path for path in sorted([*STAGES.rglob("*.py"), *(ROOT / "lineage").glob("*.py")]) if ">>> " in path.read_text()
+]
 UNCACHED_OUTS = {"describe_model"}  # small text that belongs to Git
 DATA_STAGES = ["clean", "dedup", "train_tokenizer", "add_bos_eos", "tokenize_text", "group_blocks"]
 HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "accelerate", "bitsandbytes"}
 LATE = {  # imported inside a `main`
     "adapters", "document_masks", "kit.model", "loss_head", "merge_weights", "optimizers", "plan", "train_loop",
+}  # fmt: skip
+LIGHT = {"numpy", "pyarrow", "pydantic", "pydantic_core", "ruamel", "tokenizers"}  # all others are imported when needed
+# What is no input, and the modules that may ask for it: for processes, encoders, temporary names, logs; never for a
+# result, for neither DVC nor .memo/ would know.
+OUTSIDE = {
+    "environ", "getenv", "time", "time_ns", "monotonic", "perf_counter", "now", "today", "utcnow", "getpid", "urandom",
+    "uuid1", "uuid4", "gethostname", "cpu_count", "hash",
+}  # fmt: skip
+ASKERS = {
+    "distributed", "fast_encoder", "train_loop", "kit/digests", "kit/memo", "kit/model", "kit/params", "kit/stage",
+    "kit/stage_code", "kit/start",
 }  # fmt: skip
 DYNAMIC = {"import_module", "__import__", "exec", "run_path", "run_module"}
 START_SECONDS = 0.6  # of CPU; the budget is 0.35 s of wall time on a quiet machine, which `make bench` measures
@@ -301,13 +319,22 @@ def test_params_are_the_keys_that_are_read(name: str, items: list[Item]) -> None
             assert one.keys == {key.replace("${key}", one.item) for key in groups}
 
 
+def test_params_of_a_stage_are_read_as_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run record names the value of each, without parsing dvc.yaml."""
+    monkeypatch.chdir(ROOT)
+    for name, text in TEXT.items():
+        assert stage.declared_params(name) == text.get("do", text).get("params", []), name
+    assert stage.declared_params("no_such_stage") == []
+
+
 def test_params_are_read_in_one_way() -> None:
     """Only kit/params.py and the check of the whole file take values from params.yaml: DVC would not know of others.
 
-    kit/stage.py compares the file with itself.
+    kit/stage.py and check_runs.py compare the file with itself.
     """
     for module in sorted(
-        {*SCRIPTS, *(f"kit/{name}" for name in KIT)} - {"check_params", "params_schema", "kit/params", "kit/stage"}
+        {*SCRIPTS, *(f"kit/{name}" for name in KIT)}
+        - {"check_params", "check_runs", "params_schema", "kit/params", "kit/stage"}
     ):
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.ImportFrom) and node.module == "kit.params":
@@ -315,6 +342,16 @@ def test_params_are_read_in_one_way() -> None:
                 assert {alias.name for alias in node.names} <= allowed, f"stages/{module}.py, line {node.lineno}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("open", "Path"):
                 assert not any("params.yaml" in ast.unparse(argument) for argument in node.args), module
+
+
+@pytest.mark.parametrize("module", sorted({*SCRIPTS, *(f"kit/{name}" for name in KIT)} - ASKERS))
+def test_nothing_but_inputs_is_asked_for(module: str) -> None:
+    """No environment, clock, machine or hash of Python's, which is another in each process."""
+    for node in ast.walk(tree(module)):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        names |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        names |= {_called(node)} if isinstance(node, ast.Call) else set()
+        assert not names & OUTSIDE, f"stages/{module}.py, line {getattr(node, 'lineno', 0)}: {names & OUTSIDE}"
 
 
 def test_paths_are_those_read_and_written(items: list[Item], observed: dict[tuple[str, str], Observed]) -> None:
@@ -395,6 +432,16 @@ def test_names_shadow_no_module() -> None:
     assert not ours & taken
 
 
+@pytest.mark.parametrize("module", sorted({*SCRIPTS, *(f"kit/{name}" for name in KIT)} - {"kit/model", *LATE}))
+def test_the_top_of_a_module_imports_what_every_install_has(module: str) -> None:
+    """Neither an extra, which may not be installed, nor what each start would wait for."""
+    for node in tree(module).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        others = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, *SCRIPTS, "kit"}
+        assert others <= LIGHT, f"stages/{module}.py, line {node.lineno}: {others - LIGHT}"
+
+
 def test_data_stages_import_nothing_heavy() -> None:
     """Importing any module of stages/ but those of LATE loads no torch, transformers, datasets, pandas.
 
@@ -436,6 +483,13 @@ def test_data_stage_starts_quickly(name: str, root: Path) -> None:
         if seconds[-1] < START_SECONDS:
             return
     pytest.fail(f"{name} took {min(seconds):.2f} s to start")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings_are_true(path: Path) -> None:
+    """What stands behind >>> gives what stands below it."""
+    module = path.relative_to(STAGES if STAGES in path.parents else ROOT).with_suffix("")
+    assert doctest.testmod(importlib.import_module(".".join(module.parts))).failed == 0
 
 
 def test_every_parameter_is_described() -> None:

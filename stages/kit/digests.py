@@ -112,6 +112,12 @@ def _all_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if not _ignored(path.relative_to(folder)))
 
 
+def holds_files(path: Path) -> bool:
+    """Return whether a file is there, or a folder with at least one that `digest` reads."""
+    inside = (one for one in path.rglob("*") if one.is_file() and not _ignored(one.relative_to(path)))
+    return path.is_file() or next(inside, None) is not None
+
+
 def _ignored(path: Path) -> bool:
     return any(part in LEFT_OUT or part.startswith(".tmp-") for part in path.parts)
 
@@ -148,7 +154,7 @@ def unseen(root: str, names: Iterable[str]) -> str | None:
     )
 
 
-SEEN, RAN = WORK / "seen", WORK / "ran"  # what a stage last read; params.yaml and the record of when it last ended
+SEEN = WORK / "seen"  # what a stage last read
 # Of a file as a stage last read it: "inode size mtime ctime SHA-256", in one text, for there may be many files.
 Seen = dict[str, str]
 
