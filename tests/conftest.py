@@ -227,6 +227,26 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "project", folder / "a/twin"
 
 
+# Writes the files of the current folder that a stage opens, and its workers, into OPENED/STAGE@ITEM; pyarrow's own are
+# not heard.
+LISTENER = """
+import os, sys
+script, *item = sys.orig_argv[1:3] or [""]
+if script.startswith("stages/"):
+    name = "@".join([script[7:-3], *item])
+    log = os.open(os.path.join(os.environ["OPENED"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    root = os.getcwd() + "/"
+
+    def hear(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[1]:  # by open, not os.open
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            if path.startswith(root):
+                os.write(log, os.fsencode(path[len(root):]) + b"\\n")
+
+    sys.addaudithook(hear)
+"""
+
+
 def _finish_twins(folder: Path) -> None:
     one, other = (write_tiny_project(folder / path) for path in ("project", "a/twin"))
     raw = other / "data/raw/tiny_text"
@@ -235,9 +255,12 @@ def _finish_twins(folder: Path) -> None:
         path.unlink()
         path.write_bytes(content)
         os.utime(path, (1e9 + number, 1e9 + number))
+    write(folder / "site/sitecustomize.py", LISTENER)
+    (folder / "opened").mkdir()
+    listener = {"PYTHONPATH": str(folder / "site"), "OPENED": str(folder / "opened")}
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(finish, one, TERROIR_WORKERS="1", PYTHONHASHSEED="1")
-        second = pool.submit(finish, other, TERROIR_WORKERS="2", PYTHONHASHSEED="2")
+        second = pool.submit(finish, other, TERROIR_WORKERS="2", PYTHONHASHSEED="2", **listener)
         first.result(), second.result()
 
 

@@ -97,6 +97,21 @@ def test_nothing_is_left_behind(twins: tuple[Path, Path]) -> None:
         assert git(folder, "status", "--porcelain") == ""
 
 
+def test_a_stage_opens_nothing_that_dvc_does_not_know(twins: tuple[Path, Path]) -> None:
+    """What it read besides would change and no stage would run again. Of the check of all of params.yaml: bases."""
+    folder = twins[1]
+    stages = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
+    is_config = re.compile(r"models/.*/config\.json").fullmatch
+    for name, entry in stages.items():
+        opened = set((folder.parent.parent / "opened" / name).read_text(encoding="utf-8").split("\n")) - {""}
+        assert "params.yaml" in opened, name
+        known = {each["path"] for side in ("deps", "outs") for each in entry.get(side, [])}
+        known |= {"params.yaml", "dvc.yaml", ".dvcignore", ".git", ".work", ".memo", "stages"}
+        others = {path for path in opened if not known & {path, *map(str, Path(path).parents)}}
+        strange = {path for path in others if "/.tmp-" not in path and not is_config(path)}
+        assert not strange, f"{name} opens {sorted(strange)[:3]}"
+
+
 def test_outputs_name_no_place_and_no_host(finished: Path) -> None:
     """No cached output holds an absolute path of the machine that made it."""
     for top in ("data", "models", "reports", "plots", "metrics"):
