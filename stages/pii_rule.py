@@ -34,9 +34,11 @@ IPV6_HEAD = re.compile(r"(?<![0-9A-Za-z:])(?:[0-9A-Fa-f]{1,4})?\Z")
 IPV6_TAIL = re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*")
 NUMBERED = re.compile(r"(?:\b(?:v|ver|version|release|section|clause|chapter)|[§№第]|版本号?)[.:：]?\s?\Z", re.I)
 HEADING = re.compile(r"\n[#\s]*\Z")
-MONEY = re.compile(r"[¥￥$€£]\s?\Z")
-AMOUNT = re.compile(
-    r"\s?[百千万亿]*(?:[元圆股吨亩%％]|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]克|毫[升米]|公斤|平方|立方|公顷|(?:[mk]g|ml)\b)"
+MONEY = re.compile(r"(?:[¥￥$€£]|(?<![A-Za-z])(?:USD|RMB|CNY|HKD|EUR|GBP|JPY)|人民币|美元|港币|欧元)[ \u00a0\u3000]?\Z")
+AMOUNT = re.compile(  # on the same line; 股票, 圆通 and 元旦 are no units
+    r"[ \u00a0\u3000]?[百千万亿]*(?:元(?![旦月年素件宵首])|圆(?![通满形])|股(?![票东权份本价息市改民比指])|[吨亩%％]"
+    r"|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]克|毫[升米]|公斤|平方|立方|公顷|千瓦时|人次"
+    r"|(?:[mk]g|ml|yuan|dollars?|euros?|USD|RMB|CNY|HKD|EUR|GBP|JPY)\b)"
 )
 # GB/T 2260: the provinces, Taiwan 71, Hong Kong 81, Macao 82; 83 on the residence permits of Taiwan residents.
 PROVINCES = {
@@ -113,7 +115,8 @@ def _any(_: str) -> bool:
 PLUS = r"\+(?:1(?:!\d){10}|(?:44|86)(?:!\d){9,11}|[2-9](?:!\d){8,13})".replace("!", "(?:~|[()]){0,3}")
 # Of a Chinese landline; 0123-20180312 is a date in a file number, and 0830 1200 1330 1730 are times of day.
 CITY = r"0(?:10|2\d|[3-9]\d\d)"
-LANDLINE = rf"(?:[(（]{CITY}[)）]~?|{CITY}~(?!20\d\d(?:0[1-9]|1[0-2])[0-3]\d))(?:\d{{7,8}}|[2-8]\d{{2,3}}~\d{{4}})"
+NO_DATE = r"(?!20\d\d(?:0[1-9]|1[0-2])[0-3]\d)"
+LANDLINE = rf"(?:[(（]{CITY}[)）]~?|{CITY}~{NO_DATE})(?:\d{{7,8}}|[2-8]\d{{2,3}}~\d{{4}})"
 AREA = r"[(（]0[1-9]\d{1,3}[)）]~?\d{3,4}~?\d{3,4}"  # British or Chinese, set off from the number by brackets
 BRITISH = r"0(?:2\d~\d{4}~?\d{4}|1\d1~\d{3}~?\d{4}|11\d~\d{3}~?\d{4}|[17]\d{3}~\d{3}~?\d{3})"
 END = r"(?!-\d|~\d{4}(?!\d))"  # of a number that is no row of groups
@@ -127,6 +130,7 @@ NUMBERS: tuple[tuple[Kind, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("bank_card", _number(CARD + r"\1\d{1,3}(?!~\d{4}(?!\d))"), is_bank_card),
     ("bank_card", _number(CARD + r"(?!~\d{4}(?!\d))"), is_bank_card),
     ("mobile", _number(r"(?:\(?(?:\+|00)?86\)?~?)?1[3-9]\d(?:\d{8}|(~)\d{4}\1\d{4})"), _any),
+    ("mobile", _number(rf"(?<!\d[-.])1[3-9]\d-{NO_DATE}\d{{8}}(?!-\d)"), _any),
     ("phone", _number(PLUS), _any),  # the lengths of North America, Britain, China; else 9 to 14 digits (ITU-T E.164)
     ("phone", _number(r"(?<!\d[-.])(?:1[ .-])?(?:\(\d{3}\) ?|[2-9]\d\d[.-])\d{3}[.-]\d{4}(?!-\d)"), _any),
     ("phone", _number(rf"(?<!\d[-.]){LANDLINE}-\d{{1,5}}(?!-\d)"), _any),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import pickle
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,19 @@ def test_default_rules_twice_are_once(text: str) -> None:
     assert (once is None) == (drop is not None)
     if once is not None:
         assert apply_rules(once, DEFAULTS) == (once, {}, None)
+
+
+def test_a_joiner_goes_at_once_where_nfc_composes_its_neighbour() -> None:
+    """Of a letter in parts, the rule sees the mark; of the Angstrom sign, another letter than NFC makes of it."""
+    joiner = "\u200c"
+    composed = [chr(code) for code in range(0x110000) if unicodedata.decomposition(chr(code))[:1] not in ("", "<")]
+    assert len(composed) > 2_000
+    for letter in composed:
+        for written in (letter, unicodedata.normalize("NFD", letter)):
+            once, _, _ = apply_rules(f"a{written}{joiner}a{joiner}{written}b{written}{joiner}{written}", DEFAULTS)
+            assert once is not None and apply_rules(once, DEFAULTS)[0] == once, ascii(letter)
+    assert apply_rules(f"A\u0300{joiner}a \u1100\u1161{joiner}\u1100\u1161", DEFAULTS)[0] == "Àa 가가"
+    assert apply_rules(f"\u06a9{joiner}\u06a9", DEFAULTS)[0] == f"\u06a9{joiner}\u06a9"  # Persian needs it
 
 
 @given(texts=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=4))
@@ -832,3 +846,28 @@ def test_a_message_that_becomes_empty_drops_the_conversation() -> None:
         {"boilerplate": 1},
         ("boilerplate", "message 2 (assistant) became empty"),
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "电话：010-88886666\n股票简称：甲", "联系电话：13812345678\n股票代码：600000", "张三 13812345678 圆通速递",
+        "13812345678\n元旦放假", "￥\n13812345678", "手机138-12345678", "张三 11010519491231002X 股权比例30%",
+        "身份证号11010519491231002X\n股东李四",
+    ],
+)  # fmt: skip
+def test_a_number_is_no_amount_because_of_the_next_word(text: str) -> None:
+    """股 and 元 are units, and the beginnings of words; what stands on another line is no unit."""
+    assert PiiRule().apply(text).changes == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "USD 13512345678", "人民币13512345678", "13512345678 yuan", "13512345678 dollars", "13512345678 RMB",
+        "15123456789千瓦时", "15123456789人次", "13512345678元整", "13512345678 股", "13512345678万股",
+        "135-20231231", "A2138-12345678", "12-138-12345678", "138-12345678-01", "2138-12345678",
+    ],
+)  # fmt: skip
+def test_an_amount_or_a_row_of_groups_is_no_number_of_a_person(text: str) -> None:
+    assert PiiRule().apply(text).changes == 0
