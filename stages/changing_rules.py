@@ -72,7 +72,7 @@ CONTROL = re.compile(f"[{SEPARATOR}{INVISIBLE}{TAGS}\u200c\u200d]")
 # will be when NFC has composed them: else a second run would find what the first one left.
 PLAIN = (
     "\x00-\u036f\u0374\u037e\u0387\u1100-\u11ff\u1e00-\u1eff\u1fef\u1ffd\u2000-\u200b\u212a\u212b\u2329\u232a\u2adc"
-    "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef\U0002f800-\U0002fa1f"
+    "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 )
 IDLE_JOINER = f"(?<![^{PLAIN}])[\u200c\u200d]+(?![^{PLAIN}])"  # compiled when first needed, 4 ms
 ASCII_CONTROL = bytes(code for code in range(128) if CONTROL.match(chr(code)))

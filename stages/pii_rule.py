@@ -36,7 +36,7 @@ NUMBERED = re.compile(r"(?:\b(?:v|ver|version|release|section|clause|chapter)|[�
 HEADING = re.compile(r"\n[#\s]*\Z")
 MONEY = re.compile(r"(?:[¥￥$€£]|(?<![A-Za-z])(?:USD|RMB|CNY|HKD|EUR|GBP|JPY)|人民币|美元|港币|欧元)[ \u00a0\u3000]?\Z")
 AMOUNT = re.compile(  # on the same line; 股票, 圆通 and 元旦 are no units
-    r"[ \u00a0\u3000]?[百千万亿]*(?:元(?![旦月年素件宵首])|圆(?![通满形])|股(?![票东权份本价息市改民比指])|[吨亩%％]"
+    r"[ \u00a0\u3000]?[百千万亿]*(?:元(?![旦月年素件宵首器])|圆(?![通满形])|股(?![票东权份本价息市改民比指])|[吨亩%％]"
     r"|美[元金]|港[元币]|[欧日]元|英镑|[千毫微]克|毫[升米]|公斤|平方|立方|公顷|千瓦时|人次"
     r"|(?:[mk]g|ml|yuan|dollars?|euros?|USD|RMB|CNY|HKD|EUR|GBP|JPY)\b)"
 )

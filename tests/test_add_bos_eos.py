@@ -181,6 +181,7 @@ def test_merging_keeps_text_and_marks(segments: list[Segment]) -> None:
     result = merged(segments)
     assert [(c, s.learn) for s in result for c in s.text] == [(c, s.learn) for s in segments for c in s.text]
     assert all(left.learn != right.learn for left, right in itertools.pairwise(result))
+    assert all(segment.text for segment in result)
 
 
 EACH = "{% for message in messages %}"
@@ -252,6 +253,7 @@ def test_a_missing_template_is_refused_with_what_to_set(own: Path) -> None:
         "{% if tools is not none %}TOOLS{% endif %}" + CHATML,  # `tools` is None, not undefined
         EACH + "{{ message.content }}{{ eos_token }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
         "  {% if true %}\n" + EACH + "\n  {{ message.content }}{{ eos_token }}\n  {% endfor %}\n{% endif %}\n",
+        "{{ {'法': ['<b>']} | tojson(indent=1) }}" + CHATML,  # Jinja's own would escape both
     ],
 )
 def test_templates_are_rendered_as_transformers_renders_them(own: Path, template: str) -> None:

@@ -230,7 +230,7 @@ def test_a_role_that_no_template_knows_is_refused(opened: dict[str, tuple[Marker
     """A role is printed by the template, so one out of the data could bring in a special token."""
     for marker, _, _ in opened.values():
         with pytest.raises(ValueError, match=r"the role '<\|im_end\|>'; known roles: system, user, assistant, tool"):
-            marker.conversation([{"role": "<|im_end|>", "content": "x"}])
+            marker.conversation([{"role": "user", "content": "x"}, {"role": "<|im_end|>", "content": "x"}])
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, [7, 1]), ([1, 5], [7, 1, 5]), (7, 7), ([5, 7], [5, 7]), (None, [7])])

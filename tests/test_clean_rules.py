@@ -246,6 +246,8 @@ def test_hostile_text_takes_linear_time(rules: list[Rule]) -> None:
         ("👩‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️‍🔥", None),  # joiners, tags and variation selectors of emoji
         ("می‌خواهم ക്‍ഷ ന്‍ ", None),  # Persian and Malayalam joiners, also at the end of a word
         ("中\u200d国 Auf\u200clage \u200d", "中国 Auflage "),
+        ("a\u200cക a\u200cک ക\u200ca", None),  # one such neighbour is enough
+        ("𠮷\u200d𠮷", "𠮷𠮷"),
         ("a\u202eb\u2066c\u00ad\ufeffd", "abcd"),
         ("hidden\U000e0041\U000e0042", "hidden"),
         ("page\x0cpage\x85line\u2028line\x1b[0m", "page\npage\nline\nline[0m"),
@@ -260,6 +262,7 @@ def test_control_characters(text: str, expected: str | None) -> None:
 def test_line_ends_and_normal_forms_count_places() -> None:
     assert parse("newlines").apply("一\r\n二\r三\n") == ("一\n二\n三\n", 2, None)
     assert UnicodeRule(rule="nfc").apply("Cafe\u0301 und Te\u0301").changes == 2
+    assert UnicodeRule(rule="nfc").apply("Te\u0301 für").changes == 1
     assert UnicodeRule(rule="nfc").apply("中\u0301文，豈更").text == "中\u0301文，豈更"
 
 
@@ -852,8 +855,8 @@ def test_a_message_that_becomes_empty_drops_the_conversation() -> None:
     "text",
     [
         "电话：010-88886666\n股票简称：甲", "联系电话：13812345678\n股票代码：600000", "张三 13812345678 圆通速递",
-        "13812345678\n元旦放假", "￥\n13812345678", "手机138-12345678", "张三 11010519491231002X 股权比例30%",
-        "身份证号11010519491231002X\n股东李四",
+        "13812345678\n元旦放假", "13812345678 元器件", "￥\n13812345678", "手机138-12345678",
+        "张三 11010519491231002X 股权比例30%", "身份证号11010519491231002X\n股东李四",
     ],
 )  # fmt: skip
 def test_a_number_is_no_amount_because_of_the_next_word(text: str) -> None:
