@@ -47,6 +47,8 @@ phases:
     evaluate_model: {max_length: 16}
 """
 SECOND = TEXT[TEXT.index("  law:\n    base") :].replace("law:", "chat:", 1)
+CHATS = "  chats:\n    phase: chat\n    path: data/raw/chats\n    clean: {format: text, license: CC0-1.0}\n"
+BASE = "models/configs/llama_small"
 
 
 def said(text: str) -> str | None:
@@ -168,6 +170,7 @@ MISTAKES = {
     "an empty path": ("data/raw/laws", "''", "line 7: .* should have at least 1 character"),
     "a name with a slash": ("  laws:", "  a/b:", "line 5: .*the name `a/b` becomes a folder: use lower-case letters"),
     "a name in capitals": ("  laws:", "  Laws:", "line 5: .*the name `Laws` becomes a folder"),
+    "a name that begins with _": ("  laws:", "  _laws:", "line 5: .*the name `_laws` becomes a folder"),
     "a name of 101 letters": ("  laws:", f"  {'a' * 101}:", "becomes a folder: use .*, 100 at most"),
     "an unknown phase": (
         "phase: law",
@@ -216,12 +219,6 @@ MISTAKES = {
         r"phases\.law\.evaluate_model\.general names quiz, but neither data/benchmarks/quiz\.jsonl nor \.txt is there",
     ),
     "a number in quotes": ("vocab_size: 300", "vocab_size: '300'", r"line 15: `.*vocab_size` is '300': .* integer"),
-    "a phase by the name of a folder that has a use": (
-        "phases:\n",
-        "  more:\n    phase: runs\n    path: data/raw/more\n    clean: {format: text, license: CC0-1.0}\nphases:\n"
-        + SECOND.replace("chat:", "runs:"),
-        "a phase cannot be called `runs`: the folder of that name has a use already",
-    ),
     "conversations beside a text": (
         "phases:\n",
         "  more:\n    phase: law\n    path: data/raw/more\n"
@@ -232,6 +229,15 @@ MISTAKES = {
         "base: models/configs/llama_small",
         "base: models/law/merged",
         "the phases law build on each other",
+    ),
+    "two phases on each other, and one on them": (
+        TEXT[TEXT.index("phases:\n") :],
+        CHATS
+        + CHATS.replace("chat", "talk")
+        + TEXT[TEXT.index("phases:\n") :].replace(BASE, "models/chat/merged")
+        + SECOND.replace(BASE, "models/talk/trained")
+        + SECOND.replace("chat:", "talk:").replace(BASE, "models/chat/merged"),
+        "the phases law and chat and talk build on each other; one of them must start from another base",
     ),
     "a new tokenizer for a model of another phase": (
         "phases:\n",
@@ -258,6 +264,21 @@ MISTAKES = {
         "max_steps: 1",
         "max_steps: 1, objective: mlm",
         r"phases\.law\.train_tokenizer: `objective: mlm` needs a mask_token; add one",
+    ),
+    "a rule for a source that is none": (
+        "block_size: 16",
+        "block_size: 16, mode: line, long_documents: {law: drop}",
+        r"phases\.law\.group_blocks\.long_documents names law, no source of this phase; its sources: laws",
+    ),
+    "a weight for a source that is none": (
+        "block_size: 16",
+        "block_size: 16, weights: {law: 2}",
+        r"phases\.law\.group_blocks\.weights names law, no source of this phase; its sources: laws",
+    ),
+    "the first of all sources, that is none": (
+        "eval_fraction: 0.05",
+        "eval_fraction: 0.05, priority: [law]",
+        r"phases\.law\.dedup: `priority` names `law`, which is no source of this phase; did you mean `laws`\?",
     ),
     "a word for one source that is none": (
         "block_size: 16",
@@ -332,6 +353,14 @@ def test_a_mistake_gets_one_sentence_with_its_line(here: Path, case: str) -> Non
     assert "\n" not in found
     assert found.startswith("params.yaml")
     assert re.search(sentence, found), found
+
+
+@pytest.mark.parametrize("name", ["base", "configs", "exports", "runs", "tokenizers"])
+def test_a_phase_is_not_called_like_a_folder_that_has_a_use(here: Path, name: str) -> None:
+    text = TEXT.replace(
+        "phases:\n", CHATS.replace("chat\n", f"{name}\n") + "phases:\n" + SECOND.replace("chat:", f"{name}:")
+    )
+    assert re.search(f"a phase cannot be called `{name}`: the folder of that name has a use already", said(text) or "")
 
 
 def test_params_in_order_pass(here: Path) -> None:
@@ -600,6 +629,7 @@ def test_the_benchmarks_project_is_in_order(here: Path, monkeypatch: pytest.Monk
         {"max_position_embeddings": 16},
         {"model_type": "gpt2", "n_positions": 16},
         {"model_type": "roberta", "max_position_embeddings": 18},
+        {"model_type": "camembert", "max_position_embeddings": 18},
         {"model_type": "xlm-roberta", "max_position_embeddings": 16, "pad_token_id": -1},
     ],
 )

@@ -27,7 +27,7 @@ import raw_formats
 import table_formats
 from kit import arrow
 from raw_formats import records
-from raw_params import SUFFIXES, UNITS, Params, unit
+from raw_params import SUFFIXES, UNITS, Params, cuttable, unit
 from raw_records import COMPRESSIONS, Record
 
 TILED = ("text", "jsonl", "json", "csv", "tsv", "html")
@@ -1354,7 +1354,9 @@ def test_one_long_line() -> None:
     [
         ({"format": "text", "record": "alpaca"}, "format text has no rows"),
         ({"format": "pdf", "columns": {"text": "a"}}, "format pdf has no rows"),
+        ({"format": "html", "record": "messages"}, "format html has no rows"),
         ({"format": "csv", "record": "messages"}, "a cell of csv is a text, and record messages needs lists"),
+        ({"format": "tsv", "record": "sharegpt"}, "a cell of tsv is a text, and record sharegpt needs lists"),
         ({"format": "jsonl", "sample_by": "line"}, "`sample_by: line` is not for format jsonl"),
         ({"format": "docx", "sample_by": "line"}, "`sample_by: line` is not for format docx"),
         ({"format": "text", "sample_by": "separator"}, "`sample_by: separator` and a `separator` go together"),
@@ -1366,6 +1368,8 @@ def test_one_long_line() -> None:
         ({"format": "jsonl", "fill": {"{{a}}": "b"}}, "write the name without its braces and blanks"),
         ({"format": "jsonl", "fill": {" a": "b"}}, "write the name without its braces and blanks"),
         ({"format": "jsonl", "quotechar": None}, "`quotechar` is for csv and tsv; format jsonl has none"),
+        ({"format": "csv", "quotechar": "\0"}, "`quotechar` cannot be a line end or NUL"),
+        ({"format": "tsv", "quotechar": "\t"}, "cannot be both what separates fields and what stands around them"),
         ({"format": "text", "delimiter": ";"}, "`delimiter` is for csv and tsv; format text has none"),
         (
             {"format": "jsonl", "record": "alpaca", "columns": {"input": "instruction"}},
@@ -1377,6 +1381,11 @@ def test_one_long_line() -> None:
 def test_combinations_that_make_no_sense_are_refused(group: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Params.model_validate(group)
+
+
+def test_a_compressed_file_has_no_lines_to_cut_at_however_its_name_is_written() -> None:
+    assert cuttable(Path("A.JSONL"), Params(format="jsonl"))
+    assert not any(cuttable(Path(f"a.jsonl{end}"), Params(format="jsonl")) for end in (".gz", ".GZ", ".zst"))
 
 
 def test_every_parameter_is_described_and_every_format_has_its_suffixes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -30,12 +31,16 @@ def words(*names: str) -> Tokenizer:
 
 
 def source(folder: Path, texts: list[str], split: str = "train", batch_rows: int = 3) -> tuple[Path, Path]:
-    """Write documents of one split; doc_id is the beginning of the text."""
+    """Write documents of one split, or of splits in turn; doc_id is the beginning of the text."""
     rows = [{"doc_id": text[:16].ljust(16).encode()[:16], **PLACE, "text": text} for text in texts]
     with arrow.Writer(folder / "clean/documents", TEXT_DOCUMENTS, batch_rows=batch_rows) as out:
         out.write(pa.Table.from_pylist(rows, TEXT_DOCUMENTS))
     with arrow.Writer(folder / "dedup", DECISIONS, batch_rows=2) as out:
-        out.write(pa.Table.from_pylist([{"doc_id": row["doc_id"], "split": split} for row in rows], DECISIONS))
+        splits = [
+            {"doc_id": row["doc_id"], "split": one}
+            for row, one in zip(rows, itertools.cycle(split.split()), strict=False)
+        ]
+        out.write(pa.Table.from_pylist(splits, DECISIONS))
     return folder / "clean", folder / "dedup"
 
 
@@ -94,13 +99,18 @@ def test_a_sample_is_the_lowest_ids_that_reach_the_size(
 
 
 def test_a_sample_is_drawn_across_sources(tmp_path: Path) -> None:
-    sources = [source(tmp_path / name, [f"{n:02}{name} some text" for n in range(9)]) for name in "ab"]
+    sources = [source(tmp_path / name, [f"{n:02}{name} 法律条" for n in range(9)]) for name in "ab"]
     found = [texts[0][:3] for _, texts in drawn(sources, ("train",), 39)]
     assert found == ["00a", "01a", "00b"]
     assert len(list(drawn(sources, ("train",), None))) == 18
 
 
-def test_only_the_asked_splits_are_read(tmp_path: Path) -> None:
+def test_only_the_asked_splits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each document by its own decision, wherever batches end."""
+    monkeypatch.setattr("tokenizer_report.BATCH", 2)
+    mixed = source(tmp_path / "c", list("abcdefgh"), "train eval dropped")
+    assert [texts for _, texts in documents(*mixed, ("train",))] == [["a"], ["d"], ["g"]]
+    assert [texts for _, texts in documents(*mixed, ("train", "eval"))] == [[one] for one in "abdegh"]
     one, other = source(tmp_path / "a", ["x"], "eval"), source(tmp_path / "b", ["y"], "dropped")
     assert [texts for _, texts in documents(*one, ("train", "eval"))] == [["x"]]
     assert list(documents(*other, ("train", "eval"))) == []
