@@ -11,7 +11,7 @@ stage has written.
 Example: a text came into data/raw/laws in that moment
 
     clean@laws: DVC takes data/raw/laws/new.txt for what the stage has read, which it has not; run
-    find -L data/raw/laws ... && cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf clean@laws
+    find -L data/raw/laws ... && cache=$(dvc cache dir) && grep ... "$cache/runs" ... && dvc repro -sf clean@laws
     and then again what you wanted to run.
 """
 
@@ -152,9 +152,13 @@ def _not_written(record: Record, now: dict[str, Seen]) -> str | None:
 
 
 def _again(first: str, record: Record) -> str:
-    """Return the end of a sentence: the command that computes anew, not from DVC's run cache."""
+    """Return the end of a sentence: the command that computes anew and leaves nothing of before in DVC's run cache.
+
+    What is there names the outputs of a run, of which the record is this stage's alone.
+    """
+    forget = f'grep -rlsZF {RECORDS}/{record.name}.json "$cache/runs" | xargs -0r rm -f'
     return (
-        f'run\n{first}cache=$(dvc cache dir) && rm -rf "$cache/runs" && dvc repro -sf {record.name}\n'
+        f"run\n{first}cache=$(dvc cache dir) && {forget} && dvc repro -sf {record.name}\n"
         "and then again what you wanted to run."
     )
 

@@ -29,8 +29,10 @@ from dvc.repo import Repo
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+import chat_templates
 import clean_rules
 import params_schema
+import raw_params
 from conftest import ROOT, copy_project, git
 from kit import params, stage, stage_code
 
@@ -533,3 +535,11 @@ def test_readme_lists_every_stage() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)
     assert [row for row in rows if row in TEXT] == list(TEXT)
+
+
+def test_readme_names_every_choice() -> None:
+    """Each rule, kind of file, kind of record and chat template that params.yaml may name."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = {*clean_rules.RULES, *raw_params.SUFFIXES, *chat_templates.TEMPLATES}
+    names.update(typing.get_args(raw_params.Params.model_fields["record"].annotation))
+    assert not {name for name in names if not re.search(rf"\b{name}\b", readme)}
