@@ -1182,6 +1182,7 @@ def test_nul_bytes_are_removed_and_noted(project: Path, monkeypatch: pytest.Monk
     assert arrow.table(project / "data/clean/p/s/documents")["text"].to_pylist() == ["ab", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_line_of_200_megabytes_is_one_record(project: Path, run_stage: Runner) -> None:
     (project / "data/raw/s").mkdir(parents=True)
     with (project / "data/raw/s/a.jsonl").open("wb") as file:

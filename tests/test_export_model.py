@@ -47,7 +47,9 @@ def export(project: Path, run_stage: Runner, bits: str) -> dict[str, Any]:
     return dict(arrow.read_json(project / "metrics/runs/export_model@small.json"))
 
 
-@pytest.mark.parametrize(("bits", "loss"), [("bf16", 1e-9), ("int8", 0.02), ("nf4", 0.2)])
+@pytest.mark.parametrize(
+    ("bits", "loss"), [("bf16", 1e-9), pytest.param("int8", 0.02, marks=pytest.mark.slow), ("nf4", 0.2)]
+)
 def test_the_folder_opens_and_its_loss_is_measured(merged: Path, run_stage: Runner, bits: str, loss: float) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,7 +89,7 @@ def test_without_llama_cpp_a_file_is_written_and_said_to_be_unchecked(merged: Pa
     assert export(merged, run_stage, "gguf_f16")["eval_loss"] == "not checked: llama-cpp-python is not installed"
 
 
-@pytest.mark.parametrize("bits", ["nf4", "torchao_int8", "gguf_q8_0"])
+@pytest.mark.parametrize("bits", [pytest.param("nf4", marks=pytest.mark.slow), "torchao_int8", "gguf_q8_0"])
 def test_the_same_bytes_again(merged: Path, run_stage: Runner, bits: str) -> None:
     if package := bits.partition("_")[0] if "_" in bits else None:
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -197,7 +197,9 @@ def test_special_tokens_stand_where_they_are_known(name: str, segments: list[str
     assert lengths.tolist() == [len(row) for row in wanted]
 
 
-@pytest.mark.parametrize("case", SPLITS)
+@pytest.mark.parametrize(
+    "case", ["byte_level", *(pytest.param(n, marks=pytest.mark.slow) for n in SPLITS if n != "byte_level")]
+)
 def test_every_code_point_is_split_as_tokenizers_splits_it(case: str) -> None:
     """By gigatoken, which classes characters itself. Between the planes 3 and 14 no character is assigned."""
     codes = [*range(0xD800), *range(0xE000, 0x34000), *range(0x34000, 0x110000, 997), *range(0xE0000, 0xE0200)]

@@ -164,6 +164,7 @@ def test_a_text_of_fewer_than_16_units_is_refused(tmp_path: Path) -> None:
     assert "the text has 1 word (" in ask(tmp_path, "trace", "one", status=1)
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_is_traced_to_the_document_that_it_learned_by_heart(tmp_path: Path) -> None:
     """A tiny Llama that has seen one text until it knows it; then a prompt, its answer and where that stands."""
     import torch

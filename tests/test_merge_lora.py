@@ -370,8 +370,15 @@ def test_a_base_of_bfloat16_passes_within_its_rounding(project: Path, run_stage:
     assert all(value.dtype == torch.bfloat16 for value in tensors(project / "models/chat/merged").values())
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("choice", ["original", "dequantized"])
+@pytest.mark.parametrize(
+    ("choice", "dtype", "rounding"),
+    [
+        ("original", torch.bfloat16, 0.05),
+        ("dequantized", torch.float32, 1e-4),
+        pytest.param("original", torch.float32, 1e-4, marks=pytest.mark.slow),
+        pytest.param("dequantized", torch.bfloat16, 0.05, marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_on_4_bits_is_merged_into_either_base_and_both_are_measured(
     project: Path, run_stage: Runner, choice: str, dtype: torch.dtype, rounding: float
 ) -> None:
@@ -427,7 +434,7 @@ def test_dequantized_needs_4_bits(project: Path, run_stage: Runner) -> None:
     ],
     ids=["another scaling", "no adapter"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_merge_that_computes_something_else_is_not_published(
     project: Path, run_stage: Runner, old: str, new: str, dtype: torch.dtype
 ) -> None:

@@ -222,6 +222,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, run_stage: Runner
     assert not (killed / ".work/train_model@pretrain").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_has_the_same_bytes_on_every_run(tmp_path: Path, weights: Path, run_stage: Runner) -> None:
     """QLoRA with dropout; peft writes sets in the order of their hashes, so the hash seed differs here."""
     results = []
