@@ -18,7 +18,6 @@ them (`dequantized`). Which is better is a matter of the text, so the eval loss 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -182,7 +181,7 @@ def carry(trained: Path, folder: Path) -> None:
     """Copy what is no adapter, tokenizer and chat template or a whole model, from `trained` into `folder`."""
     for path in sorted(trained.iterdir()):
         if not path.name.startswith("adapter_") and path.name not in TRAINING:
-            shutil.copyfile(path, folder / path.name)
+            arrow.copy(path, folder / path.name)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -272,3 +275,51 @@ def test_metrics_are_ascii(tmp_path: Path) -> None:
     arrow.write_json(tmp_path / "metrics.json", content, only_ascii=True)
     assert (tmp_path / "metrics.json").read_bytes().isascii()
     assert arrow.read_json(tmp_path / "metrics.json") == content
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    """Return a file, and where its copy goes: over a longer one."""
+    source, target = folder / "source", folder / "target"
+    source.write_bytes(b"\0new" * 10_000)
+    target.write_bytes(b"what was there, longer" * 10_000)
+    return source, target
+
+
+def test_a_copy_is_whole_and_its_own(tmp_path: Path) -> None:
+    """On whatever file system the tests run. Nor does a copy change the state by which .memo/ knows a file."""
+    source, target = _files(tmp_path)
+    before = source.stat()
+    arrow.copy(source, target)
+    after = source.stat()
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert target.read_bytes() == b"\0new" * 10_000
+    target.write_bytes(b"written to")
+    assert source.read_bytes() == b"\0new" * 10_000
+
+
+def test_a_copy_shares_blocks_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is asked to take those of the source, and nothing is copied after that."""
+    source, target = _files(tmp_path)
+    asked = []
+
+    def clone(out: Any, request: int, file: int) -> int:
+        asked.append((os.fstat(out.fileno()).st_ino, request, os.fstat(file).st_ino))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    arrow.copy(source, target)
+    assert asked == [(target.stat().st_ino, 0x40049409, source.stat().st_ino)]
+    assert target.read_bytes() == b""
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.EINVAL])
+def test_elsewhere_a_copy_is_one_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ext4, two file systems, a kernel or a system that does not know the request."""
+    source, target = _files(tmp_path)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    arrow.copy(source, target)
+    assert target.read_bytes() == b"\0new" * 10_000

@@ -14,6 +14,8 @@ depends on clock, host, path, or on how the rows arrived: the writer cuts batche
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
@@ -29,6 +31,7 @@ import pyarrow as pa
 
 BATCH_ROWS = 1024
 SHARD_BYTES = 256 * 2**20
+FICLONE = 0x40049409  # of linux/fs.h; elsewhere no file knows this request
 
 
 class _Compute:
@@ -99,7 +102,7 @@ class Shards(Folder):
             return
         if isinstance(content, Path):
             assert sha256
-            shutil.copyfile(content, self._next())
+            copy(content, self._next())
         else:
             self._next().write_bytes(content)
             sha256 = hashlib.sha256(content).hexdigest()
@@ -262,6 +265,18 @@ def table(folder: Path, columns: list[str] | None = None) -> pa.Table:
     sources = [pa.memory_map(str(path)) for path in shard_paths(folder)]
     whole = pa.concat_tables([pa.ipc.open_stream(source).read_all() for source in sources])
     return whole.select(columns) if columns else whole
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file in neither time nor space where the file system can (XFS, Btrfs), else byte by byte.
+
+    Both own the same blocks then, until one of them is written to and gets its own: no write reaches the other file, as
+    it would through a hard link. Raises OSError.
+    """
+    with source.open("rb") as file, target.open("wb") as out, contextlib.suppress(OSError):
+        fcntl.ioctl(out, FICLONE, file.fileno())
+        return
+    shutil.copyfile(source, target)
 
 
 def write_json(path: Path, content: Any, only_ascii: bool = False) -> None:
