@@ -1211,24 +1211,35 @@ def _same_text(
             if segment["special"] and segment["text"] not in tokenizer.special:
                 raise Wrong(f"{where} has the special segment {segment['text']!r}, which is no special token")
         plain = [segment for segment in row["segments"] if not segment["special"]]
-        if row["segments"][-1]["text"] != tokenizer.roles.get("eos_token"):
-            tail = "".join(s["text"] for s in row["segments"][-2:])
-            if tokenizer.roles.get("eos_token", "") not in tail:
-                raise Wrong(f"{where} does not end with the end token")
         if "text" in document:
+            if row["segments"][-1]["text"] != tokenizer.roles.get("eos_token"):
+                raise Wrong(f"{where} does not end with the end token")
             if [segment["text"] for segment in plain] != [document["text"]]:
                 raise Wrong(f"{where} has another text than in {source.folder('documents')}")
             continue
-        whole, at = "".join(segment["text"] for segment in plain), 0
-        for message in document["messages"]:
-            found = whole.find(message["content"], at)
-            if found < 0:
-                raise Wrong(f"{where} lacks the words of {message['role']}")
-            at = found + len(message["content"])
-        said = (message for message in document["messages"] if message["role"] == "assistant")
-        answers = "".join(message["content"] for message in said if message.get("learn") is not False)
-        if "".join(segment["text"] for segment in plain if segment["learn"]) != answers:
-            raise Wrong(f"{where} learns other words than those of the assistant")
+        for segment, following in zip(row["segments"], [*row["segments"][1:], None], strict=True):
+            if segment["learn"] and not segment["special"] and not (following and following["learn"]):
+                raise Wrong(f"{where} has an answer without a token that ends it")
+        messages = document["messages"]
+        answers = [message["role"] == "assistant" and message.get("learn") is not False for message in messages]
+        if (missing := _missing(plain, [message["content"] for message in messages])) is not None:
+            raise Wrong(f"{where} lacks the words of {messages[missing]['role']}")
+        for learn in (True, False):
+            # A template may ask for an answer with <think>, which then is not learned.
+            own = [message["content"] for message, answer in zip(messages, answers, strict=True) if answer == learn]
+            own = [content.removeprefix("<think>\n") for content in own] if learn else own
+            if _missing([segment for segment in plain if segment["learn"] == learn], own) is not None:
+                raise Wrong(f"{where} learns other words than those of the assistant")
+
+
+def _missing(segments: list[dict[str, Any]], words: list[str]) -> int | None:
+    """Return the place of the first of `words` that does not stand in the segments behind the one before it."""
+    text, at = "".join(segment["text"] for segment in segments), 0
+    for place, word in enumerate(words):
+        if (found := text.find(word, at)) < 0:
+            return place
+        at = found + len(word)
+    return None
 
 
 def _same_tokens(

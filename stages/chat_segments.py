@@ -8,6 +8,7 @@ marker.conversation([user "2+2?", assistant "4"])
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from kit import arrow
 from kit.tokenizer import Vocabulary
-from thoughts import THOUGHT, begins
+from thoughts import BEGIN, THOUGHT, begins
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -40,7 +41,7 @@ class Marker:
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)))
-        self._skeletons: dict[tuple[tuple[str, bool], ...], list[str]] = {}
+        self._skeletons: dict[tuple[tuple[str, bool], ...], tuple[list[str], list[int]]] = {}
         self._template = None
         if (template := chat_template(tokenizer)) is not None:
             from jinja2 import TemplateError, nodes  # 22 ms that a source of plain text does not wait for
@@ -74,17 +75,19 @@ class Marker:
     def conversation(self, messages: list[dict[str, Any]]) -> list[Segment]:
         """Return the rendered conversation; what the assistant says, and the token that ends it, is learned.
 
-        Of messages whose `learn` is False nothing is. Each content is rendered as a stand-in and put back afterwards,
-        so no content can change the template's course or be taken for a special token; of a thought before an answer
-        the tags stay, for some templates look for them. Raises ValueError when the template does not use each content
-        just once, in order and unchanged, or does not end an answer with a special token.
+        What the template puts before an answer, but not into the prompt that asks for one, the model has to write, so
+        it is part of the answer: the space of "ASSISTANT: 4" behind a prompt that ends with "ASSISTANT:", the empty
+        thought of Qwen3. Of messages whose `learn` is False nothing is learned. Each content is rendered as a stand-in
+        and put back afterwards, so no content can change the template's course or be taken for a special token; of a
+        thought before an answer the tags stay, for some templates look for them. Raises ValueError when the template
+        does not use each content just once, in order and unchanged, or does not end an answer with a special token.
         """
         # A template sees what it would see of a chat: not what is learned.
         shown = [{"role": message["role"], "content": message["content"]} for message in messages]
         shape = tuple((turn["role"], turn["role"] == "assistant" and begins(turn["content"])) for turn in shown)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._skeleton(shape)
-        own = self._skeletons[shape]
+        own, leads = self._skeletons[shape]
         said = [message["content"] for message in messages]
         if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self._render(
             shown
@@ -94,18 +97,22 @@ class Marker:
                 "{rule: whitespace, strip: true}; a thought is <think>, line break, thought, line break, </think>, "
                 "empty line."
             )
-        segments = list(self._template_text(own[0], after_answer=False))
-        for message, text in zip(messages, own[1:], strict=True):
-            answer = message["role"] == "assistant"
+        segments: list[Segment] = []
+        after, learned = False, False  # of the message before: whether it is an answer, whether it is learned
+        for message, text, lead in zip(messages, own, leads, strict=False):
+            said, answer = message["content"], message["role"] == "assistant"
             learn = answer and message.get("learn") is not False
-            segments.append(Segment(message["content"], False, learn))
-            segments += self._template_text(text, answer, learn)
-        return merged(segments)
+            end = len(text) - max(lead, 0)
+            segments += self._template_text(text[:end], after, learned)
+            segments += [piece._replace(learn=learn) for piece in self._template_text(text[end:], after_answer=False)]
+            segments += [Segment(said[: max(-lead, 0)], False, False), Segment(said[max(-lead, 0) :], False, learn)]
+            after, learned = answer, learn
+        return merged([*segments, *self._template_text(own[-1], after, learned)])
 
-    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[str]:
-        """Return the template's own text before, between and after the contents of messages.
+    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> tuple[list[str], list[int]]:
+        """Return the template's own text before, between and after the contents of messages, and each one's lead.
 
-        shape: of each message its role, and whether it begins with a thought.
+        shape: of each message its role, and whether it begins with a thought. For the lead see `_leads`.
         """
         if self._template is None:
             raise ValueError(
@@ -119,9 +126,8 @@ class Marker:
             f"{THOUGHT.format(text)}{text}" if thinks else text
             for text, (_, thinks) in zip(stand_ins, shape, strict=True)
         ]
-        rendered = self._render(
-            [{"role": role, "content": content} for content, (role, _) in zip(contents, shape, strict=True)]
-        )
+        messages = [{"role": role, "content": content} for content, (role, _) in zip(contents, shape, strict=True)]
+        whole = rendered = self._render(messages)
         for number, (text, content) in enumerate(zip(stand_ins, contents, strict=True), start=1):
             if text != content and content not in rendered:
                 raise ValueError(
@@ -133,32 +139,66 @@ class Marker:
         pieces = re.split("\ue000(\\d+)\ue001", rendered)
         if pieces[1::2] != [str(place) for place in range(len(shape))]:
             raise ValueError("the chat template leaves out, repeats or reorders messages; no loss mask can be exact.")
-        return pieces[::2]
+        return pieces[::2], list(self._leads(messages, whole))
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _leads(self, messages: list[dict[str, str]], whole: str) -> Iterator[int]:
+        """Yield of each message how many characters before its content the model is to write, too; 0 for most.
+
+        That is what stands between the prompt for an answer (`add_generation_prompt`) and the answer. Below 0: so many
+        of its own characters stand in the prompt (<think>). 0 where the conversation is not printed as the prompt is.
+        """
+        end = 0
+        for number, message in enumerate(messages):
+            begin, before = whole.index(message["content"], end), end
+            end, lead = begin + len(message["content"]), 0
+            if message["role"] == "assistant":
+                with contextlib.suppress(ValueError):  # a template may refuse a conversation that begins with an answer
+                    prompt = self._render(messages[:number], True)
+                    lead = begin - len(prompt)
+                    text = whole[len(prompt) : begin]
+                    if not whole.startswith(prompt) or not -len(BEGIN) <= lead <= begin - before:
+                        lead = 0
+                    elif text.strip() and prompt == self._render(messages[:number]):
+                        lead = 0  # a template that knows no prompt: what names the speaker is not part of what is said
+            yield lead
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
         assert self._template
         try:
             # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self.special
+                messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self.special
             )
         except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(f"the chat template refuses a conversation: {error}.") from None
 
     def _template_text(self, text: str, after_answer: bool, learn: bool = False) -> Iterator[Segment]:
-        """Yield the template's own text cut at special tokens; the first one after an answer ends it."""
+        """Yield the template's own text cut at special tokens; after an answer some of them end it: see `_end`."""
         if after_answer and not self._specials.match(text):
             raise ValueError(
                 "the chat template does not end an answer with a special token, so the model would never stop."
             )
-        position = 0
+        position, end = 0, self._end(text) if learn else 0
         for match in self._specials.finditer(text):
             if match.start() > position:
                 yield Segment(text[position : match.start()], False, False)
-            yield Segment(match.group(), True, learn and match.start() == 0)
+            yield Segment(match.group(), True, match.start() < end)
             position = match.end()
         if position < len(text):
             yield Segment(text[position:], False, False)
+
+    def _end(self, text: str) -> int:
+        """Return how much of what follows an answer ends it: a special token, and those right behind it up to EOS.
+
+        At EOS a model stops, so it is learned: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
+        """
+        first = place = 0
+        while (match := self._specials.match(text, place)) and match.group():
+            place = match.end()
+            first = first or place
+            if match.group() == self.eos:
+                return place
+        return first
 
 
 def chat_template(tokenizer: Path) -> str | None:

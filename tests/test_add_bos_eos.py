@@ -277,6 +277,61 @@ def test_the_prompt_has_the_ids_that_it_has_when_the_model_is_used(own: Path, te
     assert ids.to_pylist()[0][: learn.to_pylist()[0].index(True)] == prompt
 
 
+# What stands before an answer, and what of it the prompt has: "ASSISTANT:" as Vicuna; nothing as Mistral; a header that
+# no prompt prints; the empty thought of Qwen3; a token of Command R7B; the <think> of QwQ.
+LEADS = {
+    "a space": ("ASSISTANT: ", "{{ 'ASSISTANT:' }}", ["user: 1ASSISTANT:", " quick", "</s>"]),
+    "a space and no prompt": (" ", "", ["user: 1", " quick", "</s>"]),
+    "a name and no prompt": ("ASSISTANT: ", "", ["user: 1ASSISTANT: ", "quick", "</s>"]),
+    "another prompt": ("ASSISTANT: ", "{{ 'BOT: ' }}", ["user: 1ASSISTANT: ", "quick", "</s>"]),
+    "a thought": ("A\n<think>\n\n</think>\n\n", "{{ 'A\n' }}", ["user: 1A\n", "<think>\n\n</think>\n\nquick", "</s>"]),
+    "a token": ("A<pad>", "A", ["user: 1A", "<pad>", "quick", "</s>"]),
+}
+
+
+@pytest.mark.parametrize("case", LEADS)
+def test_what_stands_before_an_answer_and_not_in_its_prompt_is_learned(own: Path, case: str) -> None:
+    """So the answer has the ids that it has behind the prompt, and the model is taught to write its first space."""
+    before, prompt, expected = LEADS[case]
+    template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}{{ " + repr(before) + " }}{% else %}"
+        "{{ message.role + ': ' }}{% endif %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+    marker = with_template(own, template)
+    segments = marker.conversation(turns("1", "quick"))
+    assert [segment.text for segment in segments] == expected
+    assert [segment.learn for segment in segments] == [False, *[True] * (len(expected) - 1)]
+    again = marker.conversation(turns("1", "quick", "1", "quick"))
+    assert again == [*segments, *segments]
+    unlearned = marker.conversation([turns("1")[0], {**turns("1", "quick")[1], "learn": False}])
+    assert not any(segment.learn for segment in unlearned)
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    whole = tokenizer.apply_chat_template(turns("1", "quick"), return_dict=False)
+    ids, _ = Encoder(own).encode(pa.array([[segment._asdict() for segment in segments]], MARKED.field("segments").type))
+    assert (ids.to_pylist()[0] == whole) == (case not in ("a name and no prompt", "another prompt"))
+
+
+def test_what_of_a_thought_stands_in_the_prompt_is_not_learned(own: Path) -> None:
+    """As QwQ asks for an answer."""
+    template = CHATML.replace("'<s>assistant\n' }}{% endif", "'<s>assistant\n<think>\n' }}{% endif")
+    found = with_template(own, template).conversation(turns("2+2?", "<think>\n2\n</think>\n\n4"))
+    assert found[-4:-1] == [
+        Segment("assistant\n<think>\n", False, False),
+        Segment("2\n</think>\n\n4", False, True),
+        EOS,
+    ]
+
+
+def test_an_answer_ends_with_all_special_tokens_up_to_eos(own: Path) -> None:
+    """As <|END_RESPONSE|><|END_OF_TURN_TOKEN|> of Command R7B; where no EOS follows at once, with the first."""
+    each = "{% for message in messages %}{{ message.content }}"
+    found = with_template(own, each + "{{ '<pad></s><s>' }}{% endfor %}").conversation(turns("1", "one", "2"))
+    assert [segment.text for segment in found if segment.learn] == ["one", "<pad>", "</s>"]
+    found = with_template(own, each + "{{ '<pad><s>\n</s>' }}{% endfor %}").conversation(turns("1", "one", "2"))
+    assert [segment.text for segment in found if segment.learn] == ["one", "<pad>"]
+
+
 def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_other_documents(
     project: Path, run_stage: Runner
 ) -> None:
