@@ -20,6 +20,7 @@ from kit.tokenizer import Vocabulary
 from thoughts import BEGIN, THOUGHT, begins
 
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_TOKENS = ("unk_token", "sep_token", "cls_token", "mask_token")
 
 
 class Segment(NamedTuple):
@@ -36,7 +37,9 @@ class Marker:
     def __init__(self, tokenizer: Path) -> None:
         vocabulary = Vocabulary(tokenizer)
         self.folder = tokenizer
-        self.special = vocabulary.special
+        # A template may print each token that the settings name, not those alone that documents need.
+        others = {role: text for role in OTHER_TOKENS if (text := vocabulary.named(role))}
+        self.special = {**vocabulary.special, **others}
         self.bos, self.eos = self.special.get("bos_token"), self.special["eos_token"]
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)

@@ -108,6 +108,16 @@ def test_a_template_prints_nothing_for_a_token_that_the_tokenizer_lacks(own: Pat
     assert marker.conversation(turns("2+2?", "4"))[0].text == "Human: 2+2?\n\nAssistant: "
 
 
+@pytest.mark.parametrize("role", ["unk_token", "sep_token", "cls_token", "mask_token"])
+def test_a_template_prints_each_token_that_the_settings_name(own: Path, role: str) -> None:
+    """As `transformers` prints it: not those alone that begin, end or fill up documents."""
+    template = EACH + "{{ message.content + eos_token + " + role + " }}{% endfor %}"
+    marker = with_template(own, template, **{role: "<pad>"})
+    assert "".join(segment.text for segment in marker.conversation(turns("2+2?", "4"))) == "2+2?</s><pad>4</s><pad>"
+    theirs = AutoTokenizer.from_pretrained(own).apply_chat_template(turns("2+2?", "4"), tokenize=False)
+    assert theirs == "2+2?</s><pad>4</s><pad>"
+
+
 def test_of_several_rounds_each_answer_and_its_eos_are_learned_and_nothing_else(marker: Marker) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *turns("1", "one", "2", "two")]
     assert marker.conversation(messages) == [
