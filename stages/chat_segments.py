@@ -20,6 +20,11 @@ from kit.tokenizer import Vocabulary
 from thoughts import BEGIN, THOUGHT, begins
 
 ROLES = ("system", "user", "assistant", "tool")
+# What `tokenizers` takes for white space beside a token with lstrip or rstrip: Unicode's White_Space.
+WHITE_SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"
+)
+WHITE_SPACE += "\u202f\u205f\u3000"
 OTHER_TOKENS = ("unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -44,6 +49,8 @@ class Marker:
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)))
+        added = vocabulary.tokenizer.get_added_tokens_decoder().values()
+        self._strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.special}
         self._skeletons: dict[tuple[tuple[str, bool], ...], tuple[list[str], list[int]]] = {}
         self._template = None
         if (template := chat_template(tokenizer)) is not None:
@@ -83,7 +90,8 @@ class Marker:
         thought of Qwen3. Of messages whose `learn` is False nothing is learned. Each content is rendered as a stand-in
         and put back afterwards, so no content can change the template's course or be taken for a special token; of a
         thought before an answer the tags stay, for some templates look for them. Raises ValueError when the template
-        does not use each content just once, in order and unchanged, or does not end an answer with a special token.
+        does not use each content just once, in order and unchanged, or does not end an answer with a special token, or
+        when a special token takes white space from a content.
         """
         # A template sees what it would see of a chat: not what is learned.
         shown = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -101,6 +109,7 @@ class Marker:
                 "empty line."
             )
         segments: list[Segment] = []
+        contents: set[int] = set()
         after, learned = False, False  # of the message before: whether it is an answer, whether it is learned
         for message, text, lead in zip(messages, own, leads, strict=False):
             said, answer = message["content"], message["role"] == "assistant"
@@ -108,9 +117,30 @@ class Marker:
             end = len(text) - max(lead, 0)
             segments += self._template_text(text[:end], after, learned)
             segments += [piece._replace(learn=learn) for piece in self._template_text(text[end:], after_answer=False)]
+            contents |= {len(segments), len(segments) + 1}
             segments += [Segment(said[: max(-lead, 0)], False, False), Segment(said[max(-lead, 0) :], False, learn)]
             after, learned = answer, learn
-        return merged([*segments, *self._template_text(own[-1], after, learned)])
+        return merged(self._stripped([*segments, *self._template_text(own[-1], after, learned)], contents))
+
+    def _stripped(self, segments: list[Segment], contents: set[int]) -> list[Segment]:
+        """Return the segments without the white space that special tokens take from beside them (lstrip, rstrip: Phi).
+
+        The tokenizer of the finished model leaves it out, too. Raises ValueError when it belongs to a content.
+        """
+        for place, segment in enumerate(segments):
+            for step, strips in zip((-1, 1), self._strips[segment.text] if segment.special else (), strict=False):
+                at = place + step
+                while strips and 0 <= at < len(segments) and not segments[at].special:
+                    text = segments[at].text
+                    kept = text.lstrip(WHITE_SPACE) if step > 0 else text.rstrip(WHITE_SPACE)
+                    if kept != text and at in contents:
+                        raise ValueError(
+                            f"the tokenizer's {segment.text} takes white space from the message beside it; clean the "
+                            "messages before: {rule: whitespace, strip: true}."
+                        )
+                    segments[at] = segments[at]._replace(text=kept)
+                    at = at + step if not kept else -1
+        return segments
 
     def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> tuple[list[str], list[int]]:
         """Return the template's own text before, between and after the contents of messages, and each one's lead.

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 import add_bos_eos
@@ -272,6 +272,21 @@ def test_templates_are_rendered_as_transformers_renders_them(own: Path, template
     segments = with_template(own, template).conversation(messages)
     expected = AutoTokenizer.from_pretrained(own).apply_chat_template(messages, tokenize=False)
     assert "".join(segment.text for segment in segments) == expected
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_white_space_that_a_special_token_takes_is_left_out(own: Path, sides: tuple[bool, bool]) -> None:
+    """As the tokenizer of the finished model does (those of Phi 3 and 4); but none of what the messages say."""
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<end>", lstrip=sides[0], rstrip=sides[1], normalized=False)])
+    tokenizer.save(str(own / "tokenizer.json"))
+    marker = with_template(own, EACH + "{{ '\u3000\n<end> \n' + message.content + '<end> \x1f<end>' }}{% endfor %}")
+    messages = turns("the quick", "brown fox")
+    segments = [segment._asdict() for segment in marker.conversation(messages)]
+    ids, _ = Encoder(own).encode(pa.array([segments], MARKED.field("segments").type))
+    assert ids.to_pylist()[0] == AutoTokenizer.from_pretrained(own).apply_chat_template(messages, return_dict=False)
+    with pytest.raises(ValueError, match=r"<end> takes white space from the message beside it; .*strip: true"):
+        marker.conversation(turns("\tthe quick ", "brown"))
 
 
 @pytest.mark.parametrize("template", [TEMPLATES["human_assistant"], CHATML])
