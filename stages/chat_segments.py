@@ -260,6 +260,18 @@ def chat_template(tokenizer: Path) -> str | None:
     return str(named["default"])
 
 
+def end_of_answer(tokenizer: Path) -> str | None:
+    """Return the token that the chat template of a tokenizer folder puts behind an answer.
+
+    None where it has no template, or one that takes no question and answer.
+    """
+    try:
+        said = Marker(tokenizer).conversation([{"role": role, "content": "Hi"} for role in ("user", "assistant")])
+    except ValueError:  # `add_bos_eos` says why, if there are conversations
+        return None
+    return next(segment.text for segment in reversed(said) if segment.special and segment.learn)
+
+
 def merged(segments: list[Segment]) -> list[Segment]:
     """Return `segments` with plain neighbours of the same `learn` joined and empty ones left out.
 

@@ -89,11 +89,14 @@ def install(folder: Path, name: str) -> None:
             f"{' or '.join(fitting)}, which need none, or train_tokenizer.mode extend, which adds them."
         )
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    for settings in ("tokenizer_config.json", "special_tokens_map.json"):
-        before = arrow.read_json(folder / settings) if (folder / settings).is_file() else {}
-        # The base's own template goes: of two, programs disagree which one counts.
-        after = {key: value for key, value in before.items() if key != "chat_template"}
-        if special_tokens(name):
-            after["eos_token"] = end_of_turn(name, "")
+    # The base's own template goes: of two, programs disagree which one counts.
+    settings(folder, chat_template=None, **({"eos_token": end_of_turn(name, "")} if special_tokens(name) else {}))
+
+
+def settings(folder: Path, **changes: str | None) -> None:
+    """Change what the settings of a tokenizer folder say; None takes a key out."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        before = arrow.read_json(folder / name) if (folder / name).is_file() else {}
+        after = {key: value for key, value in {**before, **changes}.items() if key not in changes or value is not None}
         if before and after != before:
-            arrow.write_json(folder / settings, after)
+            arrow.write_json(folder / name, after)

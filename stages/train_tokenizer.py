@@ -9,7 +9,9 @@ Params: phases.PHASE.train_tokenizer
 `mode: extend` goes on with the training of the base's byte-level BPE: its ids and its merges stay, new ones follow, and
 train_model gives each new token the mean of the embeddings of what the base made of it.
 `mode: reuse` copies the base's tokenizer. `chat_template` names a template of stages/chat_templates.py, or is
-left out to keep the base's own; it travels with the model, so chatting and training see the same text.
+left out to keep the base's own; it travels with the model, so chatting and training see the same text. Where there are
+conversations and the own one ends answers with a token at which the base does not stop (Qwen's base models), that
+becomes the eos_token.
 
 Example: two documents "aaaa aaaa", vocabulary 263, specials <s> </s> <pad>
 
@@ -32,7 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 import bpe_training
-from chat_templates import TEMPLATES, end_of_turn, install, special_tokens
+from chat_segments import end_of_answer
+from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 from kit.tokenizer import FILES, Vocabulary
@@ -175,6 +178,16 @@ def without_dropout(path: Path) -> bool:
     return True
 
 
+def unknown_stop(folder: Path, base: Path) -> str | None:
+    """Return the token that ends an answer in the folder's chat template; None where the base stops at it already."""
+    end, vocabulary = end_of_answer(folder), Vocabulary(folder)
+    if end is None or end == vocabulary.special["eos_token"]:
+        return None
+    path = next((base / name for name in ("generation_config.json", "config.json") if (base / name).is_file()), None)
+    stops = arrow.read_json(path).get("eos_token_id") if path else None
+    return None if vocabulary.id(end) in (stops if isinstance(stops, list) else [stops]) else end
+
+
 def keeps_all(tokenizer: Tokenizer) -> bool:
     """Return whether each text comes back from its ids: nothing changes it, stands before it or is stripped."""
     content = json.loads(tokenizer.to_str())
@@ -233,8 +246,13 @@ def main(phase: str) -> None:
             # Plain text never makes them, so a template may bring its own.
             extended.add_special_tokens(special_tokens(params.chat_template))
             extended.save(str(folder / "tokenizer.json"))
+        schemas = [arrow.manifest(documents / "documents")["schema"] for documents, _ in sources.values()]
+        conversations = any("messages" in schema for schema in schemas)
         if params.chat_template:
             install(folder, params.chat_template)
+        elif params.mode != "train" and conversations and (end := unknown_stop(folder, base)):
+            print(f"{run.name}: the base's chat template ends answers with {end}, so it becomes the eos_token")
+            settings(folder, eos_token=end)
         vocabulary = Vocabulary(folder)
         if entries < (asked := params.vocab_size or params.new_tokens or 0):
             print(f"{run.name}: the text gave {entries:,} entries only, of {asked:,} asked for")

@@ -278,3 +278,35 @@ def test_a_phase_gets_the_tokens_of_its_template_or_one_sentence(project: Path, 
     segments = arrow.table(project / "data/marked/p/p_text")["segments"][3].as_py()
     assert [s["text"] for s in segments if s["learn"]] == ["is 6<|eot_id|>", "<|eot_id|>"]
     assert [s["text"] for s in segments if s["special"]].count("<|eot_id|>") == 2
+
+
+@pytest.mark.parametrize("base_stops", [None, 1, [1, 300]])
+@pytest.mark.parametrize("record", ["alpaca", "text"])
+def test_where_a_bases_own_template_ends_an_answer_the_model_stops(
+    project: Path, run_stage: Runner, record: str, base_stops: int | list[int] | None
+) -> None:
+    """Qwen's base models have ChatML and stop at <|endoftext|> alone; a phase of plain text keeps their end."""
+    base = tiny.tokenizer(project / "models/base/b")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(special_tokens("chatml")[::-1])
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    (base / "config.json").write_text(json.dumps(tiny.CONFIG))
+    if base_stops:
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": base_stops}))
+    tiny.params_yaml(project, p={"base": "models/base/b", "train_tokenizer": {"mode": "reuse"}})
+    params = json.loads((project / "params.yaml").read_text())
+    columns = {"columns": {"text": "output"}} if record == "text" else {}
+    params["sources"]["p_text"]["clean"] |= {"format": "jsonl", "record": record, **columns}
+    (project / "params.yaml").write_text(json.dumps(params))
+    rows = [{"instruction": f"{n}+{n}? {n * '!'}", "input": "", "output": f"is {2 * n} by all"} for n in range(30)]
+    write(project / "data/raw/x/x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for stage, name in (("clean", "p_text"), ("dedup", "p"), ("train_tokenizer", "p"), ("add_bos_eos", "p_text")):
+        finished = run_stage(project, stage, name)
+        assert finished.returncode == 0, finished.stderr
+    folder, new = project / "models/tokenizers/p", record == "alpaca" and base_stops != [1, 300]
+    assert AutoTokenizer.from_pretrained(folder).eos_token == ("<|im_end|>" if new else "</s>")
+    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATES["chatml"]
+    stops = {Vocabulary(folder).special_ids["eos_token_id"], *(base_stops if isinstance(base_stops, list) else [])}
+    segments = arrow.table(project / "data/marked/p/p_text")["segments"][3].as_py()
+    assert Vocabulary(folder).id([s["text"] for s in segments if s["learn"]][-1]) in stops
