@@ -144,11 +144,7 @@ def _tools(tools: Any, where: str, params: Params) -> str:
 
     As JSON text like the calls themselves: so rules clean them, and the ledger accounts for them, as for all text.
     """
-    text = tools if isinstance(tools, str) else _json(tools, params)
-    try:
-        found = json.loads(text) if text.strip() else None
-    except (ValueError, RecursionError):
-        found = text
+    text, found = _json(tools, params)
     if not found:
         return ""
     if not all(isinstance(one, dict) for one in (found if isinstance(found, list) else [found])):
@@ -180,9 +176,9 @@ def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params)
             raise ValueError(f"{here} has the {role_key} {_short(role)}, expected one of {', '.join(ROLES)}")
         if isinstance(text, list):  # parts, as OpenAI writes them; pictures and sound have no text
             text = "".join(_part(part, f"{here} part {at}") for at, part in enumerate(text, start=1))
-        if calls := message.get("tool_calls") or message.get("function_call"):
+        if calls := _calls(message, here, params):
             said = string_of("" if text is None else text, f"{here} `{text_key}`")
-            text = "\n".join(filter(None, (said, _json(calls, params))))
+            text = "\n".join(filter(None, (said, calls)))
         if text is None and text_key not in message:
             raise ValueError(f"{here} has no `{text_key}`")
         text = string_of(text, f"{here} `{text_key}`")
@@ -191,6 +187,19 @@ def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params)
         turn: Message = {"role": ROLES[role], "content": text}
         turns.append(_not_learned(turn) if 0 in [_weight(message, name, here) for name in WEIGHTS] else turn)
     return turns
+
+
+def _calls(message: dict[str, Any], here: str, params: Params) -> str:
+    """Return the functions that a message calls as JSON text, also where they stand there as such; "" for none."""
+    for name in ("tool_calls", "function_call"):
+        if not (value := message.get(name)):
+            continue
+        text, found = _json(value, params)
+        if found and not isinstance(found, list | dict):
+            raise ValueError(f"{here} has the {name} {_short(value)}, expected calls of functions")
+        if found:
+            return text
+    return ""
 
 
 def _part(part: Any, where: str) -> str:
@@ -214,9 +223,18 @@ def _weight(message: dict[str, Any], name: str, here: str) -> Any:
     return message.get(name)
 
 
-def _json(value: Any, params: Params) -> str:
-    """Return calls or functions as JSON text; without nulls from a table, where each has the fields of all others."""
-    return json.dumps(_without_nulls(value) if params.format in UNITS else value, ensure_ascii=False, default=str)
+def _json(value: Any, params: Params) -> tuple[str, Any]:
+    """Return calls or functions as JSON text, and what it says; of a text that is no JSON, that text.
+
+    Without nulls from a table, where each has the fields of all others. A text, as many tables hold it, stays as it is.
+    """
+    if not isinstance(value, str):
+        value = _without_nulls(value) if params.format in UNITS else value
+        return json.dumps(value, ensure_ascii=False, default=str), value
+    try:
+        return value, json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value, value
 
 
 def _without_nulls(value: Any) -> Any:

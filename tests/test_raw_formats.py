@@ -253,6 +253,17 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
             ("assistant", '[{"id": "1", "x": {"b": 2}}, {"id": "2"}]'),
         ),
     ),
+    "calls that stand there as JSON text": (
+        "messages",
+        {
+            "messages": [
+                {"role": "assistant", "content": "Hm.", "tool_calls": '[{"id": "天气"}]'},
+                {"role": "assistant", "content": None, "tool_calls": "[]", "function_call": '{"name": "log"}'},
+                {"role": "assistant", "content": "No.", "tool_calls": "null", "function_call": " "},
+            ]
+        },
+        turns(("assistant", 'Hm.\n[{"id": "天气"}]'), ("assistant", '{"name": "log"}'), ("assistant", "No.")),
+    ),
     "thoughts that are none": (
         "messages",
         {
@@ -431,6 +442,8 @@ BAD_ROWS = {
     '{"messages": [{"role": "assistant", "content": "a", "reasoning_content": 5}]}': "`reasoning_content` is 5, expec",
     '{"messages": [{"role": "assistant", "content": "a", "reasoning_content": "\\ud800"}]}': "half of a surrogate pair",
     '{"messages": [{"role": "assistant", "content": "", "tool_calls": ["\\ud800"]}]}': "half of a surrogate pair",
+    '{"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}': "message 1, has the tool_calls 5, expect",
+    '{"messages": [{"role": "assistant", "content": "a", "function_call": "f("}]}': 'has the function_call "f(", expec',
     '{"messages": [{"role": "user", "content": "a"}], "tools": 5}': "the field `tools` is 5, expected a list of",
     '{"messages": [{"role": "user", "content": "a"}], "tools": ["saw"]}': "field `tools` is a list, expected a list",
     '{"messages": [{"role": "user", "content": "a"}], "tools": "saw"}': 'the field `tools` is "saw", expected a list',
