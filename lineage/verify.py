@@ -815,11 +815,12 @@ def _table_rows(path: Path, source: Source) -> Iterator[bytes]:
     names = NAMES[source.about["record"]]
     wanted = [columns.get(name, name) for name in names]
     tools = columns.get("tools", "tools")
-    unreadable = (ValueError, OverflowError, pa.ArrowException)
+    unreadable = (ValueError, KeyError, OverflowError, pa.ArrowException)
 
     def values(rows: pa.RecordBatch) -> list[Any]:
         rows.validate(full=True)
-        return list(rows.to_pylist())
+        named = not re.search(r"\bmap<(?!string|large_string)", " ".join(map(str, rows.schema.types)))
+        return list(rows.to_pylist(maps_as_pydicts="strict" if named else None))  # a map is an object
 
     must = {*names[: NEEDED.get(source.about["record"], 1)], *columns}
     needed = {column for name, column in zip(names, wanted, strict=True) if column and name in must}

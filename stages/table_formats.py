@@ -79,7 +79,7 @@ def _rows(batches: Iterable[pa.RecordBatch], params: Params) -> Iterator[Record]
             rows = batch.slice(start, ROWS)
             try:
                 values = _values(rows)
-            except (ValueError, OverflowError, pa.ArrowException):  # in one of them; find out in which
+            except (ValueError, KeyError, OverflowError, pa.ArrowException):  # in one of them; find out in which
                 values = [_value(rows.slice(at, 1)) for at in range(rows.num_rows)]
             for value in values:
                 raw = b"" if isinstance(value, ValueError) else CANONICAL(_named(value, params)).encode(*LENIENT)
@@ -95,13 +95,16 @@ def _named(row: dict[str, Any], params: Params) -> dict[str, Any]:
 
 def _values(rows: pa.RecordBatch) -> list[Any]:
     rows.validate(full=True)  # offsets too: Arrow would follow a bad one out of its memory
-    return rows.to_pylist()
+    # A map is {"city": "x"}, as JSON has it, and not a list of pairs; JSON knows no keys but strings.
+    named = not re.search(r"\bmap<(?!string|large_string)", " ".join(map(str, rows.schema.types)))
+    return rows.to_pylist(maps_as_pydicts="strict" if named else None)
 
 
 def _value(row: pa.RecordBatch) -> Any:
     try:
         return _values(row)[0]
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # Overflow: a date beyond the year 9999
+    # Overflow: a date beyond the year 9999; Key: a map that has a key twice
+    except (ValueError, KeyError, OverflowError, pa.ArrowException) as error:
         return ValueError(f"the row cannot be read ({error})")
 
 

@@ -785,9 +785,17 @@ TABLE = {"text": ["one", None, "three", ""]}
 TURNS = [[{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]] * 2
 
 
-def parquet(**columns: list[Any]) -> bytes:
+def parquet(**columns: Any) -> bytes:
     pq.write_table(pa.table(columns), sink := pa.BufferOutputStream())
     return bytes(sink.getvalue())
+
+
+# Arguments of calls as a map, in the third row with a key twice.
+CALLS = [
+    [{"role": "user", "content": "1+1", "calls": None}, {"role": "assistant", "content": "2", "calls": calls}]
+    for calls in (None, [("n", "1")], [("n", "1"), ("n", "2")])
+]
+MAPS = pa.struct([("role", pa.string()), ("content", pa.string()), ("calls", pa.map_(pa.string(), pa.string()))])
 
 
 def stream(**columns: list[Any]) -> bytes:
@@ -818,6 +826,11 @@ def stream(**columns: list[Any]) -> bytes:
         ({"a.arrow": stream(**TABLE)[:-8]}, {"format": "arrow"}, 2),
         ({"a.arrow": stream(**TABLE).replace(b"three", b"thr\xffe")}, {"format": "arrow"}, 1),
         ({"a.parquet": parquet(messages=TURNS, system=["Brief."] * 2)}, {"format": "parquet", "record": "messages"}, 2),
+        (
+            {"a.parquet": parquet(messages=pa.array(CALLS, pa.list_(MAPS))), "b.parquet": parquet(messages=TURNS)},
+            {"format": "parquet", "record": "messages"},
+            3,
+        ),
         (
             {"a.parquet": parquet(prompt=["1"], completion=["2"], system=["Brief."], history=[[["a", "b"]]])},
             {"format": "parquet", "record": "prompt_completion"},

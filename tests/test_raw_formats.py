@@ -414,6 +414,40 @@ def test_a_table_row_without_functions_has_the_bytes_of_one_in_a_table_without_t
     assert plain.raw == null.raw == b'{"messages": [{"content": "4", "role": "assistant"}]}'
 
 
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_a_map_of_a_table_is_an_object(tmp_path: Path, name: str) -> None:
+    """As Spark writes the arguments of a call; a list of pairs would be learned as one."""
+    arguments = pa.map_(pa.string(), pa.string())
+    calls = pa.list_(pa.struct([("name", pa.string()), ("arguments", arguments)]))
+    kind = pa.list_(pa.struct([("role", pa.string()), ("tool_calls", calls)]))
+    rows = [
+        [{"role": "assistant", "tool_calls": [{"name": "rain", "arguments": pairs}]}]
+        for pairs in ([("city", "北京")], [("city", "x"), ("city", "y")])
+    ]
+    table = pa.table({"messages": pa.array(rows, kind)})
+    path = tmp_path / f"a.{name}"
+    with path.open("wb") as file:
+        if name == "parquet":
+            parquet.write_table(table, file)
+        else:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+    good, bad = records(path, params(name, record="messages"))
+    assert good.content == turns(("assistant", '[{"name": "rain", "arguments": {"city": "北京"}}]'))
+    assert bad.number == 2 and "the row cannot be read" in str(bad.error)
+
+
+def test_a_map_with_keys_that_json_does_not_know_stays_a_list_of_pairs() -> None:
+    calls = pa.list_(pa.map_(pa.binary(), pa.int8()))
+    kind = pa.list_(pa.struct([("role", pa.string()), ("tool_calls", calls)]))
+    table, sink = (
+        pa.table({"messages": pa.array([[{"role": "assistant", "tool_calls": [[(b"k", 1)]]}]], kind)}),
+        io.BytesIO(),
+    )
+    parquet.write_table(table, sink)
+    assert contents(read(sink.getvalue(), "parquet", record="messages")) == [turns(("assistant", "[[[\"b'k'\", 1]]]"))]
+
+
 def test_the_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "Rain "}, {"type": "text", "text": "today?"}]
     row = {"messages": [{"role": "user", "content": parts}]}
