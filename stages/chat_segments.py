@@ -9,6 +9,7 @@ marker.conversation([user "2+2?", assistant "4"])
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ class Marker:
             self._skeletons[shape] = self._skeleton(shape)
         own, leads = self._skeletons[shape]
         said = [message["content"] for message in messages]
-        if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self._render(
+        if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self.render(
             shown
         ):
             raise ValueError(
@@ -160,7 +161,7 @@ class Marker:
             for text, (_, thinks) in zip(stand_ins, shape, strict=True)
         ]
         messages = [{"role": role, "content": content} for content, (role, _) in zip(contents, shape, strict=True)]
-        whole = rendered = self._render(messages)
+        whole = rendered = self.render(messages)
         for number, (text, content) in enumerate(zip(stand_ins, contents, strict=True), start=1):
             if text != content and content not in rendered:
                 raise ValueError(
@@ -186,16 +187,17 @@ class Marker:
             end, lead = begin + len(message["content"]), 0
             if message["role"] == "assistant":
                 with contextlib.suppress(ValueError):  # a template may refuse a conversation that begins with an answer
-                    prompt = self._render(messages[:number], True)
+                    prompt = self.render(messages[:number], True)
                     lead = begin - len(prompt)
                     text = whole[len(prompt) : begin]
                     if not whole.startswith(prompt) or not -len(BEGIN) <= lead <= begin - before:
                         lead = 0
-                    elif text.strip() and prompt == self._render(messages[:number]):
+                    elif text.strip() and prompt == self.render(messages[:number]):
                         lead = 0  # a template that knows no prompt: what names the speaker is not part of what is said
             yield lead
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    def render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        """Return what the template prints of messages; prompt: and what asks for an answer."""
         assert self._template
         try:
             # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
@@ -270,6 +272,22 @@ def end_of_answer(tokenizer: Path) -> str | None:
     except ValueError:  # `add_bos_eos` says why, if there are conversations
         return None
     return next(segment.text for segment in reversed(said) if segment.special and segment.learn)
+
+
+def only_in_prompt(tokenizer: Path) -> str:
+    """Return how the prompt for an answer ends where no answer of a conversation stands behind that; else "".
+
+    <think> and a line break of DeepSeek-R1, whose conversations hold no thoughts.
+    """
+    said = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    try:
+        marker = Marker(tokenizer)
+        marker.conversation(said)
+        prompt, whole = marker.render(said[:1], prompt=True), marker.render(said)
+    except ValueError:  # as for `end_of_answer`
+        return ""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    return prompt[len(list(same)) :]
 
 
 def merged(segments: list[Segment]) -> list[Segment]:

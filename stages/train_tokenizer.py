@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 import bpe_training
-from chat_segments import end_of_answer
+from chat_segments import end_of_answer, only_in_prompt
 from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
@@ -250,9 +250,15 @@ def main(phase: str) -> None:
         conversations = any("messages" in schema for schema in schemas)
         if params.chat_template:
             install(folder, params.chat_template)
-        elif params.mode != "train" and conversations and (end := unknown_stop(folder, base)):
-            print(f"{run.name}: the base's chat template ends answers with {end}, so it becomes the eos_token")
-            settings(folder, eos_token=end)
+        elif params.mode != "train" and conversations:
+            if end := unknown_stop(folder, base):
+                print(f"{run.name}: the base's chat template ends answers with {end}, so it becomes the eos_token")
+                settings(folder, eos_token=end)
+            if prompt := only_in_prompt(folder):
+                print(
+                    f"{run.name}: the base's chat template asks for an answer with {json.dumps(prompt)}, behind which "
+                    "no answer without a thought stands in training; for such answers name a chat_template"
+                )
         vocabulary = Vocabulary(folder)
         if entries < (asked := params.vocab_size or params.new_tokens or 0):
             print(f"{run.name}: the text gave {entries:,} entries only, of {asked:,} asked for")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import tiny
 from add_bos_eos import MARKED
-from chat_segments import ROLES, Marker, chat_template
+from chat_segments import ROLES, Marker, chat_template, only_in_prompt
 from chat_templates import TEMPLATES, end_of_turn, install, special_tokens
 from conftest import Runner, write
 from kit import arrow
@@ -290,7 +290,8 @@ def test_where_a_bases_own_template_ends_an_answer_the_model_stops(
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.add_special_tokens(special_tokens("chatml")[::-1])
     tokenizer.save(str(base / "tokenizer.json"))
-    (base / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    template = TEMPLATES["chatml"].replace("assistant\\n", "assistant\\n<think>")
+    (base / "chat_template.jinja").write_text(template)
     (base / "config.json").write_text(json.dumps(tiny.CONFIG))
     if base_stops:
         (base / "generation_config.json").write_text(json.dumps({"eos_token_id": base_stops}))
@@ -304,9 +305,34 @@ def test_where_a_bases_own_template_ends_an_answer_the_model_stops(
     for stage, name in (("clean", "p_text"), ("dedup", "p"), ("train_tokenizer", "p"), ("add_bos_eos", "p_text")):
         finished = run_stage(project, stage, name)
         assert finished.returncode == 0, finished.stderr
+        assert ('asks for an answer with "<think>"' in finished.stdout) == (
+            stage == "train_tokenizer" and record != "text"
+        )
     folder, new = project / "models/tokenizers/p", record == "alpaca" and base_stops != [1, 300]
     assert AutoTokenizer.from_pretrained(folder).eos_token == ("<|im_end|>" if new else "</s>")
-    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATES["chatml"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
     stops = {Vocabulary(folder).special_ids["eos_token_id"], *(base_stops if isinstance(base_stops, list) else [])}
     segments = arrow.table(project / "data/marked/p/p_text")["segments"][3].as_py()
     assert Vocabulary(folder).id([s["text"] for s in segments if s["learn"]][-1]) in stops
+
+
+PROMPTS = {
+    "as chatml": ("", '{{ "<|im_start|>assistant\\n" }}', ""),
+    "less than there": ("<think>", '{{ "<|im_start|>assistant\\n" }}', ""),
+    "none": ("", "", ""),
+    "more, as DeepSeek-R1": ("", '{{ "<|im_start|>assistant\\n<think>" }}', "<think>"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_prompt_that_no_conversation_holds_is_found(tmp_path: Path, case: str) -> None:
+    """Of a base's own template: what asks for an answer there is not what stood before it in training."""
+    before, prompt, found = PROMPTS[case]
+    folder = tiny.tokenizer(tmp_path / "t", "chatml")
+    turn = "{{ '<|im_start|>' + message.role + '\n' + ('" + before + "' if message.role == 'assistant' else '') }}"
+    turn += "{{ message.content + '<|im_end|>\n' }}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}" + prompt
+    (folder / "chat_template.jinja").write_text(template + "{% endif %}")
+    assert only_in_prompt(folder) == found
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert only_in_prompt(folder) == ""
