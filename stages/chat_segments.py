@@ -181,11 +181,16 @@ class Marker:
         That is what stands between the prompt for an answer (`add_generation_prompt`) and the answer. Below 0: so many
         of its own characters stand in the prompt (<think>). 0 where the conversation is not printed as the prompt is.
         """
+        asked = ""
+        with contextlib.suppress(ValueError):
+            asked = self.render(messages, True)
+        ending = asked.removeprefix(whole) if asked.startswith(whole) else ""
         end = 0
         for number, message in enumerate(messages):
             begin, before = whole.index(message["content"], end), end
             end, lead = begin + len(message["content"]), 0
-            if message["role"] == "assistant":
+            # Where the prompt's ending stands before it, as in most templates, the prompt need not be rendered.
+            if message["role"] == "assistant" and not (ending and whole.endswith(ending, before, begin)):
                 with contextlib.suppress(ValueError):  # a template may refuse a conversation that begins with an answer
                     prompt = self.render(messages[:number], True)
                     lead = begin - len(prompt)
