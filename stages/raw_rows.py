@@ -17,6 +17,8 @@ ROLES = {  # developer: the system turn of OpenAI's reasoning models; human, gpt
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 
+# Who speaks, in the other kind of messages: the key, the kind of record, its column.
+OTHER_KEYS = {"role": ("from", "sharegpt", "conversations"), "from": ("role", "messages", "messages")}
 WEIGHTS = ("weight", "loss")  # of a message: OpenAI's fine-tuning, ms-swift
 
 
@@ -172,6 +174,13 @@ def _turns(value: Any, where: str, role_key: str, text_key: str, params: Params)
         if not isinstance(message, dict):
             raise ValueError(f"{here} is {_short(message)}, expected an object with `{role_key}` and `{text_key}`")
         role, text = message.get(role_key), message.get(text_key)
+        other, kind, column = OTHER_KEYS[role_key]
+        if role is None and other in message and params.record in ("messages", "sharegpt"):
+            own = OTHER_KEYS[other][2]
+            raise ValueError(
+                f"{here} has `{other}` and no `{role_key}`; read it by `record: {kind}` and "
+                f"`columns: {{{column}: {params.columns.get(own, own)}}}`"
+            )
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{here} has the {role_key} {_short(role)}, expected one of {', '.join(ROLES)}")
         if isinstance(text, list):  # parts, as OpenAI writes them; pictures and sound have no text

@@ -500,6 +500,25 @@ def test_what_is_wrong_with_a_conversation_is_said(row: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "turn", "right"),
+    [
+        ("sharegpt", {"role": "user", "content": "a"}, "`record: messages` and `columns: {messages: conversations}`"),
+        ("messages", {"from": "human", "value": "a"}, "`record: sharegpt` and `columns: {conversations: chats}`"),
+    ],
+)
+def test_messages_of_the_other_kind_are_named(kind: str, turn: dict[str, Any], right: str) -> None:
+    """Much data has OpenAI's role and content under ShareGPT's `conversations`; what is advised reads it."""
+    columns = {"messages": "chats"} if kind == "messages" else {}
+    row = json.dumps({"chats" if columns else "conversations": [turn]}).encode()
+    (record,) = read(row, "jsonl", record=kind, columns=columns)
+    assert record.error and right in record.error
+    other = re.fullmatch(r".*`record: (\w+)` and `columns: {(\w+): (\w+)}`", record.error)
+    assert other
+    (record,) = read(row, "jsonl", record=other[1], columns={other[2]: other[3]})
+    assert record.content == turns(("user", "a"))
+
+
+@pytest.mark.parametrize(
     ("row", "params", "error"),
     [
         ({"label": False}, {}, "line 1: the field `label` says that the answer is a bad one, and it would be learned"),
