@@ -21,6 +21,7 @@ from kit.tokenizer import Vocabulary
 from thoughts import BEGIN, THOUGHT, begins
 
 ROLES = ("system", "user", "assistant", "tool")
+ANOTHER = "set chat_template in the phase's train_tokenizer"
 # What `tokenizers` takes for white space beside a token with lstrip or rstrip: Unicode's White_Space.
 WHITE_SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"
@@ -68,7 +69,8 @@ class Marker:
                     line = next(parser.stream).lineno
                     return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-            # The options with which `transformers` renders a template; anything else moves line breaks.
+            # The options with which `transformers` renders a template; anything else moves line breaks. It has no
+            # strftime_now, for the day is no input: Llama 3.2 then prints its own date, others refuse.
             extensions = ["jinja2.ext.loopcontrols", Generation]
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
             environment.filters["tojson"] = _to_json
@@ -172,7 +174,9 @@ class Marker:
             rendered = rendered.replace(content, text, 1)
         pieces = re.split("\ue000(\\d+)\ue001", rendered)
         if pieces[1::2] != [str(place) for place in range(len(shape))]:
-            raise ValueError("the chat template leaves out, repeats or reorders messages; no loss mask can be exact.")
+            raise ValueError(
+                f"the chat template leaves out, repeats or reorders messages; no loss mask can be exact; {ANOTHER}."
+            )
         return pieces[::2], list(self._leads(messages, whole))
 
     def _leads(self, messages: list[dict[str, str]], whole: str) -> Iterator[int]:
@@ -210,13 +214,17 @@ class Marker:
                 messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self.special
             )
         except Exception as error:  # a template is a program and can fail in any way
-            raise ValueError(f"the chat template refuses a conversation: {error}.") from None
+            why = str(error).rstrip(".")
+            raise ValueError(
+                f"the chat template refuses a conversation: {why}; take such ones out, or {ANOTHER}."
+            ) from None
 
     def _template_text(self, text: str, after_answer: bool, learn: bool = False) -> Iterator[Segment]:
         """Yield the template's own text cut at special tokens; after an answer some of them end it: see `_end`."""
         if after_answer and not self._specials.match(text):
             raise ValueError(
-                "the chat template does not end an answer with a special token, so the model would never stop."
+                "the chat template does not end an answer with a special token, so the model would never stop; "
+                f"{ANOTHER}."
             )
         position, end = 0, self._end(text) if learn else 0
         for match in self._specials.finditer(text):

@@ -216,8 +216,16 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_template_that_allows_no_exact_mask_is_refused(own: Path, case: str) -> None:
     template, sentence = REFUSED[case]
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
         with_template(own, template).conversation(turns(" 2+2?\n", "4 "))
+    assert "; " in str(refusal.value)  # and what to do
+
+
+def test_a_template_that_can_do_without_todays_date_prints_its_own(own: Path) -> None:
+    """As that of Llama 3.2: the same rows give the same tokens on another day."""
+    date = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}"
+    marker = with_template(own, date + CHATML)
+    assert marker.conversation(turns("1", "one"))[0].text == "26 Jul 2024"
 
 
 def test_the_conversation_that_a_template_does_not_suit_is_named(own: Path) -> None:
