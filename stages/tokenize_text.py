@@ -16,10 +16,11 @@ gives one of tokens, and what an earlier run has made of the same bytes is taken
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before numpy is imported
     from kit.start import lean
@@ -28,8 +29,9 @@ if __name__ == "__main__":  # before numpy is imported
 
 import numpy as np
 import pyarrow as pa
+from tokenizers import Tokenizer
 
-from fast_encoder import FastEncoder
+from fast_encoder import FastEncoder, interleave
 from kit import arrow, malloc, stage
 from kit.arrow import compute as pc
 from kit.memo import Made, Memo
@@ -61,6 +63,8 @@ class Encoder:
         self.vocabulary = Vocabulary(folder)
         self.fast = FastEncoder(self.vocabulary.tokenizer)
         self.dtype = pa.from_numpy_dtype(self.fast.dtype)
+        bare, self.at_start = without_prefix(self.vocabulary.tokenizer)
+        self.bare = FastEncoder(bare) if bare else None
         special = [self.vocabulary.id(token) for token in self.vocabulary.special_texts]
         self.is_special = np.zeros(self.vocabulary.size, dtype=bool)
         self.is_special[special] = True
@@ -76,7 +80,12 @@ class Encoder:
         known = np.full(len(text), -1)
         numbers = np.array([self.vocabulary.id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
         known[special] = numbers[names.indices.to_numpy()]
-        ids, lengths = self.fast.encode(text, known)
+        inside = self._inside(special, ends) if self.bare else np.zeros(len(text), bool)
+        if self.bare and inside.any():
+            others = self.fast.encode(text.filter(pa.array(~inside)), known[~inside])
+            ids, lengths = interleave(inside, self.bare.encode(text.filter(pa.array(inside))), others)
+        else:
+            ids, lengths = self.fast.encode(text, known)
         reach = np.cumsum(lengths)
         near = np.flatnonzero(ids - self.first <= self.last - self.first)  # what is below wraps round
         found = near[self.is_special[ids[near]]]
@@ -92,6 +101,52 @@ class Encoder:
         if learn.all():
             return lists, None
         return lists, pa.ListArray.from_arrays(offsets, pa.array(np.repeat(learn, lengths)))
+
+    def _inside(self, special: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return which segments (bool) get no space before them, for the whole text would have none there.
+
+        Those that go on after plain text; where a text has one at its very beginning alone (`at_start`), all of a
+        conversation but its first segment. ends: where the documents begin, and the last ends.
+        """
+        plain = ~special
+        first = np.zeros(len(special) + 1, bool)
+        first[ends[:-1]] = True
+        if not self.at_start:
+            return plain & np.append(False, plain[:-1]) & ~first[:-1]
+        reach = np.append(0, np.cumsum(plain))[ends]  # a text is one segment, between BOS and EOS
+        return plain & np.repeat(np.diff(reach) > 1, np.diff(ends)) & ~first[:-1]
+
+
+def without_prefix(tokenizer: Tokenizer) -> tuple[Tokenizer | None, bool]:
+    """Return the tokenizer without the space that it puts before a text, and whether it puts it at the beginning alone.
+
+    None where it puts none. So do Llama 2's and most of SentencePiece's: what is cut where an answer begins would have
+    one too many, for "Assistant: 4" is no "Assistant:  4".
+    """
+    schemes = set()
+
+    def bare(step: dict[str, Any] | None) -> dict[str, Any] | None:
+        if step is None:
+            return None
+        for key in ("normalizers", "pretokenizers"):
+            if key in step:
+                return {**step, key: [one for one in map(bare, step[key]) if one]}
+        if step["type"] == "Prepend":
+            schemes.add("always")
+            return None
+        if step["type"] == "Metaspace" and step["prepend_scheme"] != "never":
+            schemes.add(step["prepend_scheme"])
+            return {**step, "prepend_scheme": "never"}
+        if step.get("add_prefix_space"):
+            schemes.add("always")
+            return {**step, "add_prefix_space": False}
+        return step
+
+    own = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
+    parts = {name: bare(json.loads(part.__getstate__())) if part else None for name, part in own.items()}
+    if not schemes:  # of most, and the whole of a large one takes 0.3 s to write
+        return None, False
+    return Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), **parts})), schemes == {"first"}
 
 
 @functools.cache

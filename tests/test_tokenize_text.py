@@ -13,6 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer
 
 import tiny
 import tokenize_text
@@ -53,6 +58,55 @@ def write_tokenizer(folder: Path, *specials: str, **settings: str | None) -> Pat
     config = arrow.read_json(folder / "tokenizer_config.json")
     arrow.write_json(folder / "tokenizer_config.json", {**config, **settings})
     return folder
+
+
+MARK = "\u2581"  # SentencePiece's sign for a space
+PREFIXES: dict[str, tuple[Any, Any]] = {
+    "normalizer": (Sequence([Prepend(MARK), Replace(" ", MARK)]), None),
+    "always": (None, Metaspace(MARK, prepend_scheme="always", split=False)),
+    "first": (None, Metaspace(MARK, prepend_scheme="first", split=False)),
+    "byte level": (None, ByteLevel(add_prefix_space=True)),
+}
+
+
+@pytest.mark.parametrize("case", PREFIXES)
+def test_a_space_that_a_tokenizer_puts_before_each_text_is_not_put_before_an_answer(tmp_path: Path, case: str) -> None:
+    """As those of Llama 2, TinyLlama and Mistral: the ids are those of the whole text, which has it at most once."""
+    normalizer, cut = PREFIXES[case]
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if cut:
+        tokenizer.pre_tokenizer = cut
+    specials = ["<unk>", "<s>", "</s>"]
+    texts = ["the quick brown fox user assistant", "brown fox", "\n"] * 9  # no merge across a line break
+    tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=120, special_tokens=specials, show_progress=False))
+    folder = tmp_path / "t"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    arrow.write_json(folder / "tokenizer_config.json", {**config, "unk_token": "<unk>"})
+    turn = "{{ message.role + '\n' + message.content + '</s>' }}"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for begin in ("", "<s>"):
+        template = begin + "{% for message in messages %}" + turn + "{% endfor %}"
+        theirs.chat_template = template + "{% if add_generation_prompt %}assistant\n{% endif %}"
+        (folder / "chat_template.jinja").write_text(theirs.chat_template)
+        said = ["the quick", "brown fox", "brown", "the fox"]
+        messages = [{"role": ("user", "assistant")[at % 2], "content": words} for at, words in enumerate(said)]
+        chain = Chain(folder)
+        ids, learn = chain.ids(messages)
+        assert ids == theirs.apply_chat_template(messages, return_dict=False)
+        prompt = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert learn.index(True) == len(prompt)
+        # A text has it, and what is encoded together has what each has alone.
+        mark = [chain.marker.conversation(messages), chain.marker.document("the fox"), chain.marker.document("brown")]
+        rows = pa.array([[segment._asdict() for segment in row] for row in mark], SEGMENTS)
+        found, _ = chain.encoder.encode(rows)
+        bos, eos = theirs.convert_tokens_to_ids(["<s>", "</s>"])
+        texts = [[bos, *theirs.encode(text, add_special_tokens=False), eos] for text in ("the fox", "brown")]
+        assert found.to_pylist() == [ids, *texts]
+        assert chain.encoder.encode(rows[1:])[0].to_pylist() == texts
 
 
 @pytest.fixture(scope="module")
