@@ -52,7 +52,8 @@ class Marker:
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)))
         added = vocabulary.tokenizer.get_added_tokens_decoder().values()
-        self._strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.special}
+        strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.special}
+        self._strips = {text: sides for text, sides in strips.items() if any(sides)}  # of most tokenizers none
         self._skeletons: dict[tuple[tuple[str, bool], ...], tuple[list[str], list[int]]] = {}
         self._template = None
         if (template := chat_template(tokenizer)) is not None:
@@ -115,15 +116,20 @@ class Marker:
         contents: set[int] = set()
         after, learned = False, False  # of the message before: whether it is an answer, whether it is learned
         for message, text, lead in zip(messages, own, leads, strict=False):
-            said, answer = message["content"], message["role"] == "assistant"
+            words, answer = message["content"], message["role"] == "assistant"
             learn = answer and message.get("learn") is not False
-            end = len(text) - max(lead, 0)
+            end = len(text) - lead if lead > 0 else len(text)
             segments += self._template_text(text[:end], after, learned)
-            segments += [piece._replace(learn=learn) for piece in self._template_text(text[end:], after_answer=False)]
-            contents |= {len(segments), len(segments) + 1}
-            segments += [Segment(said[: max(-lead, 0)], False, False), Segment(said[max(-lead, 0) :], False, learn)]
+            if lead > 0:
+                segments += [piece._replace(learn=learn) for piece in self._template_text(text[end:], False)]
+            if lead < 0:
+                contents.add(len(segments))
+                segments.append(Segment(words[:-lead], False, False))
+            contents.add(len(segments))
+            segments.append(Segment(words[-lead:] if lead < 0 else words, False, learn))
             after, learned = answer, learn
-        return merged(self._stripped([*segments, *self._template_text(own[-1], after, learned)], contents))
+        segments += self._template_text(own[-1], after, learned)
+        return merged(self._stripped(segments, contents) if self._strips else segments)
 
     def _stripped(self, segments: list[Segment], contents: set[int]) -> list[Segment]:
         """Return the segments without the white space that special tokens take from beside them (lstrip, rstrip: Phi).
@@ -131,7 +137,9 @@ class Marker:
         The tokenizer of the finished model leaves it out, too. Raises ValueError when it belongs to a content.
         """
         for place, segment in enumerate(segments):
-            for step, strips in zip((-1, 1), self._strips[segment.text] if segment.special else (), strict=False):
+            for step, strips in zip(
+                (-1, 1), self._strips.get(segment.text, ()) if segment.special else (), strict=False
+            ):
                 at = place + step
                 while strips and 0 <= at < len(segments) and not segments[at].special:
                     text = segments[at].text
