@@ -176,7 +176,8 @@ def check(model: Any) -> None:
     """Raise SystemExit when `model` computes two documents of one block otherwise than each alone.
 
     The error of the block's logits is held against the error without any mask: a share needs no unit, and is the same
-    for random weights and trained ones, float32 and bfloat16.
+    for random weights and trained ones. Of float32 it is 3e-5 or less; short convolutions that run on into the next
+    document (Inkling) make it 0.03.
     """
     inner = bare(model)
     how = way(model)
@@ -194,7 +195,8 @@ def check(model: Any) -> None:
     finally:
         for module, mode in modes:
             module.training = mode
-    if not errors[0] <= 0.05 * errors[1]:
+    exact = all(parameter.dtype == torch.float32 for parameter in inner.parameters())  # 0.01: a GPU may take TF32
+    if not errors[0] <= (0.01 if exact else 0.05) * errors[1]:
         raise SystemExit(
             f"mask_documents: {type(inner).__name__} does not keep the documents of a block apart (their logits are "
             f"off by {errors[0]:.2g}, by {errors[1]:.2g} without masks); {REMEDY}"

@@ -142,6 +142,16 @@ def test_the_check_refuses_a_model_that_mixes_documents(name: str, monkeypatch: 
         check(build(name))
 
 
+def test_a_little_of_the_document_before_is_too_much() -> None:
+    """As where attention is kept apart, but a short convolution runs on; 0.03 of what no mask at all would do."""
+    model = build("llama")
+    check(model)
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, __, made: made + 0.01 * made.roll(1, 1))
+    with pytest.raises(SystemExit, match="does not keep the documents of a block apart"):
+        check(model)
+
+
 def test_a_state_that_runs_through_the_block_is_refused() -> None:
     """Mamba has no attention to mask."""
     torch.manual_seed(0)
