@@ -12,7 +12,8 @@ Example, block_size 6, `starts` [0 3 5]: documents of 3 and 2 tokens and padding
 Causal models with position_ids (Llama, Qwen2, Mistral, ...) get these alone: transformers finds the documents in them
 and masks the rest, sliding windows included, but only without an attention_mask and a cache (measured on 5.23: else it
 masks nothing and says nothing). BLOOM has no positions; it gets the whole mask, and its ALiBi distances begin anew with
-each document. Encoders (RoBERTa, BERT) get mask and positions. What a model makes of it is not believed but tested.
+each document. Encoders (RoBERTa, BERT) get mask and positions. A whole mask counts for all layers, so that of
+ModernBERT's sliding layers is narrowed to their window. What a model makes of it is not believed but tested.
 """
 
 from __future__ import annotations
@@ -72,6 +73,15 @@ def visible(place: torch.Tensor, causal: bool) -> torch.Tensor:
     return (seen.tril() if causal else seen)[:, None]
 
 
+def window(model: Any) -> int:
+    """Return how far the sliding layers of `model` see to each side where the mask that it is given says nothing of it.
+
+    That is where it gets a whole mask; 0 where there are none.
+    """
+    layers = getattr(model.config, "layer_types", None) or ()
+    return model.config.sliding_window if "sliding_attention" in layers else 0
+
+
 class Way(NamedTuple):
     """What a model needs to keep documents apart."""
 
@@ -83,7 +93,10 @@ class Way(NamedTuple):
 
 
 def way(model: Any) -> Way:
-    """Return what `model` (bare, or wrapped by peft) needs; BLOOM's ALiBi is taught where documents begin."""
+    """Return what `model` (bare, or wrapped by peft) needs.
+
+    BLOOM's ALiBi is taught where documents begin, sliding layers what their window leaves of a mask.
+    """
     inner = bare(model)
     causal = getattr(inner, "loss_type", None) != "ForMaskedLM"
     takes = "position_ids" in inspect.signature(inner.base_model.forward).parameters
@@ -95,9 +108,13 @@ def way(model: Any) -> Way:
         )
     if hasattr(inner.base_model, "build_alibi_tensor"):
         inner.base_model.build_alibi_tensor = functools.partial(_alibi, type(inner.base_model).build_alibi_tensor)
+    mask = not (causal and takes)
+    if mask and (size := window(inner)):
+        forward = type(inner.base_model).forward.__get__(inner.base_model)
+        inner.base_model.forward = functools.wraps(forward)(functools.partial(_narrowed, forward, size))
     return Way(
         causal=causal,
-        mask=not (causal and takes),
+        mask=mask,
         position_ids=takes,
         first_position=embeddings.padding_idx + 1 if counted else 0,
         boolean=inner.config._attn_implementation == "sdpa",
@@ -116,6 +133,17 @@ def _alibi(original: Any, mask: torch.Tensor, heads: int, dtype: torch.dtype) ->
     ones = torch.ones_like(place)
     slopes = original(None, ones, heads, torch.float32).view(len(place), heads, 1, -1)[..., 1:2]  # a key at place 1
     return (slopes * place[:, None, None, :]).flatten(0, 1).to(dtype)
+
+
+def _narrowed(forward: Any, size: int, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """Call `forward` with a mask of each kind of layer, where there is a whole one."""
+    if attention_mask is None or attention_mask.dim() < 4:
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+    places = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    far = (places[:, None] - places).abs() > size
+    hidden = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    masks = {"full_attention": attention_mask, "sliding_attention": attention_mask.masked_fill(far, hidden)}
+    return forward(*args, attention_mask=masks, **kwargs)
 
 
 def inputs(place: torch.Tensor, how: Way) -> dict[str, Any]:
@@ -182,7 +210,7 @@ def check(model: Any) -> None:
     inner = bare(model)
     how = way(model)
     weight = inner.get_input_embeddings().weight
-    lengths = (7, 6, 3)
+    lengths = (7 + (window(inner) if how.mask else 0), 6, 3)
     ids = torch.randint(len(weight), (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
     place = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
     # As one document: what a model that finds no begin in `inputs` computes.
@@ -192,6 +220,8 @@ def check(model: Any) -> None:
     try:
         alone = torch.cat([_logits(inner, one, {}) for one in ids.split(lengths, 1)], 1)
         errors = [(_logits(inner, ids, given) - alone).abs().max().item() for given in (inputs(place, how), mixed)]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"mask_documents: {type(inner).__name__} takes no such mask ({error}); {REMEDY}") from None
     finally:
         for module, mode in modes:
             module.training = mode

