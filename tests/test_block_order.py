@@ -31,6 +31,10 @@ def test_the_order_is_frozen() -> None:
     """Another order would make an old receipt or checkpoint lie: these numbers never change."""
     order = BlockOrder(10, seed=0)
     assert [order.block(position) for position in range(20)] == FROZEN
+    at_a_power_of_four = BlockOrder(16, seed=7)
+    assert [at_a_power_of_four.block(position) for position in range(16)] == [
+        15, 7, 12, 3, 4, 0, 14, 5, 6, 9, 11, 10, 13, 1, 8, 2,
+    ]  # fmt: skip
 
 
 def test_epochs_and_seeds_differ() -> None:

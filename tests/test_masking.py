@@ -121,6 +121,21 @@ def test_pieces_of_other_tokenizers() -> None:
     assert _ends("कि", {}) == (LETTER, LETTER)  # its last sign is a mark, category M
     assert _ends("<0xE6>", {}) == (HAN, HAN)
     assert _ends("<0xB3>", {}) == (PART, PART)
+    assert _ends("<0xDF>", {}) == (LETTER, LETTER)  # two bytes: Greek, Cyrillic, Arabic
+    assert _ends("<0xE0>", {}) == (HAN, HAN)
+
+
+def test_pieces_of_byte_level_tokenizers() -> None:
+    """A token may begin or end inside a character; one that was added stands there as it is."""
+    from kit.tokenizer import UNICODE_TO_BYTE
+    from masking import HAN, LETTER, PART, _ends
+
+    signs = {byte: sign for sign, byte in UNICODE_TO_BYTE.items()}
+    pieces = {b"a\xe6": (LETTER, LETTER), b"\xe6\xb3": (HAN, HAN), b"\xb3": (PART, PART), b"\xd0": (LETTER, LETTER)}
+    pieces |= {b"\x95a": (PART, LETTER), "法a".encode(): (HAN, LETTER)}
+    for raw, ends in pieces.items():
+        assert _ends("".join(signs[byte] for byte in raw), UNICODE_TO_BYTE) == ends, raw
+    assert _ends("a法", UNICODE_TO_BYTE) == (LETTER, HAN)
 
 
 CHOSEN = [[2, 3, 14, 19, 30, 33, 37], [19, 36]]
