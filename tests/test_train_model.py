@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -267,6 +267,25 @@ def test_a_base_without_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"empty has no config\.json: `base` is a folder"):
         load_model(tmp_path / "empty", 300, {})
+
+
+def test_weights_in_other_files_are_not_taken_for_none(weights: Path) -> None:
+    """Else the training would begin with random weights, and nobody would know."""
+    torch.save(load_file(weights / "model.safetensors"), weights / "pytorch_model.bin")
+    load_model(weights, 300, {"eos_token_id": 1})
+    (weights / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"its weights in pytorch_model\.bin, and only \.safetensors are read"):
+        load_model(weights, 300, {})
+
+
+def test_weights_that_the_base_lacks_are_not_drawn(weights: Path) -> None:
+    tensors = load_file(weights / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    save_file(tensors, weights / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight and 1 more, which a Ll"
+    ):
+        load_model(weights, 300, {})
 
 
 def test_more_tokens_than_embeddings_are_refused(weights: Path) -> None:
@@ -972,7 +991,7 @@ def test_a_base_without_a_layer_to_quantise_is_refused(
     settings = params(objective="mlm")
     train_loop.save(train_loop.prepare_model(*masked, settings), masked[1], masked[0], settings, tmp_path / "weights")
     whole = AutoModelForMaskedLM.from_pretrained(tmp_path / "weights")
-    monkeypatch.setattr(AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: whole)
+    monkeypatch.setattr(AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: (whole, {"missing_keys": []}))
     settings = params(objective="mlm", lora=ALL, quantization=tiny.QUANTIZATION)
     with pytest.raises(SystemExit, match="has no layer that can be quantised; leave `quantization` out"):
         train_loop.prepare_model(tmp_path / "weights", masked[1], settings)

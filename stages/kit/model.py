@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
+FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")  # weights in files that are not read
 IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` gives no loss
 CPU_THREADS = 2  # sums are split over the threads, so their number is part of a CPU result and is not left to the host
 
@@ -74,6 +75,12 @@ def check_base(base: Path) -> None:
         raise SystemExit(
             f"{base} has no config.json: `base` is a folder with a config.json alone (random weights) or with a whole "
             "model, e.g. models/configs/llama_small or models/PHASE/merged."
+        )
+    others = sorted(path.name for path in base.iterdir() if path.suffix in FOREIGN)
+    if others and not has_weights(base):  # else it would begin with random weights, and nobody would know
+        raise SystemExit(
+            f"{base} has its weights in {others[0]}, and only .safetensors are read; open the model with transformers "
+            "and write it anew with save_pretrained, or remove that file to begin with random weights."
         )
 
 
@@ -148,7 +155,13 @@ def load_model(
 
         options = {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": device()}}
     _check_kind(base, AutoConfig.from_pretrained(base), auto)
-    model = auto.from_pretrained(base, dtype=torch.float32, **options)
+    model, found = auto.from_pretrained(base, dtype=torch.float32, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise SystemExit(
+            f"{base} has no weights for {missing[0]}{more}, which a {type(model).__name__} needs; "
+            "take a base that was saved as one, or set another `objective`."
+        )
     if quantization and not any("bitsandbytes" in type(module).__module__ for module in model.modules()):
         raise SystemExit(f"{base} has no layer that can be quantised; leave `quantization` out.")
     without_repacking(model)
