@@ -47,6 +47,7 @@ def add(model: PreTrainedModel, params: Params, steps: int, new_tokens: bool) ->
         raise SystemExit(
             f"lora: {str(error).splitlines()[0].rstrip('.')}; change phases.PHASE.train_model.lora."
         ) from None
+    check_layers(adapted)
     if params.lora.changes_the_base:
         adapted.initial = tempfile.TemporaryDirectory()  # lives as long as the model
         adapted.save_pretrained(Path(adapted.initial.name, "initial"))
@@ -64,6 +65,18 @@ def check_names(model: PreTrainedModel, options: dict[str, Any]) -> None:
         if missing:
             shown = sorted({name.rsplit(".", 1)[-1] for name in candidates})
             raise SystemExit(f"lora.{key}: the model has no layer {', '.join(missing)}; it has {', '.join(shown)}.")
+
+
+def check_layers(adapted: Any) -> None:
+    """Raise SystemExit when the adapter is on what merge_lora cannot add up: said now, and not after the training."""
+    experts = sorted(adapted.peft_config["default"].target_parameters or [])  # what peft makes of names of experts
+    found = [name for name, tensor in adapted.named_parameters() if ".lora_" in name and tensor.ndim > 2]
+    if found := experts or [name.split(".lora_")[0].rsplit(".", 1)[-1] for name in found]:
+        kind = "experts, one tensor for all of them" if experts else "convolutions"
+        raise SystemExit(
+            f"lora.target_modules: {', '.join(found[:3])} are {kind}, whose adapter cannot be merged; "
+            "name linear layers, e.g. those of the attention: [q_proj, k_proj, v_proj, o_proj]."
+        )
 
 
 def save(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:

@@ -22,6 +22,9 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from kit import arrow, malloc
 from kit.model import new_tokens
@@ -95,6 +98,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.config = arrow.read_json(folder / "adapter_config.json")
         check_adapter(self.config)
+        self.columns: set[str] | None = (
+            None  # weights with a column for each output; None: what the adapter says of all
+        )
         self.file = safe_open(folder / "adapter_model.safetensors", "pt")
         self.layers: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
@@ -132,14 +138,14 @@ class Adapter:
             if "embedding_A" in parts:  # rounded before the sum, too
                 delta = delta.to(weight.dtype)
             return delta.add_(weight).to(weight.dtype)
-        columns = "embedding_A" in parts or bool(self.config.get("fan_in_fan_out"))  # an output is a column there
+        columns = "embedding_A" in parts or self._turned(name)  # an output is a column there
         total = weight + delta if columns else delta.add_(weight)  # the order in which a norm is summed follows weight
         factor = parts["magnitude"].float() / torch.linalg.norm(total.T if columns else total, dim=1)
         return total.mul_(factor.view(1, -1) if columns else factor.view(-1, 1)).to(weight.dtype)
 
     def _delta(self, layer: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         config, values = self.config, {part: tensor.float() for part, tensor in parts.items()}
-        turned = bool(config.get("fan_in_fan_out"))
+        turned = self._turned(f"{layer}.weight")
         if "E" in values:
             product = values["B"] @ (values["A"] * values["E"])
             rank = torch.tensor([float(config["init_r"])])
@@ -158,6 +164,10 @@ class Adapter:
         product = b @ a
         product.mul_(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
         return product.T if turned else product
+
+    def _turned(self, name: str) -> bool:
+        # peft writes down what its last layer was: of a GPT-2 with an adapter on the head, too, that is False for all.
+        return bool(self.config.get("fan_in_fan_out")) if self.columns is None else name in self.columns
 
     def _token_ids(self, name: str) -> list[int]:
         indices = self.config["trainable_token_indices"]
@@ -250,16 +260,21 @@ class Merge:
         self.headers = {path: tensors(path) for path in weight_files(base)}
         model = skeleton(base)
         self.config = arrow.read_json(base / "config.json")
+        modules = {id(module): name for name, module in model.named_modules()}
+        self.adapter.columns = {
+            f"{modules[id(layer)]}.weight" for layer in model.modules() if isinstance(layer, Conv1D)
+        }
         self.expected = set(model.state_dict())
+        self.converted: set[str] = set()  # what transformers makes of several stored tensors, as of the experts'
+        conversions = get_model_conversion_mapping(model)
         self.place = {
-            self._of_model(name, model.base_model_prefix): (path, name)
+            self._of_model(name, model.base_model_prefix, conversions): (path, name)
             for path, (_, header) in self.headers.items()
             for name in header
         }
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)  # e.g. lm_head.weight -> embed_tokens.weight
         pairs = model._tied_weights_keys or {}  # whether or not the base ties them
         self._check_names(pairs)
-        modules = {id(module): name for name, module in model.named_modules()}
         output = model.get_output_embeddings()
         self.input = f"{modules[id(model.get_input_embeddings())]}.weight"
         last = [] if output is None else [f"{modules[id(output)]}.{each}" for each in ("weight", "bias")]
@@ -267,12 +282,26 @@ class Merge:
         self.added = new_tokens(base, trained)
         self.size = max(self.added, default=-1) + 1
         self.through_4_bits = quantized_weights(model) if quantization else set()
+        touched = self.adapter.layers.keys() | self.adapter.whole.keys() | self.through_4_bits
+        if others := sorted(touched & self.converted):
+            raise ValueError(f"{base} stores {others[0]} in another form than the model, which cannot be merged.")
         self.untied = {} if self._stay_tied() else self.tied
 
-    def _of_model(self, name: str, prefix: str) -> str:
-        """Return what the model calls a stored tensor: its name may lack, or add, the prefix of the headless model."""
-        bare = name.removeprefix(f"{prefix}.")
-        return next((each for each in (name, f"{prefix}.{name}", bare) if each in self.expected), name)
+    def _of_model(self, name: str, prefix: str, conversions: list[Any]) -> str:
+        """Return what the model calls a stored tensor: its name may lack, or add, the prefix of the headless model.
+
+        Some names are of older versions of the model, and transformers changes them when it loads.
+        """
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        for each in (name, renamed):
+            bare = each.removeprefix(f"{prefix}.")
+            if found := next((one for one in (each, f"{prefix}.{each}", bare) if one in self.expected), None):
+                if pattern is None or each == name:
+                    return found
+                self.converted.add(found)
+        return name
 
     def _check_names(self, pairs: dict[str, str]) -> None:
         adapter = self.adapter
@@ -345,7 +374,7 @@ class Merge:
             self._write_file(path, folder / path.name, new if path == last else [])
         self._write_config(folder)
         self._write_index(folder, new, last.name)
-        check_tensors(folder, {*self.place, *new})
+        check_tensors(folder, {*self.place, *new, *self.converted})
         return len(self.adapter.layers.keys() | self.adapter.whole.keys())
 
     def _write_file(self, path: Path, target: Path, new: list[str]) -> None:

@@ -58,10 +58,17 @@ KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, 
 EXTRAS = ("plain", "modules_to_save", "added")
 ADDED = 5
 IDS = torch.arange(3, 19)[None]
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_key_value_heads": 2}
+# Whose files name tensors otherwise than the model, or hold each expert as its own.
+RENAMED: dict[str, tuple[str, dict[str, Any], list[str], list[str]]] = {
+    "gpt_neox": ("GPTNeoXForCausalLM", {**SMALL, **LAYERS}, ["query_key_value", "lm_head"], []),
+    "granitemoe": ("GraniteMoeForCausalLM", {**SMALL, **LAYERS, **EXPERTS}, ["q_proj", "o_proj"], []),
+    "mixtral": ("MixtralForCausalLM", {**SMALL, **LAYERS, **EXPERTS}, ["q_proj", "o_proj"], []),
+}
 
 
 def model_class(architecture: str) -> Any:
-    return getattr(transformers, MODELS[architecture][0])
+    return getattr(transformers, {**MODELS, **RENAMED}[architecture][0])
 
 
 def make_base(
@@ -69,7 +76,7 @@ def make_base(
 ) -> Path:
     torch.manual_seed(0)
     cls = model_class(architecture)
-    model = cls(cls.config_class(**{**MODELS[architecture][1], **changes}))
+    model = cls(cls.config_class(**{**{**MODELS, **RENAMED}[architecture][1], **changes}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they begin as zeros, which hide what is lost
             torch.nn.init.normal_(parameter, std=0.1)
@@ -271,6 +278,37 @@ def test_a_base_whose_files_name_the_model_without_its_head(tmp_path: Path) -> N
     ours, theirs = compare(base, adapter, tmp_path)
     assert ours.keys() == bare.keys()
     assert all(torch.equal(value, theirs[f"transformer.{name}"]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RENAMED)
+def test_names_that_transformers_changes_on_loading(tmp_path: Path, name: str, kind: str) -> None:
+    """GPT-NeoX stores its head as embed_out, Mixtral a tensor for each expert: the files keep names and tensors."""
+    base = make_base(tmp_path / "base", name, shard="20KB", tie_word_embeddings=False)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=RENAMED[name][2], **KINDS[kind])
+    ours, theirs = compare(base, adapter, tmp_path)
+    assert ours.keys() == theirs.keys() == tensors(base).keys()
+    assert all(torch.equal(ours[each], theirs[each]) for each in ours)
+
+
+def test_an_adapter_on_a_tensor_that_is_stored_in_parts_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mixtral")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    whole = load_file(adapter / "adapter_model.safetensors")
+    whole["base_model.model.model.layers.0.mlp.experts.down_proj"] = torch.zeros(4, 32, 48)
+    save_file(whole, adapter / "adapter_model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"stores model\.layers\.0\.mlp\.experts\.down_proj in another form"):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_both_kinds_in_one_adapter(tmp_path: Path, kind: str) -> None:
+    """GPT-2's layers have a column for each output, its head a row; peft's config says of all what the last one is."""
+    base = make_base(tmp_path / "base", "gpt2", tie_word_embeddings=False)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj", "lm_head"], **KINDS[kind])
+    ours, theirs = compare(base, adapter, tmp_path)
+    assert all(torch.equal(ours[each], theirs[each]) for each in theirs)
 
 
 @pytest.mark.parametrize(

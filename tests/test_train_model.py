@@ -263,6 +263,17 @@ def test_layers_that_do_not_exist_are_named_with_those_that_do(base: Path, tmp_p
         train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
 
 
+def test_an_adapter_that_could_not_be_merged_is_refused_before_the_training(base: Path, tmp_path: Path) -> None:
+    """The experts of a layer are one tensor, of which peft takes all with `all-linear`."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "model_type": "mixtral"}
+    tiny.base(tmp_path / "experts", **experts, architectures=["MixtralForCausalLM"])
+    settings = params(lora={"target_modules": "all-linear"})
+    with pytest.raises(SystemExit, match=r"gate_up_proj are experts, .* whose adapter cannot be merged; name linear"):
+        train_loop.prepare_model(tmp_path / "experts", tmp_path / "tokenizer", settings)
+    settings = params(lora={"target_modules": ["q_proj"]})
+    assert train_loop.prepare_model(tmp_path / "experts", tmp_path / "tokenizer", settings)
+
+
 def test_a_base_without_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"empty has no config\.json: `base` is a folder"):
