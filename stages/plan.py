@@ -26,6 +26,8 @@ from kit.model import check_base, has_weights, new_tokens  # first: it says that
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 
 import adapters
 from adapter_params import Quantization
@@ -125,7 +127,10 @@ def _build(base: Path, size: int, masked: bool) -> Any:
     config = AutoConfig.from_pretrained(base)
     config.vocab_size = max(size, config.vocab_size if has_weights(base) else 0)
     factory = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    return factory.from_config(config, dtype=torch.float32).train()
+    with no_init_weights():  # there are no values to draw: some models would ask for one
+        model = factory.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model.train()
 
 
 def _adapt(model: Any, params: Params, steps: int, more_tokens: bool) -> Any:
@@ -152,7 +157,9 @@ def kept_for_gradients(model: Any, rows: int, block_size: int) -> tuple[float, f
     inner = bare(model)
     inner.config.use_cache = False
     ids = torch.zeros(rows, block_size, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # Of experts, torch 2.13 knows the shapes in bfloat16 alone; transformers' own product keeps the same.
+    grouped = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+    with grouped, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = inner.base_model(input_ids=ids)[0]
     return float(sum(size for _, size in found.values())), float(hidden.numel() * 4)
 

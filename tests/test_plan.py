@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import plan
 import tiny
@@ -16,6 +16,7 @@ import train_loop
 import train_model
 from adapter_params import Quantization
 from conftest import Runner
+from kit.tokenizer import Vocabulary
 from plan import Plan, make, optimizer_bytes
 from train_model import Params
 
@@ -162,6 +163,27 @@ def test_other_architectures_have_a_plan(kind: str, tmp_path: Path) -> None:
     found = make(base, tokenizer, params(), 16, 10)
     real = train_loop.prepare_model(base, tokenizer, params())
     assert found.parameters == train_loop.sizes(real)["parameters"] and found.memory["activations"] > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_has_a_plan_and_the_activations_of_a_real_pass(kind: str, tmp_path: Path) -> None:
+    tiny.tokenizer(tmp_path / "tokenizer")
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    folder = tiny.base(tmp_path / kind, model_type=kind, architectures=None, **experts)
+    real = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).train()
+    found = made(folder, params(per_device_train_batch_size=4))
+    assert found.parameters == sum(p.numel() for p in real.parameters())
+    assert found.memory["activations"] == pytest.approx(kept(real, 4), rel=0.02)
+
+
+def test_a_modernbert_has_a_plan(tmp_path: Path) -> None:
+    """Its weights are drawn by a function that looks at values, of which fake tensors have none."""
+    tiny.masked_tokenizer(tmp_path / "tokenizer")
+    config = {"architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "pad_token_id": 1}
+    folder = tiny.base(tmp_path / "base", **config)
+    size = Vocabulary(tmp_path / "tokenizer").size
+    real = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder, vocab_size=size))
+    assert made(folder, params(objective="mlm")).parameters == sum(p.numel() for p in real.parameters())
 
 
 def test_a_masked_model_has_a_plan(tmp_path: Path) -> None:
