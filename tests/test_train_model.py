@@ -299,6 +299,15 @@ def test_weights_that_the_base_lacks_are_not_drawn(weights: Path) -> None:
         load_model(weights, 300, {})
 
 
+def test_another_end_leaves_the_rest_of_a_generation_config_as_it_is(weights: Path, tmp_path: Path) -> None:
+    """transformers saves what is contradictory as it was loaded, but refuses it with another eos_token_id."""
+    given = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 50, "early_stopping": True}
+    arrow.write_json(weights / "generation_config.json", {**given, "eos_token_id": 7})
+    load_model(weights, 300, {"eos_token_id": 1}).save_pretrained(tmp_path / "saved")
+    kept = arrow.read_json(tmp_path / "saved/generation_config.json")
+    assert {**given, "eos_token_id": [1, 7]}.items() <= kept.items()
+
+
 def test_more_tokens_than_embeddings_are_refused(weights: Path) -> None:
     with pytest.raises(SystemExit, match="embeddings for 300 tokens but the tokenizer has 301"):
         load_model(weights, 301, {})

