@@ -51,6 +51,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: Any, params: Params) -> None:
         outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+        tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        outer |= {id(table.weight) for table in tables}  # of positions and token types, too
         inner: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
         for parameter in model.parameters():

@@ -22,7 +22,14 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
@@ -184,6 +191,10 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(base: Path, tm
     }
     assert len(shapes["muon"]) == 2 * 7 and all(len(shape) == 2 and 300 not in shape for shape in shapes["muon"])
     assert sorted(shapes["adamw"]) == [(64,)] * 5 + [(300, 64)]
+    settings = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    positions = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](**settings))
+    parts = optimizers.MuonWithAdamW(positions, params(optim="muon")).parts
+    assert positions.transformer.wpe.weight in {p for g in parts["adamw"].param_groups for p in g["params"]}
     optimizer.param_groups[0]["lr"] = 0.5  # as a scheduler does
     assert optimizer.parts["muon"].param_groups[0]["lr"] == 0.5
     batch = open_blocks(tiny.blocks(tmp_path / "blocks", 4)).__getitems__([0, 1])
