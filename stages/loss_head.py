@@ -263,6 +263,26 @@ def install(model: Any) -> bool:
     return True
 
 
+@torch.no_grad()
+def counts_itself(model: Any) -> bool:
+    """Return whether a causal model's own loss is over `num_items_in_batch` labels, where it is told so.
+
+    Some (BART, TrOCR) take the number and do nothing with it: over accumulated batches their means would be summed up.
+    """
+    inner = bare(model)
+    ids = torch.tensor([[5, 1, 4, 2, 3, 0]], device=inner.get_input_embeddings().weight.device)
+    modes = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    try:
+        mean, total = (inner(input_ids=ids, labels=ids, **given).loss for given in ({}, {"num_items_in_batch": 1}))
+    except TypeError:
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return bool(total > 2 * mean)  # of five labels
+
+
 def installed(model: Any) -> bool:
     """Return whether `model` computes its loss by chunks."""
     return bare(model).__dict__.get("accepts_loss_kwargs", False)

@@ -174,10 +174,17 @@ class BlockTrainer(Trainer):
     """Trainer that feeds blocks in their frozen order and evaluates token by token."""
 
     def __init__(self, params: Params, **options: Any) -> None:
-        # A model that keeps its own loss would take the mean of means of small batches, where it is a masked one.
+        # A model that keeps its own loss may take the mean of means of small batches, or their sum, or (BART, TrOCR)
+        # not shift the labels, and so learn to repeat what it sees.
         self.chunked = loss_head.installed(options["model"])
-        own = {} if self.chunked or params.objective == "clm" else {"compute_loss_func": masked_loss}
+        own: dict[str, Any] = {}
+        if not self.chunked and params.objective == "mlm":
+            own["compute_loss_func"] = masked_loss
+        elif not self.chunked and not loss_head.counts_itself(options["model"]):
+            own["compute_loss_func"] = causal_loss
         super().__init__(**own, **options)
+        if own.get("compute_loss_func") is causal_loss:
+            self._loss_shifts_labels = True  # so the first label of each block is not counted either
         self.params = params
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -231,6 +238,14 @@ def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = No
     """Return the loss of the tokens that were to be guessed, over the number of them in the whole step."""
     logits = outputs.logits.float().flatten(0, 1)
     total = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
+def causal_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Return the loss of each token from those before it, over the number of them in the whole step."""
+    logits = outputs.logits[:, :-1].float().flatten(0, 1)
+    wanted = labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
     return total / num_items_in_batch
 
 

@@ -131,6 +131,28 @@ def test_accumulating_gradients_changes_nothing_but_rounding(base: Path, tmp_pat
     assert torch.allclose(results[0], results[1], atol=1e-4)
 
 
+def test_a_model_whose_own_loss_is_no_causal_one_learns_what_llama_does(tmp_path: Path) -> None:
+    """BART's decoder does not shift the labels (it would learn to repeat) and adds up the means of small batches."""
+    tiny.tokenizer(tmp_path / "tokenizer")
+    shape = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "dropout": 0.0}
+    base = tiny.base(tmp_path / "base", model_type="bart", architectures=["BartForCausalLM"], **shape)
+    blocks = open_blocks(tiny.blocks(tmp_path / "train", 20, masked=True))
+    losses, results = [], []
+    for size in (4, 1):
+        settings = params(per_device_train_batch_size=size, max_steps=1, learning_rate=0.1, optim="sgd")
+        model = train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+        batch = blocks.__getitems__([BlockOrder(20, 0).block(place) for place in range(4)])
+        with torch.no_grad():
+            logits = model.eval()(input_ids=batch["input_ids"]).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+        work = tmp_path / f"work{size}"
+        trained = train_loop.train(model, blocks, blocks, BlockOrder(20, 0), 1, settings, work, "test")
+        losses.append(trained.curves["train"][0]["loss"])
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert losses == pytest.approx([expected, expected], rel=1e-5)
+    assert torch.allclose(results[0], results[1], atol=1e-6)
+
+
 def test_mean_loss_counts_each_learned_token_once(base: Path, tmp_path: Path) -> None:
     blocks = open_blocks(tiny.blocks(tmp_path / "blocks", 7, masked=True))
     model = train_loop.prepare_model(base, tmp_path / "tokenizer", params())
