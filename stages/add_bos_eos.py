@@ -11,7 +11,8 @@ it. Special tokens exist in no other way, so text that merely looks like one sta
     user "2+2?", assistant "4"         ->  *"<s>"  "Human: 2+2?\\n\\nAssistant: "  +"4"  *+"</s>"
 
 Neighbours with equal marks are one segment, so the prompt is tokenised in one piece, as it is when the model is used.
-Both kinds end with the tokenizer's `eos_token`, which under a template with a token of its own is that token.
+Texts end with the tokenizer's `eos_token`, answers with the token of the template: the same one, but under a base's own
+template at whose token the base stops, too (Gemma).
 
 Each file of documents gives one of marked documents; what an earlier run has made of the same documents with the same
 splits is taken from .memo/.
