@@ -224,7 +224,8 @@ class Marker:
         except Exception as error:  # a template is a program and can fail in any way
             why = str(error).rstrip(".")
             raise ValueError(
-                f"the chat template refuses a conversation: {why}; take such ones out, or {ANOTHER}."
+                f"the chat template refuses a conversation: {why}; take such ones out (the rule `turns` of clean "
+                f"does where roles do not alternate), or {ANOTHER}."
             ) from None
 
     def _template_text(self, text: str, after_answer: bool, learn: bool = False) -> Iterator[Segment]:

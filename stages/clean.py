@@ -36,7 +36,7 @@ if __name__ == "__main__":  # before numpy is imported
 
 import numpy as np
 import pyarrow as pa
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import to_json
 
 import byte_formats
@@ -135,6 +135,12 @@ class Params(raw_params.Params):
     language: str = Field("unknown", description="BCP 47 tags, e.g. `en` or `zh`")
     collected_on: Day = Field("unknown", description="e.g. '2026-11-21' (in quotes) or 2026")
     purpose: str = Field("unknown", description="what the text was collected for")
+
+    @model_validator(mode="after")
+    def _rules_suit(self) -> Params:
+        if self.record == "text" and any(rule.rule == "turns" for rule in self.rules):
+            raise ValueError("the rule `turns` is for conversations, and `record: text` reads none; remove it")
+        return self
 
 
 NOTES = ("license", "owner", "origin", "language", "collected_on", "purpose")  # they change no document

@@ -26,7 +26,14 @@ from changing_rules import (
     UnicodeRule,
     WhitespaceRule,
 )
-from dropping_rules import LengthRule, RepeatedLinesRule, RepeatedNgramsRule, ReplacementCharactersRule, ShareRule
+from dropping_rules import (
+    LengthRule,
+    RepeatedLinesRule,
+    RepeatedNgramsRule,
+    ReplacementCharactersRule,
+    ShareRule,
+    TurnsRule,
+)
 from language_rule import LanguageRule
 from list_rules import BadWordsRule, ListRule, RegularExpressionRule
 from pii_rule import PiiRule
@@ -50,6 +57,7 @@ RULES: dict[str, type[BaseRule]] = {
         RepeatedNgramsRule,
         ShareRule,
         ReplacementCharactersRule,
+        TurnsRule,
         LanguageRule,
     )
     for name in get_args(kind.model_fields["rule"].annotation)
@@ -61,7 +69,7 @@ DEFAULT_RULES: list[Any] = ["newlines", "control_characters", "nfc", "whitespace
 def parse(rule: Any) -> BaseRule:
     """Return the rule that params.yaml names: `nfc` or `{rule: nfc}`, with its parameters.
 
-    Not a union of pydantic's: that would build all fifteen at the start of each stage, 40 ms.
+    Not a union of pydantic's: that would build all sixteen at the start of each stage, 40 ms.
     """
     if isinstance(rule, BaseRule):
         return rule
@@ -130,14 +138,8 @@ def apply_to_messages(
         if number in idle and not changes:
             continue
         if rule.drops:
-            if not rule.by_message:
-                drop = rule.apply("\n".join(message["content"] for message in now)).drop
-                if drop:
-                    return None, changes, (rule.rule, drop)
-                continue
-            for i, message in enumerate(now):
-                if drop := rule.apply(message["content"]).drop:
-                    return None, changes, (rule.rule, f"message {i + 1} ({message['role']}): {drop}")
+            if drop := rule.verdict([(message["role"], message["content"]) for message in now]):
+                return None, changes, (rule.rule, drop)
             continue
         for i, message in enumerate(now):
             text, changed, _ = rule.apply(message["content"])

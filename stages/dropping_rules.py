@@ -1,9 +1,10 @@
-"""The rules of `clean` that drop a record: by length, repetition, shares of characters."""
+"""The rules of `clean` that drop a record: by length, repetition, shares of characters, order of turns."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -188,3 +189,41 @@ class ReplacementCharactersRule(DroppingRule):
 
     def is_idle(self, joined: Joined) -> bool:
         return "\ufffd" not in joined.text
+
+
+# Who may speak behind whom; behind None: first.
+TURNS = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+class TurnsRule(DroppingRule):
+    """Conversations that are not a system turn or none, and then user and assistant by turns, the user first.
+
+    Many chat templates refuse all others (Llama 2, Mistral, Gemma), at which `add_bos_eos` stops. What tools give
+    stands behind an answer, and another answer behind that. The last turn may be anybody's.
+
+    >>> TurnsRule().verdict([("user", "2+2?"), ("assistant", "4"), ("assistant", "Or 5.")])
+    'message 3 is of assistant, behind one of assistant'
+    """
+
+    rule: Literal["turns"] = "turns"
+    system: bool = Field(True, description="false: a system turn drops the conversation, for templates that know none")
+    tool: bool = Field(True, description="false: a tool turn drops the conversation, for templates that know none")
+
+    def apply(self, text: str) -> Outcome:
+        return Outcome(text, 0, None)  # a text has no turns
+
+    def verdict(self, turns: Sequence[tuple[str, str]]) -> str | None:
+        before = None
+        for number, (role, _) in enumerate(turns, start=1):
+            if role not in TURNS[before]:
+                return f"message {number} is of {role}, " + (f"behind one of {before}" if before else "the first")
+            if (role == "system" and not self.system) or (role == "tool" and not self.tool):
+                return f"message {number} is of {role}"
+            before = role
+        return None

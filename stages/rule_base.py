@@ -72,6 +72,15 @@ class BaseRule(BaseModel):
     @abstractmethod
     def apply(self, text: str) -> Outcome: ...
 
+    def verdict(self, turns: Sequence[tuple[str, str]]) -> str | None:
+        """Of a rule that drops: return why a conversation of (role, content) is dropped; None: it is kept."""
+        if not self.by_message:
+            return self.apply("\n".join(content for _, content in turns)).drop
+        for number, (role, content) in enumerate(turns, start=1):
+            if drop := self.apply(content).drop:
+                return f"message {number} ({role}): {drop}"
+        return None
+
     def is_idle(self, joined: Joined) -> bool:
         """Whether `apply` is sure to change and to drop none of the texts, blank ones aside; False: not known."""
         return False

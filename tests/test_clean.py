@@ -213,6 +213,21 @@ def test_what_cannot_be_read_is_dropped_only_when_the_source_says_so() -> None:
     ]
 
 
+def test_a_conversation_whose_turns_do_not_alternate_is_a_row_of_the_ledger() -> None:
+    """As ShareGPT has them; the templates of Llama 2 and Gemma would stop add_bos_eos."""
+    rows = [[("human", "2+2?"), ("gpt", "4")], [("gpt", "I am here."), ("human", "2+2?"), ("gpt", "4")]]
+    lines = [json.dumps({"conversations": [{"from": who, "value": said} for who, said in row]}) for row in rows]
+    given = {"record": "sharegpt", "columns": {}, "rules": ["turns"]}
+    documents, ledger = cleaned("\n".join(lines).encode(), "jsonl", **given)
+    assert [row["number"] for row in documents] == [1]
+    assert [(row["rule"], row["evidence"]) for row in ledger] == [
+        (None, None),
+        ("turns", "message 1 is of assistant, the first"),
+    ]
+    with pytest.raises(ValueError, match="the rule `turns` is for conversations, and `record: text` reads none"):
+        params("line", rules=["turns"])
+
+
 AWKWARD = st.lists(st.text(st.sampled_from("a\r\n \t\u0301é中\u3000\x00"), max_size=6), min_size=1, max_size=5)
 
 

@@ -26,6 +26,7 @@ from clean_rules import DEFAULT_RULES, RULES, Rule, apply_rules, apply_to_messag
 from dropping_rules import LengthRule, RepeatedLinesRule, RepeatedNgramsRule
 from list_rules import BadWordsRule, RegularExpressionRule
 from pii_rule import PiiRule, is_bank_card, is_credit_code, is_id_card
+from raw_records import Message
 from rule_base import Joined
 
 MODULES = (changing_rules, clean_rules, dropping_rules, language_rule, list_rules, pii_rule)
@@ -61,6 +62,7 @@ PARAMS: list[dict[str, Any]] = [
     {"rule": "symbol_share"},
     {"rule": "digit_share"},
     {"rule": "replacement_characters"},
+    {"rule": "turns"},
 ]
 try:
     import py3langid  # noqa: F401
@@ -863,6 +865,34 @@ def test_an_answer_may_take_up_its_question() -> None:
         "repeated_ngrams",
         "message 2 (assistant): 1 > 0.2 of the characters in the commonest run of 2",
     )
+
+
+@pytest.mark.parametrize(
+    ("roles", "given", "evidence"),
+    [
+        ("user assistant", {}, None),
+        ("user assistant user assistant user", {}, None),
+        ("system user assistant", {}, None),
+        ("user assistant tool tool assistant user", {}, None),
+        ("assistant user", {}, "message 1 is of assistant, the first"),
+        ("tool assistant", {}, "message 1 is of tool, the first"),
+        ("system system user", {}, "message 2 is of system, behind one of system"),
+        ("system assistant", {}, "message 2 is of assistant, behind one of system"),
+        ("user system assistant", {}, "message 2 is of system, behind one of user"),
+        ("user user assistant", {}, "message 2 is of user, behind one of user"),
+        ("user assistant assistant", {}, "message 3 is of assistant, behind one of assistant"),
+        ("user tool assistant", {}, "message 2 is of tool, behind one of user"),
+        ("user assistant tool user", {}, "message 4 is of user, behind one of tool"),
+        ("system user assistant", {"system": False}, "message 1 is of system"),
+        ("user assistant tool assistant", {"tool": False}, "message 3 is of tool"),
+        ("user assistant tool assistant", {"system": False}, None),
+        ("system user assistant", {"tool": False}, None),
+    ],
+)
+def test_turns(roles: str, given: dict[str, Any], evidence: str | None) -> None:
+    messages: list[Message] = [{"role": role, "content": role} for role in roles.split()]
+    drop = ("turns", evidence) if evidence else None
+    assert apply_to_messages(messages, [parse({"rule": "turns", **given})]) == (None if drop else messages, {}, drop)
 
 
 def test_a_message_that_becomes_empty_drops_the_conversation() -> None:

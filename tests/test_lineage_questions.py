@@ -341,7 +341,8 @@ def test_a_victim_of_every_dropping_rule_comes_back_with_its_rule_and_evidence(
         {"rule": "symbol_share", "max_share": 0.4},
     ]
     dropping = {name for name in clean_rules.RULES if clean_rules.parse(params_of(name)).drops}
-    assert dropping - {"language"} == {rule["rule"] for rule in rules}, "a new dropping rule needs a victim here"
+    dropping -= {"language", "turns"}  # an optional extra; of conversations alone
+    assert dropping == {rule["rule"] for rule in rules}, "a new dropping rule needs a victim here"
     kept = "A sentence like any other, about nothing at all."
     lines = [json.dumps({"text": text}) for text, _ in VICTIMS.values()]
     write(root / "data/raw/v/rows.jsonl", "\n".join([json.dumps({"text": kept}), *lines, "{broken"]) + "\n")
