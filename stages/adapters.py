@@ -101,8 +101,11 @@ def allocate(model: Any, step: int) -> None:
 
 
 def state(model: Any) -> dict[str, Any]:
-    """Return all that training changes, as it stands: trainable parameters, and what AdaLoRA remembers."""
-    found: dict[str, Any] = {"parameters": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}}
+    """Return all that training changes, as it stands: trainable parameters, buffers, and what AdaLoRA remembers."""
+    found: dict[str, Any] = {
+        "parameters": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+        "buffers": dict(model.named_buffers()),
+    }
     if allocator := getattr(getattr(model, "base_model", None), "rankallocator", None):
         # peft's own checkpoints leave it out, and cut the pruned ranks off, so that no training can go on from them.
         found["rank_pattern"] = model.peft_config["default"].rank_pattern
@@ -116,6 +119,8 @@ def restore(model: Any, found: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(found["parameters"][name])
+    for name, buffer in model.named_buffers():
+        buffer.copy_(found["buffers"][name])
     if "importance" in found:
         model.peft_config["default"].rank_pattern = found["rank_pattern"]
         allocator = model.base_model.rankallocator

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 accelerate.optimizer.is_lomo_available = lambda: False
 
 MARKER = "whole"  # written last into a checkpoint
-TRAINED = "trained.pt"  # in a checkpoint: what an adapter learned, as it stands
+TRAINED = "trained.pt"  # in a checkpoint: what the model learned, as it stands
 RECEIPTS = "receipts.bin"
 Curves = dict[str, list[dict[str, float]]]
 Data = Blocks | MaskedBlocks | Separated
@@ -204,7 +204,9 @@ class BlockTrainer(Trainer):
         return 0  # Trainer's would count all parameters at each step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.params.lora and state_dict is None:
+        # Not as `save_pretrained` writes it: experts and some other weights have other names and shapes in its files,
+        # and Trainer, which goes on from those, passes over what it does not find in the model without a word.
+        if state_dict is None:
             if self.args.should_save:
                 Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
                 torch.save(adapters.state(self.model), Path(str(output_dir), TRAINED))

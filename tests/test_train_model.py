@@ -33,6 +33,7 @@ from transformers import (
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
+import adapters
 import bpe_training
 import loss_head
 import optimizers
@@ -562,6 +563,25 @@ def test_an_adapter_goes_on_to_the_same_bits(weights: Path, tmp_path: Path, kind
     assert first == second and len(first.receipts) == 16 * 6
     if kind == "adalora":
         assert whole.peft_config["default"].rank_pattern == again.peft_config["default"].rank_pattern
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
+def test_a_mixture_of_experts_goes_on_to_the_same_bits(tmp_path: Path, optim: str) -> None:
+    """Its files hold each expert by itself, the model all of a layer in one tensor."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "model_type": "mixtral"}
+    base = tiny.base(tmp_path / "base", **experts, architectures=["MixtralForCausalLM"])
+    tokenizer, settings = tiny.tokenizer(tmp_path / "tokenizer"), params(optim=optim)
+    whole, first = run_training(base, tokenizer, settings, tmp_path / "whole")
+    again, second = run_training(base, tokenizer, settings, tmp_path / "killed", stop=5)
+    assert torch.equal(learned(whole), learned(again))
+    assert first == second
+
+
+def test_a_checkpoint_holds_buffers() -> None:
+    model, other = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    model(torch.tensor([[1.0, 2.0], [3.0, 8.0]]))
+    adapters.restore(other, adapters.state(model))
+    assert torch.equal(other.running_mean, model.running_mean) and other.running_mean[1] == 0.5
 
 
 def test_receipts_say_what_was_fed(base: Path, tmp_path: Path) -> None:
