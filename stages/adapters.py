@@ -17,6 +17,11 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from train_model import Params
 
+NO_ADAPTER = (
+    "lora.target_modules: {} are {}, whose adapter cannot be merged; "
+    "name linear layers, e.g. those of the attention: [q_proj, k_proj, v_proj, o_proj]."
+)
+
 
 def add(model: PreTrainedModel, params: Params, steps: int, new_tokens: bool) -> Any:
     """Return `model`, frozen, with a new adapter; with `new_tokens` its embeddings are trained and saved whole.
@@ -44,6 +49,8 @@ def add(model: PreTrainedModel, params: Params, steps: int, new_tokens: bool) ->
         else:
             adapted = get_peft_model(model, LoraConfig(**options))
     except ValueError as error:
+        if "ParamWrapper" in str(error):  # peft's adapter of experts, of which `all-linear` has them too
+            raise SystemExit(NO_ADAPTER.format("layers with experts", "experts, one tensor for all of them")) from None
         raise SystemExit(
             f"lora: {str(error).splitlines()[0].rstrip('.')}; change phases.PHASE.train_model.lora."
         ) from None
@@ -68,15 +75,22 @@ def check_names(model: PreTrainedModel, options: dict[str, Any]) -> None:
 
 
 def check_layers(adapted: Any) -> None:
-    """Raise SystemExit when the adapter is on what merge_lora cannot add up: said now, and not after the training."""
+    """Raise SystemExit when the adapter is on what merge_lora cannot add up: said now, and not after the training.
+
+    Or on a layer that is no linear one but for its weights, as Llama 4's router, which returns two tensors.
+    """
     experts = sorted(adapted.peft_config["default"].target_parameters or [])  # what peft makes of names of experts
     found = [name for name, tensor in adapted.named_parameters() if ".lora_" in name and tensor.ndim > 2]
     if found := experts or [name.split(".lora_")[0].rsplit(".", 1)[-1] for name in found]:
         kind = "experts, one tensor for all of them" if experts else "convolutions"
-        raise SystemExit(
-            f"lora.target_modules: {', '.join(found[:3])} are {kind}, whose adapter cannot be merged; "
-            "name linear layers, e.g. those of the attention: [q_proj, k_proj, v_proj, o_proj]."
-        )
+        raise SystemExit(NO_ADAPTER.format(", ".join(found[:3]), kind))
+    for name, layer in adapted.named_modules():
+        own = getattr(layer, "base_layer", None)
+        if isinstance(own, torch.nn.Linear) and type(own).__module__.startswith("transformers.models."):
+            with torch.no_grad():
+                result = own(own.weight.new_zeros(1, own.in_features))
+            if not isinstance(result, torch.Tensor):
+                raise SystemExit(NO_ADAPTER.format(name.rsplit(".", 1)[-1], "no plain linear layers"))
 
 
 def save(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:

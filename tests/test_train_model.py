@@ -301,11 +301,27 @@ def test_an_adapter_that_could_not_be_merged_is_refused_before_the_training(base
     """The experts of a layer are one tensor, of which peft takes all with `all-linear`."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "model_type": "mixtral"}
     tiny.base(tmp_path / "experts", **experts, architectures=["MixtralForCausalLM"])
-    settings = params(lora={"target_modules": "all-linear"})
-    with pytest.raises(SystemExit, match=r"gate_up_proj are experts, .* whose adapter cannot be merged; name linear"):
-        train_loop.prepare_model(tmp_path / "experts", tmp_path / "tokenizer", settings)
+    for dropout, named in ((0.0, "gate_up_proj"), (0.1, "layers with experts")):
+        settings = params(lora={"target_modules": "all-linear", "lora_dropout": dropout})
+        with pytest.raises(SystemExit, match=rf"{named} are experts, .* whose adapter cannot be merged; name linear"):
+            train_loop.prepare_model(tmp_path / "experts", tmp_path / "tokenizer", settings)
     settings = params(lora={"target_modules": ["q_proj"]})
     assert train_loop.prepare_model(tmp_path / "experts", tmp_path / "tokenizer", settings)
+
+
+def test_a_layer_that_is_linear_by_name_alone_gets_no_adapter(tmp_path: Path) -> None:
+    """Llama 4's router returns two tensors, and peft's traceback would come with the first step."""
+    experts = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": 32,
+    }
+    base = tiny.base(tmp_path / "base", **experts, architectures=["Llama4ForCausalLM"])
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match=r"router are no plain linear layers, .*; name linear layers"):
+        train_loop.prepare_model(base, tokenizer, params(lora={"target_modules": "all-linear"}))
+    assert train_loop.prepare_model(base, tokenizer, params(lora={"target_modules": ["q_proj", "gate_proj"]}))
 
 
 def test_a_base_without_config_is_refused(tmp_path: Path) -> None:
