@@ -17,6 +17,7 @@ import gguf_file
 import tiny
 from conftest import Runner, ran, repro
 from kit import arrow
+from kit.model import Blocks
 
 
 @pytest.fixture
@@ -125,6 +126,45 @@ def test_4_bits_of_a_narrow_model_are_measured_on_any_cpu(tmp_path: Path) -> Non
     export_model.write(tmp_path / "merged", "nf4", tmp_path / "small")
     with torch.no_grad():
         assert export_model.load(tmp_path / "small")(torch.arange(6)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits", "reason"),
+    [
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "nf4", "[Ee]xpected"),
+        (
+            {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "num_local_experts": 2},
+            "int8",
+            "not implemented for 'Char'",
+        ),
+    ],
+)
+def test_what_cannot_be_used_in_fewer_bits_is_one_sentence(
+    tmp_path: Path, changes: dict[str, Any], bits: str, reason: str
+) -> None:
+    """bitsandbytes quantises what these architectures do not use as a layer; nothing is published."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny.base(tmp_path / "config", **changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "merged")
+    (tmp_path / "small").mkdir()
+    export_model.write(tmp_path / "merged", bits, tmp_path / "small")
+    held = Blocks(arrow.table(tiny.blocks(tmp_path / "eval", 2)), 30)
+    with pytest.raises(SystemExit, match=rf"the model cannot be used as {bits} \(.*{reason}.*\); export it as bf16"):
+        export_model.loss_of(tmp_path / "small", bits, held)
+
+
+def test_weights_that_an_export_lacks_are_not_drawn(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny.base(tmp_path / "config"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged/model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "merged/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"finds no model\.norm\.weight in it"):
+        export_model.load(tmp_path / "merged")
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ GOLDEN = [
     ("Return a new list.", "Return a list of the names.", 0.600000, 0.351440),
     ("自然人的权利", "自然人享有权利", 0.769231, 0.243498),
     ("第一条 为了保护民事主体的合法权益", "第一条 为保护公民的合法权益，制定本法", 0.727273, 0.293882),
+    # By hand: runs that one side is too short for do not count; p = 1 and r = (2/3 + 1/2) / 2, and the other way round.
+    ("ab", "abc", 0.0, 7 / 11),
+    ("abc", "ab", 0.0, 7 / 8),
     ("", "the cat", 0.0, 0.0),
     ("the cat", "", 0.0, 0.0),
     ("", "", 0.0, 0.0),
