@@ -239,6 +239,19 @@ def published(project: Path, name: str = "pretrain") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def test_a_step_of_muon_is_as_large_as_one_of_adamw_and_tables_do_not_decay(base: Path, tmp_path: Path) -> None:
+    """0.2 lr in the mean (Liu et al. 2025), so both go by one learning rate; 1 / 8 lr unscaled at 64 x 64."""
+    settings = params(optim="muon", learning_rate=0.01, weight_decay=0.0)
+    model = train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+    matrix, table = model.model.layers[0].self_attn.q_proj.weight, model.get_input_embeddings().weight
+    matrix.grad, table.grad = torch.randn(matrix.shape), torch.zeros_like(table)
+    before = matrix.detach().clone(), table.detach().clone()
+    optimizers.MuonWithAdamW(model, settings).step()
+    assert 0.15 < float((matrix.detach() - before[0]).square().mean().sqrt()) / 0.01 < 0.25
+    optimizers.MuonWithAdamW(model, params(optim="muon", weight_decay=0.5)).step()
+    assert torch.equal(table, before[1])
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, run_stage: Runner, optim: str) -> None:
     """SIGKILL between two checkpoints; the second run says where it goes on and publishes what a whole one does."""
