@@ -42,6 +42,16 @@ def create(model: Any, params: Params, arguments: TrainingArguments) -> torch.op
     )
 
 
+def inner_matrices(model: Any) -> set[int]:
+    """Return the ids of the weight matrices of the layers: all but the output layer's, and tables.
+
+    Tables are those of tokens, of positions and of token types.
+    """
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    outer = {id(table.weight) for table in [*tables, model.get_output_embeddings()] if table is not None}
+    return {id(parameter) for parameter in model.parameters() if parameter.ndim == 2} - outer
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the weight matrices of the layers, AdamW for all other parameters, as one optimizer to Trainer.
 
@@ -50,14 +60,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: Any, params: Params) -> None:
-        outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-        tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-        outer |= {id(table.weight) for table in tables}  # of positions and token types, too
-        inner: list[torch.nn.Parameter] = []
-        rest: list[torch.nn.Parameter] = []
-        for parameter in model.parameters():
-            matrix = parameter.ndim == 2 and id(parameter) not in outer
-            (inner if matrix else rest).append(parameter)
+        matrices = inner_matrices(model)
+        inner = [parameter for parameter in model.parameters() if id(parameter) in matrices]
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
         options = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
         betas = (params.adam_beta1, params.adam_beta2)
         self.parts = {

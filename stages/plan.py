@@ -30,6 +30,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import moe
 
 import adapters
+import optimizers
 from adapter_params import Quantization
 from kit.tokenizer import Vocabulary
 from loss_head import bare, chunk_rows
@@ -177,10 +178,11 @@ def make(base: Path, tokenizer: Path, params: Params, block_size: int, steps: in
             if isinstance(module, torch.nn.Linear) and id(module.weight) not in outer
         }
         quantised = sum(p.numel() for p in model.parameters() if id(p) in linear) if params.quantization else 0
+        inner = optimizers.inner_matrices(model)
         largest = max((p.numel() for p in model.parameters() if id(p) in linear), default=0)
         if params.lora:
             model = _adapt(model, params, steps, bool(new_tokens(base, tokenizer)))
-        trained = [(p.shape, p.ndim == 2 and id(p) not in outer) for p in model.parameters() if p.requires_grad]
+        trained = [(p.shape, id(p) in inner) for p in model.parameters() if p.requires_grad]
         every = sum(p.numel() for p in model.parameters())
         activations, layer_input = kept_for_gradients(model, rows, block_size)
         layers = model.config.num_hidden_layers

@@ -102,6 +102,14 @@ def test_states_of_optimizers() -> None:
     assert optimizer_bytes("sgd", both) == 0
 
 
+def test_muon_has_no_table_of_positions_in_the_plan_either(tmp_path: Path) -> None:
+    """GPT-2 of one layer: 4 bytes for each number of its 12 x 32 x 32 matrices, 8 for all others."""
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "num_hidden_layers": 1, "hidden_size": 32}
+    base = tiny.base(tmp_path / "base", model_type="gpt2", architectures=["GPT2LMHeadModel"], **shape)
+    found = make(base, tiny.tokenizer(tmp_path / "tokenizer"), params(optim="muon"), 16, 1)
+    assert found.memory["optimizer"] == 8 * found.parameters - 4 * 12 * 32 * 32
+
+
 def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     big = tiny.base(tmp_path / "big", **shape, num_key_value_heads=32, tie_word_embeddings=False, vocab_size=32000)
