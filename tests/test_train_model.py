@@ -613,6 +613,25 @@ def test_a_checkpoint_holds_buffers() -> None:
     assert torch.equal(other.running_mean, model.running_mean) and other.running_mean[1] == 0.5
 
 
+def test_loraplus_has_the_rates_and_the_decay_that_are_set(base: Path, tmp_path: Path) -> None:
+    """B learns 16 times as fast as A; an adapter of the embeddings by the rate of all, where peft's own is 1e-6."""
+    lora = {"r": 2, "loraplus_lr_ratio": 16, "target_modules": ["q_proj", "embed_tokens"]}
+    settings = params(lora=lora, learning_rate=0.01, weight_decay=0.1)
+    model = train_loop.prepare_model(base, tmp_path / "tokenizer", settings)
+    arguments = TrainingArguments(str(tmp_path / "w"), learning_rate=0.01, weight_decay=0.1, use_cpu=True)
+    optimizer = optimizers.create(model, settings, arguments)
+    assert optimizer
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        re.findall(r"lora_(?:embedding_)?[AB]", names[id(p)])[0]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    slow, fast = (0.01, 0.1), (0.16, 0.1)
+    assert found == {"lora_A": slow, "lora_B": fast, "lora_embedding_A": slow, "lora_embedding_B": slow}
+    assert optimizers.create(model, params(lora={"r": 2, "target_modules": ["q_proj"]}), arguments) is None
+
+
 def test_receipts_say_what_was_fed(base: Path, tmp_path: Path) -> None:
     """Computed again from blocks and order alone; the same for any number of blocks at once."""
     settings = params(max_steps=6)
