@@ -214,8 +214,11 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(base: Path, tm
     }
     assert len(shapes["muon"]) == 2 * 7 and all(len(shape) == 2 and 300 not in shape for shape in shapes["muon"])
     assert sorted(shapes["adamw"]) == [(64,)] * 5 + [(300, 64)]
-    settings = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    positions = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](**settings))
+    settings = params(optim="muon", learning_rate=0.25, adam_beta1=0.5, adam_beta2=0.75)
+    (group,) = optimizers.MuonWithAdamW(model, settings).parts["adamw"].param_groups
+    assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
+    shape = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    positions = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](**shape))
     parts = optimizers.MuonWithAdamW(positions, params(optim="muon")).parts
     assert positions.transformer.wpe.weight in {p for g in parts["adamw"].param_groups for p in g["params"]}
     optimizer.param_groups[0]["lr"] = 0.5  # as a scheduler does
