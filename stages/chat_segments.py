@@ -91,11 +91,12 @@ class Marker:
 
         What the template puts before an answer, but not into the prompt that asks for one, the model has to write, so
         it is part of the answer: the space of "ASSISTANT: 4" behind a prompt that ends with "ASSISTANT:", the empty
-        thought of Qwen3. Of messages whose `learn` is False nothing is learned. Each content is rendered as a stand-in
-        and put back afterwards, so no content can change the template's course or be taken for a special token; of a
-        thought before an answer the tags stay, for some templates look for them. Raises ValueError when the template
-        does not use each content just once, in order and unchanged, or does not end an answer with a special token, or
-        when a special token takes white space from a content.
+        thought of Qwen3; so are spaces between an answer and EOS (Llama 2). Of messages whose `learn` is False nothing
+        is learned. Each content is rendered as a stand-in and put back afterwards, so no content can change the
+        template's course or be taken for a special token; of a thought before an answer the tags stay, for some
+        templates look for them. Raises ValueError when the template does not use each content just once, in order and
+        unchanged, or does not end an answer with a special token, or when a special token takes white space from a
+        content.
         """
         # A template sees what it would see of a chat: not what is learned.
         shown = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -230,26 +231,33 @@ class Marker:
 
     def _template_text(self, text: str, after_answer: bool, learn: bool = False) -> Iterator[Segment]:
         """Yield the template's own text cut at special tokens; after an answer some of them end it: see `_end`."""
-        if after_answer and not self._specials.match(text):
+        gap = self._gap(text) if after_answer else 0
+        if after_answer and not self._specials.match(text, gap):
             raise ValueError(
                 "the chat template does not end an answer with a special token, so the model would never stop; "
                 f"{ANOTHER}."
             )
-        position, end = 0, self._end(text) if learn else 0
+        position, end = 0, self._end(text, gap) if learn else 0
         for match in self._specials.finditer(text):
             if match.start() > position:
-                yield Segment(text[position : match.start()], False, False)
+                yield Segment(text[position : match.start()], False, match.start() < end)
             yield Segment(match.group(), True, match.start() < end)
             position = match.end()
         if position < len(text):
             yield Segment(text[position:], False, False)
 
-    def _end(self, text: str) -> int:
+    def _gap(self, text: str) -> int:
+        """Return how many spaces stand between an answer and EOS: one in Llama 2, which the model is to write, too."""
+        gap = len(text) - len(text.lstrip(" "))
+        match = self._specials.match(text, gap)
+        return gap if match and match.group() == self.eos and not self._specials.match(text) else 0
+
+    def _end(self, text: str, gap: int) -> int:
         """Return how much of what follows an answer ends it: a special token, and those right behind it up to EOS.
 
         At EOS a model stops, so it is learned: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
         """
-        first = place = 0
+        first, place = 0, gap
         while (match := self._specials.match(text, place)) and match.group():
             place = match.end()
             first = first or place

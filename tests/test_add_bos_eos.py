@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import add_bos_eos
 import tiny
 from add_bos_eos import MARKED, segments_of_messages
-from chat_segments import Marker, Segment, merged
+from chat_segments import Marker, Segment, end_of_answer, merged
 from chat_templates import TEMPLATES
 from clean import MESSAGES
 from conftest import Runner, with_other_content, write
@@ -363,6 +363,38 @@ def test_an_answer_ends_with_all_special_tokens_up_to_eos(own: Path) -> None:
     assert [segment.text for segment in found if segment.learn] == ["one", "<pad>", "</s>"]
     found = with_template(own, each + "{{ '<pad><s>\n</s>' }}{% endfor %}").conversation(turns("1", "one", "2"))
     assert [segment.text for segment in found if segment.learn] == ["one", "<pad>"]
+
+
+# Meta's own, as tokenizer_config.json has it, without the system turn.
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+    "message['content'].strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + "
+    "message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_space_between_an_answer_and_eos_is_learned(own: Path) -> None:
+    """As Llama 2 has it: the model has to write it before it stops. Not where another token follows it."""
+    marker = with_template(own, LLAMA_2)
+    messages = turns("2+2?", "the quick", "Sure?", "fox")
+    prompt = [BOS, Segment("[INST] 2+2? [/INST]", False, False)]
+    again = [BOS, Segment("[INST] Sure? [/INST]", False, False)]
+    segments = marker.conversation(messages)
+    assert segments == [
+        *prompt,
+        Segment(" the quick ", False, True),
+        EOS,
+        *again,
+        Segment(" fox ", False, True),
+        EOS,
+    ]
+    ids, _ = Encoder(own).encode(pa.array([[s._asdict() for s in segments]], MARKED.field("segments").type))
+    assert ids.to_pylist()[0] == AutoTokenizer.from_pretrained(own).apply_chat_template(messages, return_dict=False)
+    unlearned = marker.conversation([messages[0], {**messages[1], "learn": False}])
+    assert not any(segment.learn for segment in unlearned)
+    assert end_of_answer(own) == "</s>"
+    with pytest.raises(ValueError, match="does not end an answer"):
+        with_template(own, LLAMA_2.replace("eos_token", "bos_token")).conversation(messages)
 
 
 def test_the_command_leaves_out_what_is_dropped_and_refuses_decisions_about_other_documents(
