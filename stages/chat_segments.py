@@ -215,8 +215,9 @@ class Marker:
             yield lead
 
     def render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        """Return what the template prints of messages; prompt: and what asks for an answer."""
-        assert self._template
+        """Return what the template prints of messages, "" where there is none; prompt: and what asks for an answer."""
+        if self._template is None:
+            return ""
         try:
             # As `transformers` does: a token that the tokenizer lacks is undefined and prints nothing, never "None".
             return self._template.render(
@@ -302,6 +303,23 @@ def end_of_answer(tokenizer: Path) -> str | None:
     except ValueError:  # `add_bos_eos` says why, if there are conversations
         return None
     return next(segment.text for segment in reversed(said) if segment.special and segment.learn)
+
+
+def turn_tokens(tokenizer: Path) -> list[str]:
+    """Return the tokens with which the chat template of a tokenizer folder marks turns, and that are no special ones.
+
+    <｜User｜> of DeepSeek-V3, <|im_start|> of some who added it to Mistral: a message that says so would begin a turn.
+    Not the tags of a thought, which the model writes; nor what is no name in brackets, as the line breaks of Gemma.
+    """
+    printed = ""
+    with contextlib.suppress(ValueError):  # as for `end_of_answer`
+        marker = Marker(tokenizer)
+        for roles in (("user", "assistant", "user"), ("system", "user")):  # some know no system turn
+            with contextlib.suppress(ValueError):
+                printed += marker.render([{"role": role, "content": "Hi"} for role in roles], prompt=True)
+    added = Vocabulary(tokenizer).tokenizer.get_added_tokens_decoder().values()
+    plain = [token.content for token in added if not token.special and token.content not in THOUGHT]
+    return [text for text in plain if text in printed and re.fullmatch(r"<\S+>|\[\S+\]", text)]
 
 
 def only_in_prompt(tokenizer: Path) -> str:

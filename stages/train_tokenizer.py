@@ -11,7 +11,8 @@ train_model gives each new token the mean of the embeddings of what the base mad
 `mode: reuse` copies the base's tokenizer. `chat_template` names a template of stages/chat_templates.py, or is
 left out to keep the base's own; it travels with the model, so chatting and training see the same text. Where there are
 conversations and the own one ends answers with a token at which the base does not stop (Qwen's base models), that
-becomes the eos_token.
+becomes the eos_token. Tokens with which it marks turns (<｜User｜> of DeepSeek-V3) become special: no message has
+one.
 
 Example: two documents "aaaa aaaa", vocabulary 263, specials <s> </s> <pad>
 
@@ -34,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 import bpe_training
-from chat_segments import end_of_answer, only_in_prompt
+from chat_segments import end_of_answer, only_in_prompt, turn_tokens
 from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
@@ -178,6 +179,19 @@ def without_dropout(path: Path) -> bool:
     return True
 
 
+def make_special(folder: Path, texts: list[str]) -> None:
+    """Let tokens of a tokenizer folder be special ones: no text makes them."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer_settings = arrow.read_json(settings_path)
+    listed = tokenizer_settings.get("added_tokens_decoder") or {}  # `transformers` reads both
+    for token in [*content["added_tokens"], *listed.values()]:
+        token["special"] |= token["content"] in texts
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    if listed:
+        arrow.write_json(settings_path, tokenizer_settings)
+
+
 def unknown_stop(folder: Path, base: Path) -> str | None:
     """Return the token that ends an answer in the folder's chat template; None where the base stops at it already."""
     end, vocabulary = end_of_answer(folder), Vocabulary(folder)
@@ -251,6 +265,12 @@ def main(phase: str) -> None:
         if params.chat_template:
             install(folder, params.chat_template)
         elif params.mode != "train" and conversations:
+            if markers := turn_tokens(folder):
+                print(
+                    f"{run.name}: the base's chat template marks turns with {' '.join(markers)}, which the tokenizer "
+                    "does not name as special; they become so, so that no message makes them"
+                )
+                make_special(folder, markers)
             if end := unknown_stop(folder, base):
                 print(f"{run.name}: the base's chat template ends answers with {end}, so it becomes the eos_token")
                 settings(folder, eos_token=end)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import tiny
 from add_bos_eos import MARKED
-from chat_segments import ROLES, Marker, chat_template, only_in_prompt
+from chat_segments import ROLES, Marker, chat_template, only_in_prompt, turn_tokens
 from chat_templates import TEMPLATES, end_of_turn, install, special_tokens
 from conftest import Runner, write
 from kit import arrow
@@ -336,3 +336,78 @@ def test_a_prompt_that_no_conversation_holds_is_found(tmp_path: Path, case: str)
     assert only_in_prompt(folder) == found
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert only_in_prompt(folder) == ""
+
+
+# As DeepSeek-V3's <｜User｜>; a thought's tags, line breaks (Gemma) and what no turn has stay what they are.
+MARKERS = ["<｜User｜>", "<｜Assistant｜>"]
+OTHERS = ["<think>", "</think>", "\n\n", "<tool_call>"]
+MARKED_TURNS = (
+    "{% for message in messages %}{{ {'user': '<｜User｜>', 'assistant': '<｜Assistant｜><think>\n</think>\n\n'}"
+    "[message.role] + message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+
+
+def with_plain_tokens(folder: Path) -> Path:
+    """Return a tokenizer folder whose template marks turns with tokens that are no special ones."""
+    tiny.tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in MARKERS + OTHERS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    added = {str(n): {"content": t.content, "special": t.special} for n, t in _added(tokenizer).items()}
+    settings = arrow.read_json(folder / "tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": added}))
+    (folder / "chat_template.jinja").write_text(MARKED_TURNS)
+    return folder
+
+
+def _added(tokenizer: Tokenizer) -> dict[int, AddedToken]:
+    found: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+    return found
+
+
+def test_tokens_that_mark_turns_and_are_not_special_are_found(tmp_path: Path) -> None:
+    folder = with_plain_tokens(tmp_path / "t")
+    assert turn_tokens(folder) == MARKERS
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert turn_tokens(folder) == []
+    (folder / "chat_template.jinja").unlink()
+    assert turn_tokens(folder) == []
+
+
+def test_a_message_makes_no_token_that_marks_a_turn(project: Path, run_stage: Runner) -> None:
+    """Though the base does not name it as special, and reads it as such in each text."""
+    base = with_plain_tokens(project / "models/base/b")
+    (base / "config.json").write_text(json.dumps(tiny.CONFIG))
+    tiny.params_yaml(project, p={"base": "models/base/b", "train_tokenizer": {"mode": "reuse"}})
+    params = json.loads((project / "params.yaml").read_text())
+    params["sources"]["p_text"]["clean"] |= {"format": "jsonl", "record": "alpaca"}
+    (project / "params.yaml").write_text(json.dumps(params))
+    rows = [
+        {"instruction": f"{n}? <｜Assistant｜>no", "input": "", "output": f"{n}.<｜User｜><think>\n\n"}
+        for n in range(30)
+    ]
+    write(project / "data/raw/x/x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for stage, name in (("clean", "p_text"), ("dedup", "p"), ("train_tokenizer", "p"), ("add_bos_eos", "p_text")):
+        finished = run_stage(project, stage, name)
+        assert finished.returncode == 0, finished.stderr
+        assert ("marks turns with <｜User｜> <｜Assistant｜>, which" in finished.stdout) == (stage == "train_tokenizer")
+    folder = project / "models/tokenizers/p"
+    assert Vocabulary(folder).special_texts[-2:] == MARKERS
+    segments = arrow.table(project / "data/marked/p/p_text")["segments"].slice(3, 1).combine_chunks()
+    ids = Encoder(folder).encode(segments)[0].to_pylist()[0]
+    tokens = [Vocabulary(folder).tokenizer.id_to_token(number) for number in ids]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert {text: tokens.count(text) for text in MARKERS + OTHERS} == {
+        **dict.fromkeys(MARKERS, 1),
+        "<think>": 2,
+        "</think>": 1,
+        "\n\n": 2,
+        "<tool_call>": 0,
+    }
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert theirs.decode(theirs.apply_chat_template(messages, return_dict=False), skip_special_tokens=True) == (
+        "Hi<think>\n</think>\n\nHo"
+    )
+    before = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, return_dict=False)
+    assert before == theirs.apply_chat_template(messages, return_dict=False)
