@@ -121,16 +121,21 @@ def without_prefix(tokenizer: Tokenizer) -> tuple[Tokenizer | None, bool]:
     """Return the tokenizer without the space that it puts before a text, and whether it puts it at the beginning alone.
 
     None where it puts none. So do Llama 2's and most of SentencePiece's: what is cut where an answer begins would have
-    one too many, for "Assistant: 4" is no "Assistant:  4".
+    one too many, for "Assistant: 4" is no "Assistant:  4". One that is put before each word that another step has cut
+    (XGLM, XLM-R) stays.
     """
     schemes = set()
 
-    def bare(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    def bare(step: dict[str, Any] | None, cut: bool = False) -> dict[str, Any] | None:
         if step is None:
             return None
-        for key in ("normalizers", "pretokenizers"):
-            if key in step:
-                return {**step, key: [one for one in map(bare, step[key]) if one]}
+        if "normalizers" in step:
+            return {**step, "normalizers": [one for one in map(bare, step["normalizers"]) if one]}
+        if "pretokenizers" in step:
+            steps = enumerate(step["pretokenizers"])
+            return {**step, "pretokenizers": [bare(one, cut or place > 0) for place, one in steps]}
+        if cut and (step.get("prepend_scheme") == "always" or step.get("add_prefix_space")):
+            return step
         if step["type"] == "Prepend":
             schemes.add("always")
             return None

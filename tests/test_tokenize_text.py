@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Prepend, Replace, Sequence
-from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as Cuts
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
@@ -107,6 +108,24 @@ def test_a_space_that_a_tokenizer_puts_before_each_text_is_not_put_before_an_ans
         texts = [[bos, *theirs.encode(text, add_special_tokens=False), eos] for text in ("the fox", "brown")]
         assert found.to_pylist() == [ids, *texts]
         assert chain.encoder.encode(rows[1:])[0].to_pylist() == texts
+
+
+def test_a_space_that_a_tokenizer_puts_before_each_word_stays(tmp_path: Path) -> None:
+    """As those of XGLM and XLM-R: they first cut at white space, which is gone when the space is put."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Cuts([WhitespaceSplit(), Metaspace(MARK, prepend_scheme="always")])
+    trainer = BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["the quick brown fox user: assistant:"] * 9, trainer)
+    folder = tmp_path / "t"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    arrow.write_json(folder / "tokenizer_config.json", {**config, "unk_token": "<unk>"})
+    turn = "{{ message.role + ': ' + message.content + '</s>' }}"
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}" + turn + "{% endfor %}")
+    messages = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}]
+    ids, _ = Chain(folder).ids(messages)
+    assert ids == AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_dict=False)
 
 
 @pytest.fixture(scope="module")
