@@ -50,7 +50,7 @@ class Marker:
         self.bos, self.eos = self.special.get("bos_token"), self.special["eos_token"]
         # The longest first: of two tokens that begin alike, the longer is meant.
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, specials)))
+        self._specials = re.compile("|".join(map(re.escape, specials)) or "(?!)")  # of none nothing
         added = vocabulary.tokenizer.get_added_tokens_decoder().values()
         strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.special}
         self._strips = {text: sides for text, sides in strips.items() if any(sides)}  # of most tokenizers none

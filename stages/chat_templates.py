@@ -22,7 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kit import arrow
-from kit.tokenizer import Vocabulary
+from kit.tokenizer import Vocabulary, read_settings
 
 _EACH = "{% for message in messages %}"
 _CHATML_TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -96,7 +96,7 @@ def install(folder: Path, name: str) -> None:
 def settings(folder: Path, **changes: str | None) -> None:
     """Change what the settings of a tokenizer folder say; None takes a key out."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        before = arrow.read_json(folder / name) if (folder / name).is_file() else {}
+        before = read_settings(folder / name) if (folder / name).is_file() else {}
         after = {key: value for key, value in {**before, **changes}.items() if key not in changes or value is not None}
         if before and after != before:
             arrow.write_json(folder / name, after)

@@ -66,6 +66,8 @@ class Encoder:
         bare, self.at_start = without_prefix(self.vocabulary.tokenizer)
         self.bare = FastEncoder(bare) if bare else None
         special = [self.vocabulary.id(token) for token in self.vocabulary.special_texts]
+        if not special:
+            raise ValueError(f"{folder}/tokenizer.json names no special token; take another one, or mode: train.")
         self.is_special = np.zeros(self.vocabulary.size, dtype=bool)
         self.is_special[special] = True
         # They stand together at one end of most vocabularies, so that most ids need no look into the table.

@@ -39,7 +39,7 @@ from chat_segments import end_of_answer, only_in_prompt, turn_tokens
 from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
-from kit.tokenizer import FILES, Vocabulary
+from kit.tokenizer import FILES, Vocabulary, read_settings
 from tokenizer_report import Report, drawn
 
 
@@ -198,7 +198,7 @@ def unknown_stop(folder: Path, base: Path) -> str | None:
     if end is None or end == vocabulary.special["eos_token"]:
         return None
     path = next((base / name for name in ("generation_config.json", "config.json") if (base / name).is_file()), None)
-    stops = arrow.read_json(path).get("eos_token_id") if path else None
+    stops = read_settings(path).get("eos_token_id") if path else None
     return None if vocabulary.id(end) in (stops if isinstance(stops, list) else [stops]) else end
 
 

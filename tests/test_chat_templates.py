@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import tiny
 from add_bos_eos import MARKED
-from chat_segments import ROLES, Marker, chat_template, only_in_prompt, turn_tokens
-from chat_templates import TEMPLATES, end_of_turn, install, special_tokens
+from chat_segments import ROLES, Marker, chat_template, end_of_answer, only_in_prompt, turn_tokens
+from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
 from conftest import Runner, write
 from kit import arrow
 from kit.model import load_model
 from kit.tokenizer import Vocabulary
 from merge_lora import stop_at
 from tokenize_text import Encoder
+from train_tokenizer import unknown_stop
 
 Messages = list[dict[str, str]]
 CONVERSATION: Messages = [
@@ -314,6 +315,30 @@ def test_where_a_bases_own_template_ends_an_answer_the_model_stops(
     stops = {Vocabulary(folder).special_ids["eos_token_id"], *(base_stops if isinstance(base_stops, list) else [])}
     segments = arrow.table(project / "data/marked/p/p_text")["segments"][3].as_py()
     assert Vocabulary(folder).id([s["text"] for s in segments if s["learn"]][-1]) in stops
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "[1]"])
+def test_settings_of_a_base_that_are_no_object_are_named(tmp_path: Path, file: str, content: str) -> None:
+    folder, base = tiny.tokenizer(tmp_path / "t", "chatml"), tmp_path / "b"
+    settings(folder, eos_token="</s>")
+    base.mkdir()
+    for each in (folder, base):
+        (each / file).write_text(content)
+    with pytest.raises(SystemExit, match=f"/{file} holds no JSON object .*; fetch the file again"):
+        unknown_stop(folder, base)
+        settings(folder, eos_token="<|im_end|>")
+
+
+def test_a_tokenizer_without_a_special_token_ends_no_answer(tmp_path: Path) -> None:
+    folder = tiny.tokenizer(tmp_path / "t")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}))
+    assert end_of_answer(folder) is None
+    with pytest.raises(ValueError, match="does not end an answer"):
+        Marker(folder).conversation(CONVERSATION[1:3])
+    with pytest.raises(ValueError, match=r"tokenizer\.json names no special token"):
+        Encoder(folder)
 
 
 PROMPTS = {
