@@ -52,6 +52,7 @@ class Marker:
         specials = sorted(vocabulary.special_texts, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) or "(?!)")  # of none nothing
         added = vocabulary.tokenizer.get_added_tokens_decoder().values()
+        self.not_special = [token.content for token in added if not token.special]
         strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.special}
         self._strips = {text: sides for text, sides in strips.items() if any(sides)}  # of most tokenizers none
         self._skeletons: dict[tuple[tuple[str, bool], ...], tuple[list[str], list[int]]] = {}
@@ -311,15 +312,16 @@ def turn_tokens(tokenizer: Path) -> list[str]:
     <｜User｜> of DeepSeek-V3, <|im_start|> of some who added it to Mistral: a message that says so would begin a turn.
     Not the tags of a thought, which the model writes; nor what is no name in brackets, as the line breaks of Gemma.
     """
-    printed = ""
-    with contextlib.suppress(ValueError):  # as for `end_of_answer`
+    try:
         marker = Marker(tokenizer)
-        for roles in (("user", "assistant", "user"), ("system", "user")):  # some know no system turn
-            with contextlib.suppress(ValueError):
-                printed += marker.render([{"role": role, "content": "Hi"} for role in roles], prompt=True)
-    added = Vocabulary(tokenizer).tokenizer.get_added_tokens_decoder().values()
-    plain = [token.content for token in added if not token.special and token.content not in THOUGHT]
-    return [text for text in plain if text in printed and re.fullmatch(r"<\S+>|\[\S+\]", text)]
+    except ValueError:  # as for `end_of_answer`
+        return []
+    printed = ""
+    for roles in (("user", "assistant", "user"), ("system", "user")):  # some know no system turn
+        with contextlib.suppress(ValueError):
+            printed += marker.render([{"role": role, "content": "Hi"} for role in roles], prompt=True)
+    own = [text for text in marker.not_special if text in printed and text not in THOUGHT]
+    return [text for text in own if re.fullmatch(r"<\S+>|\[\S+\]", text)]
 
 
 def only_in_prompt(tokenizer: Path) -> str:
