@@ -116,6 +116,19 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(name: str, capsys: p
     assert torch.equal(model(**batch()).loss, before)
 
 
+@pytest.mark.parametrize("name", ["electra", "xlm"])
+def test_a_masked_model_whose_head_takes_other_than_its_hidden_states_keeps_its_own_loss(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ELECTRA's generators make them smaller between; XLM's layer computes its loss itself."""
+    own = {"electra": {**WIDE, "embedding_size": 16}, "xlm": {"vocab_size": 120, "emb_dim": 32, "n_layers": 2}}
+    config = CONFIG_MAPPING[name](**own[name], **({"n_heads": 2, "pad_index": 2} if name == "xlm" else {}))
+    model = AutoModelForMaskedLM.from_config(config)
+    assert not loss_head.install(model)
+    assert "takes something else than its base model gives" in capsys.readouterr().out
+    assert model(**batch()).loss is not None
+
+
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
 def test_adapters_learn_the_same(options: dict[str, Any]) -> None:
     """A frozen head gets no gradient; one that is trained beside the adapter (modules_to_save) gets its own."""
