@@ -129,7 +129,7 @@ def tokens(writer: Any, gguf: Any, merged: Path, rows: int) -> None:
     roles = special.special_token_ids
     roles |= {role.removesuffix("_token_id"): number for role, number in vocabulary.special_ids.items()}
     around = vocabulary.tokenizer.encode("").ids  # what a plain prompt is put between
-    begins = around[:1] == [roles.get("bos")]
+    begins = around[:1] == [roles.get("bos")] and chats_begin(merged)
     special.add_special_token = {"bos": begins, "eos": around[begins:][-1:] == [roles["eos"]]}  # they may be one token
     path = merged / "generation_config.json"
     ends = arrow.read_json(path).get("eos_token_id") if path.is_file() else None
@@ -138,6 +138,22 @@ def tokens(writer: Any, gguf: Any, merged: Path, rows: int) -> None:
         raise SystemExit(f"{path} names {len(others) + 1} tokens that end an answer, a GGUF can name three; take bf16.")
     roles |= dict(zip(("eot", "eom"), others, strict=False))  # answers stop at these, too
     special.add_to_gguf(writer, quiet=True)
+
+
+def chats_begin(merged: Path) -> bool:
+    """Return whether a conversation begins with BOS, as far as there is a template for one.
+
+    llama.cpp puts BOS before every prompt or before none, and takes away a template's own where it does: where texts
+    begin with BOS and conversations do not (chatml), a chat model would read what it never did in training.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    if not tokenizer.chat_template:
+        return True
+    prompt = [{"role": "user", "content": "a"}]
+    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return str(rendered).startswith(tokenizer.bos_token)
 
 
 def turned(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:

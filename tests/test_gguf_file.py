@@ -197,13 +197,25 @@ def test_what_the_file_says_of_the_tokenizer(tmp_path: Path) -> None:
     assert (found["ggml.bos_token_id"], found["ggml.eos_token_id"]) == (ids["bos_token_id"], ids["eos_token_id"])
     assert found["ggml.padding_token_id"] == ids["pad_token_id"]
     assert (found["ggml.eot_token_id"], found["ggml.eom_token_id"]) == (7, 9)  # generation stops there, too
-    assert (found["ggml.add_bos_token"], found["ggml.add_eos_token"]) == (True, False)
+    assert (found["ggml.add_bos_token"], found["ggml.add_eos_token"]) == (False, False)  # chatml: see below
     assert found["chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
     assert [texts[i] for i in range(300)] == [vocabulary.tokenizer.id_to_token(i) for i in range(300)]
     assert texts[300:] == ["[PAD300]", "[PAD301]", "[PAD302]"] and kinds[300:] == [5, 5, 5]
     assert [n for n, kind in enumerate(kinds) if kind == 3] == sorted(map(vocabulary.id, vocabulary.special_texts))
     merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
     assert found["ggml.merges"] == [" ".join(pair) for pair in merges]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, None])
+def test_llama_cpp_begins_a_conversation_as_training_did(tmp_path: Path, template: str | None) -> None:
+    """BOS before every prompt or before none: what the template says decides, of a model without one the tokenizer."""
+    folder = make(tmp_path / "m", template=template or "default")
+    if template is None:
+        (folder / "chat_template.jinja").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(said)["input_ids"] if template else tokenizer("a")["input_ids"]
+    assert fields(written(folder))["tokenizer.ggml.add_bos_token"] == (ids[0] == tokenizer.bos_token_id)
 
 
 def test_the_same_bytes_again_and_in_small_files(tmp_path: Path) -> None:
