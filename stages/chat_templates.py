@@ -19,6 +19,7 @@ says: it stands in a turn of the user, between <tool_response> and </tool_respon
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from kit import arrow
@@ -78,19 +79,34 @@ def end_of_turn(name: str | None, eos_token: str) -> str:
 def install(folder: Path, name: str) -> None:
     """Write a template into a tokenizer folder, and make the token that ends its turns the folder's `eos_token`.
 
-    Raises ValueError when the tokenizer lacks a token of the template.
+    Its tokens become special, where the tokenizer has them as others. Raises ValueError when it lacks one.
     """
-    vocabulary = Vocabulary(folder)
-    missing = [token for token in special_tokens(name) if token not in vocabulary.special_texts]
+    added = Vocabulary(folder).tokenizer.get_added_tokens_decoder().values()
+    missing = [token for token in special_tokens(name) if token not in {one.content for one in added}]
     if missing:
         fitting = [other for other in TEMPLATES if not special_tokens(other)]
         raise ValueError(
             f"chat_template {name} needs the special tokens {' and '.join(missing)}, which the tokenizer lacks; choose "
             f"{' or '.join(fitting)}, which need none, or train_tokenizer.mode extend, which adds them."
         )
+    if any(one.content in special_tokens(name) and not one.special for one in added):
+        make_special(folder, special_tokens(name))
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
     # The base's own template goes: of two, programs disagree which one counts.
     settings(folder, chat_template=None, **({"eos_token": end_of_turn(name, "")} if special_tokens(name) else {}))
+
+
+def make_special(folder: Path, texts: list[str]) -> None:
+    """Let tokens of a tokenizer folder be special ones: no text makes them."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer_settings = arrow.read_json(settings_path)
+    listed = tokenizer_settings.get("added_tokens_decoder") or {}  # `transformers` reads both
+    for token in [*content["added_tokens"], *listed.values()]:
+        token["special"] |= token["content"] in texts
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    if listed:
+        arrow.write_json(settings_path, tokenizer_settings)
 
 
 def settings(folder: Path, **changes: str | None) -> None:

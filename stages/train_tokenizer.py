@@ -36,7 +36,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 import bpe_training
 from chat_segments import end_of_answer, only_in_prompt, turn_tokens
-from chat_templates import TEMPLATES, end_of_turn, install, settings, special_tokens
+from chat_templates import TEMPLATES, end_of_turn, install, make_special, settings, special_tokens
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 from kit.tokenizer import FILES, Vocabulary, read_settings
@@ -177,19 +177,6 @@ def without_dropout(path: Path) -> bool:
     content["model"]["dropout"] = None
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     return True
-
-
-def make_special(folder: Path, texts: list[str]) -> None:
-    """Let tokens of a tokenizer folder be special ones: no text makes them."""
-    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer_settings = arrow.read_json(settings_path)
-    listed = tokenizer_settings.get("added_tokens_decoder") or {}  # `transformers` reads both
-    for token in [*content["added_tokens"], *listed.values()]:
-        token["special"] |= token["content"] in texts
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    if listed:
-        arrow.write_json(settings_path, tokenizer_settings)
 
 
 def unknown_stop(folder: Path, base: Path) -> str | None:

@@ -400,6 +400,20 @@ def test_tokens_that_mark_turns_and_are_not_special_are_found(tmp_path: Path) ->
     assert turn_tokens(folder) == []
 
 
+def test_tokens_of_a_named_template_become_special(tmp_path: Path) -> None:
+    """As of those who added <|im_start|> to a base as an ordinary token; all else stays as it is."""
+    folder = with_plain_tokens(tmp_path / "t")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    before = Vocabulary(folder)
+    install(folder, "chatml")
+    after = Vocabulary(folder)
+    assert set(after.special_texts) - set(before.special_texts) == {"<|im_start|>", "<|im_end|>"}
+    assert after.special["eos_token"] == "<|im_end|>"
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+
+
 def test_a_message_makes_no_token_that_marks_a_turn(project: Path, run_stage: Runner) -> None:
     """Though the base does not name it as special, and reads it as such in each text."""
     base = with_plain_tokens(project / "models/base/b")
