@@ -106,14 +106,9 @@ class Marker:
             self._skeletons[shape] = self._skeleton(shape)
         own, leads = self._skeletons[shape]
         said = [message["content"] for message in messages]
-        if "".join([own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]) != self.render(
-            shown
-        ):
-            raise ValueError(
-                "the chat template changes what the messages say; clean them before: against `trim`, "
-                "{rule: whitespace, strip: true}; a thought is <think>, line break, thought, line break, </think>, "
-                "empty line."
-            )
+        parts = [own[0], *(part for pair in zip(said, own[1:], strict=True) for part in pair)]
+        if (rendered := self.render(shown)) != "".join(parts):
+            raise ValueError(_changed(shown, parts, rendered))
         segments: list[Segment] = []
         contents: set[int] = set()
         after, learned = False, False  # of the message before: whether it is an answer, whether it is learned
@@ -336,8 +331,7 @@ def only_in_prompt(tokenizer: Path) -> str:
         prompt, whole = marker.render(said[:1], prompt=True), marker.render(said)
     except ValueError:  # as for `end_of_answer`
         return ""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
-    return prompt[len(list(same)) :]
+    return prompt[_alike(prompt, whole) :]
 
 
 def merged(segments: list[Segment]) -> list[Segment]:
@@ -354,6 +348,28 @@ def merged(segments: list[Segment]) -> list[Segment]:
         elif segment.text:
             result.append(segment)
     return result
+
+
+def _alike(one: str, other: str) -> int:
+    """Return with how many equal characters both texts begin."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _changed(messages: list[dict[str, str]], parts: list[str], rendered: str) -> str:
+    """Return what is wrong with a conversation that is not rendered as `parts`: text, content, text, content, text."""
+    same = _alike("".join(parts), rendered)
+    ends = itertools.accumulate(
+        len(text) + len(content) for text, content in zip(parts[::2], parts[1::2], strict=False)
+    )
+    place = next((number for number, end in enumerate(ends) if same < end), len(messages) - 1)
+    role = messages[place]["role"]
+    what = (
+        f"take conversations with tools out by {{rule: turns, tool: false}}, or {ANOTHER}"
+        if role == "tool"  # Llama 3.1 prints it as JSON
+        else "clean it before: against `trim`, {rule: whitespace, strip: true}; a thought is <think>, line break, "
+        "thought, line break, </think>, empty line"
+    )
+    return f"the chat template changes what message {place + 1} ({role}) says; {what}."
 
 
 def _to_json(value: Any, **options: Any) -> str:

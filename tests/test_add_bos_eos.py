@@ -203,7 +203,7 @@ REFUSED = {
     "trims": (EACH + "{{ message.content | trim }}" + END, "against `trim`, {rule: whitespace, strip: true}"),
     "follows the content": (
         EACH + "{% if '4' in message.content %}!{% endif %}{{ message.content }}" + END,
-        "changes what the messages say",
+        "changes what message 2 \\(assistant\\) says; clean it before",
     ),
     "has no end": (EACH + "{{ message.content + '\n' }}{% endfor %}", "does not end an answer with a special token"),
     "ends the answer later": (EACH + "{{ message.content + '\n' }}" + END, "does not end an answer"),
@@ -219,6 +219,23 @@ def test_a_template_that_allows_no_exact_mask_is_refused(own: Path, case: str) -
     with pytest.raises(ValueError, match=sentence) as refusal:
         with_template(own, template).conversation(turns(" 2+2?\n", "4 "))
     assert "; " in str(refusal.value)  # and what to do
+
+
+def test_what_a_template_changes_is_named(own: Path) -> None:
+    """Llama 3.1 prints what a tool gives as JSON: with quotes in it, that is another text."""
+    said = "{{ message.content | tojson if message.role == 'tool' else message.content }}"
+    marker = with_template(own, EACH + "{{ '<s>' + message.role + ':' }}" + said + END)
+    call, words = turns("1?", "one")
+    plain, quoted = ({"role": "tool", "content": content} for content in ("1", 'a "b"'))
+    with pytest.raises(
+        ValueError, match=r"changes what message 3 \(tool\) says; take .* by {rule: turns, tool: false}"
+    ):
+        marker.conversation([call, words, quoted, words])
+    with pytest.raises(ValueError, match=r"changes what message 1 \(user\) says; clean it before"):
+        with_template(own, EACH + "{{ message.content | trim }}{{ '<s>' }}" + "{% endfor %}").conversation(
+            turns("1 ", "2")
+        )
+    assert marker.conversation([call, words, plain, words])
 
 
 def test_a_template_that_can_do_without_todays_date_prints_its_own(own: Path) -> None:
