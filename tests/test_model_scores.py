@@ -86,6 +86,13 @@ def test_likelihood_is_the_sum_over_learned_tokens(tmp_path: Path) -> None:
     assert likelihoods(model, [document(np.array(ids))], 8, 1)[0, 1:].tolist() == [6, 6]
 
 
+def test_each_learned_token_counts_where_it_stands_alone_in_its_window(tmp_path: Path) -> None:
+    model = causal(tmp_path)
+    alone = [document(np.arange(12, dtype=np.uint16), np.arange(12) == place) for place in range(12)]
+    assert likelihoods(model.train(), alone, 4, 2)[:, 1].tolist() == [0.0] + [1.0] * 11
+    assert not model.training  # no dropout
+
+
 def test_a_uniform_model_has_the_bits_of_its_vocabulary(tmp_path: Path) -> None:
     model = causal(tmp_path)
     with torch.no_grad():
