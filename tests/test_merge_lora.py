@@ -146,8 +146,18 @@ LOST_BY_PEFT = {("roberta", True, "modules_to_save"): {"lm_head.decoder.bias"}}
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        *(pytest.param(name, torch.float32, id=f"{name}-fp32") for name in MODELS),
+        pytest.param("llama", torch.bfloat16, id="llama-bf16"),
+        *(
+            pytest.param(name, torch.bfloat16, id=f"{name}-bf16", marks=pytest.mark.slow)
+            for name in MODELS
+            if name != "llama"
+        ),
+    ],
+)
 def test_every_value_is_the_one_of_pefts_merge(
     tmp_path: Path, architecture: str, dtype: torch.dtype, kind: str, tied: bool, extra: str
 ) -> None:

@@ -597,7 +597,7 @@ def test_an_adapter_goes_on_to_the_same_bits(weights: Path, tmp_path: Path, kind
         assert whole.peft_config["default"].rank_pattern == again.peft_config["default"].rank_pattern
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_goes_on_to_the_same_bits(tmp_path: Path, optim: str) -> None:
     """Its files hold each expert by itself, the model all of a layer in one tensor."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "model_type": "mixtral"}
