@@ -103,7 +103,7 @@ def make_special(folder: Path, texts: list[str]) -> None:
     tokenizer_settings = arrow.read_json(settings_path)
     listed = tokenizer_settings.get("added_tokens_decoder") or {}  # `transformers` reads both
     for token in [*content["added_tokens"], *listed.values()]:
-        token["special"] |= token["content"] in texts
+        token["special"] = token.get("special", False) or token["content"] in texts
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     if listed:
         arrow.write_json(settings_path, tokenizer_settings)

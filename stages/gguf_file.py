@@ -152,7 +152,13 @@ def chats_begin(merged: Path) -> bool:
     if not tokenizer.chat_template:
         return True
     prompt = [{"role": "user", "content": "a"}]
-    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program and can fail in any way
+        raise SystemExit(
+            f"{merged}: its chat template refuses a question ({str(error).rstrip('.')}): nobody could chat with it; "
+            "set chat_template in the phase's train_tokenizer, or export it as bf16."
+        ) from None
     return str(rendered).startswith(tokenizer.bos_token)
 
 

@@ -233,6 +233,8 @@ def _why_not(model: Any, head: _Head, forward: Callable[..., Any]) -> str | None
     theirs = given.loss
     try:
         ours = forward(input_ids=ids, labels=ids).loss
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError):  # ELECTRA makes hidden states smaller between, XLM's layer wants labels
         return "its output layer takes something else than its base model gives"
     if not torch.isclose(ours, theirs.float(), rtol=1e-2 if head.linear.weight.dtype != torch.float32 else 1e-4):

@@ -406,12 +406,15 @@ def test_tokens_of_a_named_template_become_special(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<|im_start|>", "<|im_end|>")])
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings(folder, added_tokens_decoder={"5": {"content": "<|im_end|>"}})  # and not whether it is special
     before = Vocabulary(folder)
     install(folder, "chatml")
     after = Vocabulary(folder)
     assert set(after.special_texts) - set(before.special_texts) == {"<|im_start|>", "<|im_end|>"}
     assert after.special["eos_token"] == "<|im_end|>"
     assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    told = arrow.read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+    assert told == {"5": {"content": "<|im_end|>", "special": True}}
 
 
 def test_a_message_makes_no_token_that_marks_a_turn(project: Path, run_stage: Runner) -> None:

@@ -218,6 +218,13 @@ def test_llama_cpp_begins_a_conversation_as_training_did(tmp_path: Path, templat
     assert fields(written(folder))["tokenizer.ggml.add_bos_token"] == (ids[0] == tokenizer.bos_token_id)
 
 
+def test_a_template_that_refuses_a_question_is_one_sentence(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", template="default")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no.') }}")
+    with pytest.raises(SystemExit, match=r"its chat template refuses a question \(no\), .*; set chat_template"):
+        written(folder)
+
+
 def test_the_same_bytes_again_and_in_small_files(tmp_path: Path) -> None:
     one = make(tmp_path / "one")
     written(one)

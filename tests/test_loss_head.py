@@ -129,6 +129,16 @@ def test_a_masked_model_whose_head_takes_other_than_its_hidden_states_keeps_its_
     assert model(**batch()).loss is not None
 
 
+def test_memory_that_runs_out_is_no_reason_of_the_model() -> None:
+    model = build("llama")
+
+    def full(**given: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_head._why_not(model, loss_head._Head(model), full)
+
+
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
 def test_adapters_learn_the_same(options: dict[str, Any]) -> None:
     """A frozen head gets no gradient; one that is trained beside the adapter (modules_to_save) gets its own."""
