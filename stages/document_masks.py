@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 
 from kit.model import IGNORED
-from loss_head import bare
+from loss_head import bare, in_eval_mode
 
 REMEDY = "set train_model.mask_documents to false; group_blocks.mode line keeps documents apart without it."
 
@@ -215,16 +215,12 @@ def check(model: Any) -> None:
     place = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
     # As one document: what a model that finds no begin in `inputs` computes.
     mixed = inputs(torch.arange(sum(lengths))[None], how)
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
     try:
-        alone = torch.cat([_logits(inner, one, {}) for one in ids.split(lengths, 1)], 1)
-        errors = [(_logits(inner, ids, given) - alone).abs().max().item() for given in (inputs(place, how), mixed)]
+        with in_eval_mode(inner):
+            alone = torch.cat([_logits(inner, one, {}) for one in ids.split(lengths, 1)], 1)
+            errors = [(_logits(inner, ids, given) - alone).abs().max().item() for given in (inputs(place, how), mixed)]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"mask_documents: {type(inner).__name__} takes no such mask ({error}); {REMEDY}") from None
-    finally:
-        for module, mode in modes:
-            module.training = mode
     exact = all(parameter.dtype == torch.float32 for parameter in inner.parameters())  # 0.01: a GPU may take TF32
     if not errors[0] <= (0.01 if exact else 0.05) * errors[1]:
         raise SystemExit(

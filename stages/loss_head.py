@@ -254,13 +254,8 @@ def install(model: Any) -> bool:
         return _refused("it has no output layer after its base model")
     head, original = _Head(inner), inner.forward
     forward = _forward(inner, head, original)
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()  # no dropout: both losses must be equal, and no random number is used up
-    try:
+    with in_eval_mode(inner):  # else dropout would make both losses differ
         reason = _why_not(inner, head, forward)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if reason:
         return _refused(reason)
     inner.forward = forward
@@ -276,15 +271,11 @@ def counts_itself(model: Any) -> bool:
     """
     inner = bare(model)
     ids = torch.tensor([[5, 1, 4, 2, 3, 0]], device=inner.get_input_embeddings().weight.device)
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
     try:
-        mean, total = (inner(input_ids=ids, labels=ids, **given).loss for given in ({}, {"num_items_in_batch": 1}))
+        with in_eval_mode(inner):
+            mean, total = (inner(input_ids=ids, labels=ids, **given).loss for given in ({}, {"num_items_in_batch": 1}))
     except TypeError:
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return bool(total > 2 * mean)  # of five labels
 
 
@@ -296,6 +287,18 @@ def installed(model: Any) -> bool:
 def bare(model: Any) -> Any:
     """Return the model inside of peft's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Leave the training mode of each module meanwhile: no dropout, so no random number of the training is used up."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()

@@ -102,12 +102,34 @@ def prepare_model(base: Path, tokenizer: Path, params: Params, steps: int | None
             model.enable_input_require_grads()
         model = adapters.add(model, params, steps or params.max_steps or 1, bool(new_tokens(base, tokenizer)))
     model = model if quantization else model.to(device())
+    if quantization:
+        check_quantised(model)
     if params.mask_documents:
         document_masks.check(model)
     loss_head.install(model)
     if params.torch_compile:
         loss_head.bare(model).base_model.compile(dynamic=False)
     return model
+
+
+@torch.no_grad()
+def check_quantised(model: Any) -> None:
+    """Raise SystemExit when `model` cannot be run with its layers in 4 or 8 bits, as at its first step it would.
+
+    Some architectures multiply by a layer's weight themselves, and so by packed bytes (Mamba); 8 bits take no input of
+    four dimensions (DeepSeek V3).
+    """
+    try:
+        with loss_head.in_eval_mode(model):
+            model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device()))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SystemExit(
+            f"quantization: {type(loss_head.bare(model)).__name__} cannot be run with its layers in these bits "
+            f"({reason}); set the other of load_in_4bit and load_in_8bit, or leave quantization out."
+        ) from None
 
 
 def seen(folder: Path, tokenizer: Path, params: Params, model: Any = None) -> Data:

@@ -340,6 +340,17 @@ def test_a_layer_that_is_linear_by_name_alone_gets_no_adapter(tmp_path: Path) ->
     assert train_loop.prepare_model(base, tokenizer, params(lora={"target_modules": ["q_proj", "gate_proj"]}))
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_base_that_cannot_be_run_in_few_bits_is_refused_before_the_training(tmp_path: Path, bits: str) -> None:
+    """Mamba multiplies by the weight of a layer itself, which then holds packed bytes."""
+    config = tiny.base(tmp_path / "config", model_type="mamba", state_size=8, architectures=["MambaForCausalLM"])
+    tokenizer, base = tiny.tokenizer(tmp_path / "tokenizer"), tmp_path / "base"
+    train_loop.save(train_loop.prepare_model(config, tokenizer, params()), tokenizer, config, params(), base)
+    settings = params(lora={"target_modules": ["in_proj"]}, quantization={bits: True})
+    with pytest.raises(SystemExit, match=r"quantization: MambaForCausalLM cannot be run .* these bits \(.*\); set the"):
+        train_loop.prepare_model(base, tokenizer, settings)
+
+
 def test_a_base_without_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"empty has no config\.json: `base` is a folder"):
