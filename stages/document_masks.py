@@ -219,6 +219,8 @@ def check(model: Any) -> None:
         with in_eval_mode(inner):
             alone = torch.cat([_logits(inner, one, {}) for one in ids.split(lengths, 1)], 1)
             errors = [(_logits(inner, ids, given) - alone).abs().max().item() for given in (inputs(place, how), mixed)]
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"mask_documents: {type(inner).__name__} takes no such mask ({error}); {REMEDY}") from None
     exact = all(parameter.dtype == torch.float32 for parameter in inner.parameters())  # 0.01: a GPU may take TF32

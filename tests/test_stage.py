@@ -630,6 +630,41 @@ def test_full_disk_is_one_sentence(place: Path, error: str) -> None:
     assert leftovers(place) == []
 
 
+MEMORY = [
+    ("raise MemoryError", "no memory left"),
+    ("import numpy; numpy.empty(2**58)", "no memory left (Unable to allocate 2.00 EiB for an array with shape"),
+    ("import pyarrow; pyarrow.allocate_buffer(2**60)", "no memory left (malloc of size 1152921504606846976 failed)"),
+    ("import torch; torch.empty(2**60)", "you tried to allocate 4611686018427387904 bytes)"),
+    (
+        "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
+        "no memory left (CUDA out of memory. Tried to allocate 2.00 GiB)",
+    ),
+    (
+        "from concurrent.futures import ProcessPoolExecutor; ProcessPoolExecutor(1).submit(os._exit, 9).result()",
+        "the system killed a worker process, most often because no memory is left",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), MEMORY, ids=["python", "numpy", "arrow", "torch", "cuda", "worker"])
+def test_no_memory_is_one_sentence(place: Path, error: str, words: str) -> None:
+    shout(place)
+    write(place / "input/a.txt", "ho")
+    refused = sentence(shout(place, error))
+    assert words in refused
+    assert refused.endswith(
+        "; nothing was published: set TERROIR_WORKERS to fewer processes, or free some memory, and run again.\n"
+    )
+    assert published(place) == "HI"
+    assert leftovers(place) == []
+
+
+def test_a_training_without_memory_names_the_sizes_that_change_no_result() -> None:
+    import train_model
+
+    assert stage._less_memory(train_model.main) == "lower per_device_train_batch_size or per_device_eval_batch_size"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""

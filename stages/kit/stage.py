@@ -119,6 +119,8 @@ def cli(main: Callable[..., None], doc: str | None, **flags: Callable[[str], Any
                 f"{name}: no space left on the disk while writing; nothing was published: "
                 "free some space (`dvc gc --workspace` drops unused cache, .memo may be deleted) and run again."
             ) from None
+        if reason := _memory_is_full(error):
+            raise SystemExit(f"{name}: {reason}; nothing was published: {_less_memory(main)}, and run again.") from None
         if not _is_mistake(error):
             raise
         raise SystemExit(f"{name}: {error}") from None
@@ -179,6 +181,24 @@ def _disk_is_full(error: Exception) -> bool:
     text = str(error)
     by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return by_number or "No space left on device" in text or "inline_container.cc" in text
+
+
+def _memory_is_full(error: Exception) -> str | None:
+    """Return how `error` says so (Python, NumPy, Arrow, torch on a CPU or a GPU, a killed worker), None for others."""
+    if type(error).__name__ == "BrokenProcessPool":
+        return "the system killed a worker process, most often because no memory is left"
+    text = str(error)
+    if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", text):
+        return None
+    said = ". ".join(text.split(". ")[:2]).rstrip(".")  # torch goes on with a page about its allocator
+    return f"no memory left ({said})" if said else "no memory left"
+
+
+def _less_memory(main: Callable[..., None]) -> str:
+    """Return what needs less memory: the batch sizes on which no result depends, or fewer worker processes."""
+    fields = main.__globals__["Params"].model_fields if "Params" in main.__globals__ else ()
+    sizes = [name for name in fields if re.fullmatch("per_device_.*batch_size", name)]
+    return f"lower {' or '.join(sizes)}" if sizes else "set TERROIR_WORKERS to fewer processes, or free some memory"
 
 
 def die_with_parent() -> None:
