@@ -23,7 +23,8 @@ import json
 from pathlib import Path
 
 from kit import arrow
-from kit.tokenizer import Vocabulary, read_settings
+from kit.base import read_settings
+from kit.tokenizer import Vocabulary
 
 _EACH = "{% for message in messages %}"
 _CHATML_TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

@@ -17,6 +17,7 @@ import shutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from kit import stage
+from kit.base import check_base, has_weights
 from kit.params import read_params
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -51,10 +52,14 @@ def main(name: str) -> None:
                 "check the connection and the commit, and run again."
             ) from None
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's own notes, with times in them
-        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file() or not has_weights(folder):
             raise SystemExit(
                 f"{run.name}: {params.repo_id} has no config.json with safetensors weights at that commit."
             )
+        try:
+            check_base(folder)
+        except SystemExit as error:
+            raise SystemExit(f"{run.name}: {str(error).replace(str(folder), params.repo_id)}") from None
         run.count(files=sum(path.is_file() for path in folder.rglob("*")))
 
 

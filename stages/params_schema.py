@@ -33,6 +33,7 @@ import train_model
 import train_tokenizer
 from chat_templates import TEMPLATES, special_tokens
 from kit import params
+from kit.base import check_base
 
 # Types of models whose config.json calls max_position_embeddings so; others may have the key and no table of positions.
 N_POSITIONS = ("codegen", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt")
@@ -48,7 +49,8 @@ def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or path.startswith("~"):
         raise ValueError(
-            f"the path {path!r} leads out of the repository; copy or link the files into data/raw and name that"
+            f"the path {path!r} leads out of the repository; copy or link the files into data/raw, a model into "
+            "models/base, and name that"
         )
     return path
 
@@ -162,6 +164,10 @@ def check_references(everything: Everything) -> None:
         sources_of = [source for source in everything.sources.values() if source.phase == name]
         if flaw := _unfit_tokenizer(phase, sources_of) or _unfit_template(phase, phases):
             raise SystemExit(f"params.yaml: phases.{name}.train_tokenizer: {flaw}")
+    for phase in phases.values():
+        parts = PurePosixPath(phase.base).parts
+        if not _is_model_of_a_phase(parts) and not _is_imported(parts, everything):  # of their bytes DVC knows
+            check_base(Path(phase.base))
 
 
 def _unfit_evaluation(phase: Phase, sources: list[str]) -> str | None:
@@ -259,12 +265,16 @@ def _no_base(parts: tuple[str, ...], everything: Everything) -> str | None:
     """Return the rest of the sentence about a base that is not there; None when a stage will bring it."""
     if parts[:2] == ("models", "base"):
         near = _near(parts[-1], everything.bases, "bases")
-        known = parts[2:] in [(name,) for name in everything.bases]
+        known = _is_imported(parts, everything)
         return None if known else f"not there and which `bases` does not bring; {near}"
     if parts[:2] == ("models", "configs"):
         configs = {path.name: path for path in sorted(Path("models/configs").glob("*"))}
         return f"not there; {_near(parts[-1], configs, 'configs')}"
     return "no folder here; of an open model name `repo_id` and `revision` under `bases`, and take models/base/NAME."
+
+
+def _is_imported(parts: tuple[str, ...], everything: Everything) -> bool:
+    return parts in [("models", "base", name) for name in everything.bases]
 
 
 def _near(name: str, known: dict[str, Any], kind: str = "phases") -> str:

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from kit.model import check_base, has_weights, new_tokens  # first: it says that nothing is to be fetched
+from kit.model import new_tokens, read_config  # first: it says that nothing is to be fetched
 
 # isort: split
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.initialization import no_init_weights
 from transformers.integrations import moe
 
 import adapters
 import optimizers
 from adapter_params import Quantization
+from kit.base import check_base, has_weights
 from kit.tokenizer import Vocabulary
 from loss_head import bare, chunk_rows
 
@@ -125,7 +126,7 @@ class _FakeMode(FakeTensorMode):
 
 
 def _build(base: Path, size: int, masked: bool) -> Any:
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     config.vocab_size = max(size, config.vocab_size if has_weights(base) else 0)
     factory = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with no_init_weights():  # there are no values to draw: some models would ask for one

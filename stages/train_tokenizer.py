@@ -38,8 +38,9 @@ import bpe_training
 from chat_segments import end_of_answer, only_in_prompt, turn_tokens
 from chat_templates import TEMPLATES, end_of_turn, install, make_special, settings, special_tokens
 from kit import arrow, stage
+from kit.base import has_weights, read_settings
 from kit.params import Phase, phase_sources, read_params
-from kit.tokenizer import FILES, Vocabulary, read_settings
+from kit.tokenizer import FILES, Vocabulary
 from tokenizer_report import Report, drawn
 
 
@@ -211,7 +212,7 @@ def main(phase: str) -> None:
                 f"{base} is a qwen2, which transformers opens with Qwen 2's own way to cut words; take "
                 f"a qwen3, or set phases.{phase}.train_tokenizer.mode to reuse."
             )
-        if params.mode == "train" and any(base.glob("*.safetensors")):
+        if params.mode == "train" and has_weights(base):
             raise SystemExit(
                 f"{base} has weights, which know the tokens of its own tokenizer and no new ones: set "
                 f"phases.{phase}.train_tokenizer.mode to reuse or extend, or take a base of config.json alone."

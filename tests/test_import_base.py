@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.numpy import save
 
 import tiny
 from conftest import Runner
@@ -53,7 +55,7 @@ def test_without_a_connection_one_sentence_and_the_old_base_stays(project: Path,
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights",
+    "model.safetensors": save({"embedding": np.zeros((2, 2), np.float32)}),
     "tokenizer.json": b"{}",
     "pytorch_model.bin": b"never fetched: unpickling it would run code",
 }
@@ -142,4 +144,18 @@ def test_what_the_hub_has_not_is_one_sentence(
     )
     assert done.returncode == 1
     assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (project / "models/base/small").exists()
+
+
+def test_a_model_that_is_no_base_is_refused_at_once(
+    project: Path, run_stage: Runner, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+    monkeypatch.setitem(FILES, "config.json", json.dumps(quantised).encode())
+    wanted(project)
+    done = run_stage(
+        project, "import_base", "small", HF_ENDPOINT=hub, HF_HUB_CACHE=str(project / "hub"), HF_HUB_OFFLINE="0"
+    )
+    assert done.returncode == 1
+    assert "\nimport_base@small: owner/name holds weights that were quantised (gptq), which can" in done.stderr
     assert not (project / "models/base/small").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import plan
@@ -113,7 +114,7 @@ def test_muon_has_no_table_of_positions_in_the_plan_either(tmp_path: Path) -> No
 def test_seven_billion_parameters_take_no_memory_to_plan(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     big = tiny.base(tmp_path / "big", **shape, num_key_value_heads=32, tie_word_embeddings=False, vocab_size=32000)
-    (big / "model.safetensors").touch()  # so its vocabulary is the base's
+    save_file({}, big / "model.safetensors")  # so its vocabulary is the base's
     tokenizer = tiny.tokenizer(tmp_path / "tokenizer")
     found = make(big, tokenizer, params(per_device_train_batch_size=1), 1024, 10)
     assert found.parameters == 6_738_415_616  # Llama 2 7B

@@ -659,7 +659,7 @@ def test_no_memory_is_one_sentence(place: Path, error: str, words: str) -> None:
     assert leftovers(place) == []
 
 
-def test_a_training_without_memory_names_the_sizes_that_change_no_result() -> None:
+def test_a_training_without_memory_names_the_sizes_that_do_not_change_what_is_learned() -> None:
     import train_model
 
     assert stage._less_memory(train_model.main) == "lower per_device_train_batch_size or per_device_eval_batch_size"

@@ -1125,8 +1125,8 @@ def test_a_base_without_a_layer_to_quantise_is_refused(
     """transformers passes over a model in which bitsandbytes knows no layer, and would train it in 32 bits."""
     settings = params(objective="mlm")
     train_loop.save(train_loop.prepare_model(*masked, settings), masked[1], masked[0], settings, tmp_path / "weights")
-    whole = AutoModelForMaskedLM.from_pretrained(tmp_path / "weights")
-    monkeypatch.setattr(AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: (whole, {"missing_keys": []}))
+    whole, found = AutoModelForMaskedLM.from_pretrained(tmp_path / "weights", output_loading_info=True)
+    monkeypatch.setattr(AutoModelForMaskedLM, "from_pretrained", lambda *_, **__: (whole, found))
     settings = params(objective="mlm", lora=ALL, quantization=tiny.QUANTIZATION)
     with pytest.raises(SystemExit, match="has no layer that can be quantised; leave `quantization` out"):
         train_loop.prepare_model(tmp_path / "weights", masked[1], settings)

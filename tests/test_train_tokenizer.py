@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Strip
 from tokenizers.normalizers import NFKC
@@ -53,6 +54,8 @@ TOKENIZER = trained(CORPUS)
 def write_phase(project: Path, settings: dict[str, Any], **texts: str) -> None:
     """Write params.yaml, and what clean and dedup leave for one source: a text for each split of `texts`."""
     tiny.params_yaml(project, p={"base": "models/base/b", "train_tokenizer": settings})
+    if not (config := project / "models/base/b/config.json").is_file():
+        write(config, '{"model_type": "llama"}')
     rows = [{"doc_id": text[:16].ljust(16).encode()[:16], **PLACE, "text": text} for text in texts.values()]
     with arrow.Writer(project / "data/clean/p/p_text/documents", TEXT_DOCUMENTS) as out:
         out.write(pa.Table.from_pylist(rows, TEXT_DOCUMENTS))
@@ -112,7 +115,6 @@ def test_the_command_gives_the_same_bytes_for_any_hash_seed_and_threads(project:
     """And no trace of the held-out documents: "evaluation" is no token, "training" is."""
     texts = {"train": "training " * 9, "eval": "evaluation " * 9, "dropped": "dropped " * 9}
     write_phase(project, {"mode": "train", "vocab_size": 300}, **texts)
-    write(project / "models/base/b/config.json", "{}")
     results = []
     for seed, threads in (("0", "1"), ("1", "3")):
         environment = {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "TERROIR_WORKERS": threads}
@@ -152,7 +154,7 @@ def test_reuse_copies_the_tokenizer_of_the_base_and_may_add_a_template(project: 
     """Byte for byte, its own template too, unless `chat_template` names another."""
     base, result = tiny.tokenizer(project / "models/base/b"), project / "models/tokenizers/p"
     (base / "chat_template.jinja").write_text("its own")
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
     expected = {path.name: path.read_bytes() for path in base.iterdir() if path.name != "config.json"}
     for template in (None, "human_assistant"):
         write_phase(project, {"mode": "reuse", "chat_template": template}, train="a", eval="b")
@@ -190,7 +192,7 @@ def test_a_base_is_extended_in_place_of_its_file_alone(project: Path, run_stage:
         assert run_stage(project, "train_tokenizer", "p", **environment).returncode == 0
         results.append({path.name: path.read_bytes() for path in (project / "models/tokenizers/p").iterdir()})
     assert results[0] == results[1]
-    own = {path.name: path.read_bytes() for path in base.iterdir()}
+    own = {path.name: path.read_bytes() for path in base.iterdir() if path.name != "config.json"}
     assert {name for name in own if own[name] != results[0][name]} == {"tokenizer.json"}
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, project / "models/tokenizers/p"))
     assert (len(before), len(after)) == (300, 305)
@@ -240,7 +242,6 @@ def test_a_sample_is_enough_to_learn_from(project: Path, run_stage: Runner) -> N
     write_phase(
         project, {"mode": "train", "vocab_size": 300, "sample_bytes": 5, "report_bytes": 5}, train="bbbb " * 9, eval="e"
     )
-    write(project / "models/base/b/config.json", "{}")
     documents, decisions = (
         arrow.table(project / "data" / path) for path in ("clean/p/p_text/documents", "dedup/p/p_text")
     )
@@ -331,7 +332,7 @@ def test_a_base_without_a_fit_tokenizer_gets_one_sentence(project: Path, run_sta
     """And the tokenizer of the last good run stays as it was."""
     files, sentence = BAD_BASES[case]
     write_phase(project, {"mode": "reuse"}, train="a", eval="b")
-    for name, text in {"config.json": "{}", **files}.items():
+    for name, text in {"config.json": '{"model_type": "llama"}', **files}.items():
         write(project / "models/base/b" / name, text)
     write(project / "models/tokenizers/p/tokenizer.json", "of the last good run")
     finished = run_stage(project, "train_tokenizer", "p")
@@ -344,7 +345,7 @@ def test_a_base_without_a_fit_tokenizer_gets_one_sentence(project: Path, run_sta
 def test_dropout_of_a_base_is_left_out(project: Path, run_stage: Runner, settings: dict[str, Any]) -> None:
     """With it the same text has other ids each time. Weights, and a qwen2, are no hindrance to these modes."""
     base = tiny.tokenizer(project / "models/base/b")
-    write(base / "model.safetensors", "")
+    save_file({}, base / "model.safetensors")
     write(base / "config.json", '{"model_type": "qwen2"}')
     content = json.loads((base / "tokenizer.json").read_text())
     write_phase(project, settings, train="the cat sat on the mat, the cat " * 9, eval="plain")
@@ -361,17 +362,19 @@ def test_dropout_of_a_base_is_left_out(project: Path, run_stage: Runner, setting
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("kind", "weights", "sentence"),
     [
-        ("config.json", '{"model_type": "qwen2"}', "models/base/b is a qwen2"),  # transformers would replace it
-        ("model.safetensors", "", "models/base/b has weights, which know the tokens of its own tokenizer"),
+        ("qwen2", False, "models/base/b is a qwen2"),  # transformers would replace it
+        ("llama", True, "models/base/b has weights, which know the tokens of its own tokenizer"),
     ],
 )
 def test_no_tokenizer_is_trained_for_a_base_that_needs_its_own(
-    project: Path, run_stage: Runner, name: str, content: str, sentence: str
+    project: Path, run_stage: Runner, kind: str, weights: bool, sentence: str
 ) -> None:
     write_phase(project, {"mode": "train", "vocab_size": 300}, train="a", eval="b")
-    write(project / "models/base/b" / name, content)
+    write(project / "models/base/b/config.json", json.dumps({"model_type": kind}))
+    if weights:
+        save_file({}, project / "models/base/b/model.safetensors")
     finished = run_stage(project, "train_tokenizer", "p")
     assert (finished.returncode, len(finished.stderr.splitlines())) == (1, 1), finished.stderr
     assert sentence in finished.stderr

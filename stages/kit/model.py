@@ -27,11 +27,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
-FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")  # weights in files that are not read
+from kit.base import check_base, has_weights, read_settings
+
 IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` gives no loss
 CPU_THREADS = 2  # sums are split over the threads, so their number is part of a CPU result and is not left to the host
 
@@ -60,6 +62,21 @@ def objective(base: Path) -> str:
     return "mlm" if architectures[0].endswith("ForMaskedLM") else "clm"
 
 
+def read_config(base: Path, **given: Any) -> Any:
+    """Return the config of `base` with some keys given. Raises SystemExit when transformers makes none of it."""
+    kind = read_settings(base / "config.json")["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise SystemExit(
+            f"{base}: transformers {transformers.__version__} has no model of type {kind}, and code that lies beside "
+            "weights is never run; take another base."
+        )
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=False, **given)
+    except Exception as error:  # also what a class of one model raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"{base}/config.json: {reason.rstrip('.')}; correct it.") from None
+
+
 def max_positions(model: Any) -> int | None:
     """Return the longest block that `model` has positions for, or None where it has no table of them (ALiBi)."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -67,26 +84,6 @@ def max_positions(model: Any) -> int | None:
         if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(limit) - module.padding_idx - 1  # RoBERTa counts positions from the one after padding's
     return limit
-
-
-def check_base(base: Path) -> None:
-    """Raise SystemExit when `base` is no folder with a config.json."""
-    if not (base / "config.json").is_file():
-        raise SystemExit(
-            f"{base} has no config.json: `base` is a folder with a config.json alone (random weights) or with a whole "
-            "model, e.g. models/configs/llama_small or models/PHASE/merged."
-        )
-    others = sorted(path.name for path in base.iterdir() if path.suffix in FOREIGN)
-    if others and not has_weights(base):  # else it would begin with random weights, and nobody would know
-        raise SystemExit(
-            f"{base} has its weights in {others[0]}, and only .safetensors are read; open the model with transformers "
-            "and write it anew with save_pretrained, or remove that file to begin with random weights."
-        )
-
-
-def has_weights(base: Path) -> bool:
-    """Return whether a model folder holds weights, or a config.json alone."""
-    return any(base.glob("*.safetensors"))
 
 
 def new_tokens(base: Path, tokenizer: Path) -> dict[int, list[int]]:
@@ -145,7 +142,7 @@ def load_model(
     if not has_weights(base):
         if quantization:
             raise SystemExit(f"{base} has no weights to quantise; leave `quantization` out for training from scratch.")
-        config = AutoConfig.from_pretrained(base, vocab_size=size, **special_ids)
+        config = read_config(base, vocab_size=size, **special_ids)
         _check_kind(base, config, auto)
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         return model
@@ -154,14 +151,10 @@ def load_model(
         from transformers import BitsAndBytesConfig
 
         options = {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": device()}}
-    _check_kind(base, AutoConfig.from_pretrained(base), auto)
-    model, found = auto.from_pretrained(base, dtype=torch.float32, output_loading_info=True, **options)
-    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise SystemExit(
-            f"{base} has no weights for {missing[0]}{more}, which a {type(model).__name__} needs; "
-            "take a base that was saved as one, or set another `objective`."
-        )
+    _check_kind(base, read_config(base), auto)
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # ours are sentences
+    model, found = auto.from_pretrained(base, dtype=torch.float32, trust_remote_code=False, **options)
+    _check_whole(base, type(model).__name__, found)
     if quantization and not any("bitsandbytes" in type(module).__module__ for module in model.modules()):
         raise SystemExit(f"{base} has no layer that can be quantised; leave `quantization` out.")
     without_repacking(model)
@@ -195,6 +188,27 @@ def without_repacking(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_whole(base: Path, kind: str, found: dict[str, Any]) -> None:
+    """Raise SystemExit when weights are missing or of another shape, which transformers would draw at random."""
+    if wrong := sorted(found["mismatched_keys"]):
+        name, theirs, ours = wrong[0]
+        raise SystemExit(
+            f"{base}: the weights of {name} have the shape {list(theirs)}, and its config.json asks for {list(ours)}; "
+            "fetch both from one place."
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise SystemExit(
+            f"{base} has no weights for {_first(missing)}, which a {kind} needs; "
+            "take a base that was saved as one, or set another `objective`."
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        print(f"{base} has weights that a {kind} does not use: {_first(unused)}.", flush=True)
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def _check_kind(base: Path, config: Any, auto: Any) -> None:

@@ -195,7 +195,7 @@ def _memory_is_full(error: Exception) -> str | None:
 
 
 def _less_memory(main: Callable[..., None]) -> str:
-    """Return what needs less memory: the batch sizes on which no result depends, or fewer worker processes."""
+    """Return what needs less memory: batch sizes that change results by rounding alone, or fewer worker processes."""
     fields = main.__globals__["Params"].model_fields if "Params" in main.__globals__ else ()
     sizes = [name for name in fields if re.fullmatch("per_device_.*batch_size", name)]
     return f"lower {' or '.join(sizes)}" if sizes else "set TERROIR_WORKERS to fewer processes, or free some memory"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -27,16 +26,6 @@ UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items(
 def size(tokenizer: Tokenizer) -> int:
     """Return the number of ids, from 0 to the last one; a vocabulary with gaps has fewer entries."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return a JSON object that came with a base. Raises SystemExit when the file holds none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise SystemExit(
-            f"{path} holds no JSON object ({error}); fetch the file again (a Git LFS pointer is not the file)."
-        ) from None
 
 
 class Vocabulary:
