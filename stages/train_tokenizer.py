@@ -227,10 +227,6 @@ def main(phase: str) -> None:
             arrow.write_json(folder / "tokenizer_config.json", config(params))
             entries = tokenizer.get_vocab_size()
         else:
-            if not (base / "tokenizer.json").is_file():
-                raise SystemExit(
-                    f"{base} has no tokenizer.json to {params.mode}; set phases.{phase}.train_tokenizer.mode to train."
-                )
             Vocabulary(base)  # refuses what cannot be read, by its own name
             for name in FILES:
                 if (base / name).is_file():

@@ -306,7 +306,10 @@ def test_special_tokens_stand_first_in_their_order(tmp_path: Path) -> None:
 
 
 BAD_BASES = {
-    "no tokenizer": ({}, "models/base/b has no tokenizer.json to reuse; set phases.p.train_tokenizer.mode to train"),
+    "no tokenizer": (
+        {},
+        "models/base/b has no tokenizer.json; `train_tokenizer` writes it (mode: train makes a new one)",
+    ),
     "no settings": ({"tokenizer.json": TOKENIZER.to_str()}, "has no tokenizer_config.json"),
     "no EOS": (
         {"tokenizer.json": TOKENIZER.to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'},
@@ -319,6 +322,10 @@ BAD_BASES = {
     "a Git LFS pointer": (
         {"tokenizer.json": "version https://git-lfs", "tokenizer_config.json": '{"eos_token": "</s>"}'},
         "models/base/b holds no tokenizer that can be read",
+    ),
+    "a form of before tokenizer.json": (
+        {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"eos_token": "</s>"}'},
+        "models/base/b has no tokenizer.json but a vocab.json; open it with transformers' AutoTokenizer",
     ),
     "settings that are a list": (
         {"tokenizer.json": TOKENIZER.to_str(), "tokenizer_config.json": "[1]"},

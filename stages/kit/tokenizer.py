@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")  # not read here
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ROLES = ("bos_token", "eos_token", "pad_token")
 # The character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode): itself where it is
@@ -38,7 +39,13 @@ class Vocabulary:
     def __init__(self, folder: Path) -> None:
         for name in FILES[:2]:
             if not (folder / name).is_file():
-                raise SystemExit(f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one).")
+                other = next((form for form in OTHER_FORMS if (folder / form).is_file()), None)
+                raise SystemExit(
+                    f"{folder} has no {name} but a {other}; open it with transformers' AutoTokenizer, and write it "
+                    "there with save_pretrained."
+                    if other
+                    else f"{folder} has no {name}; `train_tokenizer` writes it (mode: train makes a new one)."
+                )
         self.folder = folder
         try:
             self._settings = dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
