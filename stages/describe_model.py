@@ -13,8 +13,8 @@ Params: none
 
 Example of the data table, one line a source:
 
-    | source | licence | records | dropped | duplicates | train | eval | tokens | share |
-    | laws   | unknown | 1,000   | 12      | 3          | 940   | 45   | 2.9 M  | 100 % |
+    | source | bytes     | records | dropped | duplicates | in_benchmarks | excluded | train | eval | tokens    |
+    | laws   | 9,876,543 | 1,000   | 12      | 2          | 1             | 0        | 940   | 45   | 2,900,000 |
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ import source_register
 from kit import arrow, stage
 from kit.params import Phase, phase_sources, read_params
 
+# Where the records of a source went, as the card's table names it.
+WENT = ("dropped", "duplicates", "in_benchmarks", "excluded", "train", "eval")
 
-def data_rows(phase: str, sources: list[str]) -> list[dict[str, Any]]:
+
+def data_rows(phase: str, funnels: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per source: origin, licence, owner and the conserved counts of each stage."""
     rows = []
-    for source in sources:
+    for source, funnel in funnels.items():
+        out = funnel["dedup"]["dropped"]
+        in_benchmarks = sum(number for rule, number in out.items() if rule.startswith("decontaminate:"))
         about = source_register.read_about(phase, source)
         ledger = arrow.manifest(Path("data/clean", phase, source, "ledger"))["counts"]
         dedup = arrow.manifest(Path("data/dedup", phase, source))["counts"]
@@ -46,7 +51,9 @@ def data_rows(phase: str, sources: list[str]) -> list[dict[str, Any]]:
                 "bytes": about["bytes"],
                 "records": ledger["rows"],
                 "dropped": ledger["rows"] - ledger["kept"],
-                "duplicates": dedup["dropped"],
+                "duplicates": dedup["dropped"] - in_benchmarks - out.get("excluded", 0),
+                "in_benchmarks": in_benchmarks,
+                "excluded": out.get("excluded", 0),
                 "train": dedup["train"],
                 "eval": dedup["eval"],
                 "tokens": tokens["train"] + tokens["eval"],
@@ -113,7 +120,7 @@ def card(
             "",
             table(origins),
             "",
-            "Nothing leaves without a count: records = dropped + duplicates + train + eval.",
+            f"Nothing leaves without a count: records = {' + '.join(WENT)}.",
             "",
             table(funnel),
             "",
@@ -169,12 +176,11 @@ def main(phase: str) -> None:
     with stage.run("describe_model", phase, inputs, [f"reports/{phase}"]) as run:
         (folder,) = run.outputs
         sources = phase_sources(phase, Path("data/clean", phase))
-        rows = data_rows(phase, sources)
-        for row in rows:
-            parts = {name: row[name] for name in ("dropped", "duplicates", "train", "eval")}
-            run.balance(f"records of {row['source']}", row["records"], **parts)
         grouping = arrow.read_json(Path("data/blocks", phase, "grouping.json"))
         funnels = {source: source_register.funnel(phase, source, grouping) for source in sources}
+        rows = data_rows(phase, funnels)
+        for row in rows:
+            run.balance(f"records of {row['source']}", row["records"], **{name: row[name] for name in WENT})
         blocks = source_register.totals(phase, grouping)
         entries = source_register.register(phase, funnels)
         excluded = sum(one["dedup"]["dropped"].get("excluded", 0) for one in funnels.values())

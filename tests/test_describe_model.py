@@ -14,7 +14,7 @@ import croissant
 import dataset_card
 import source_register
 import varied
-from describe_model import card, generations, table, task
+from describe_model import WENT, card, data_rows, generations, table, task
 from kit import arrow
 
 ROW: dict[str, Any] = {
@@ -26,7 +26,9 @@ ROW: dict[str, Any] = {
     "bytes": 1234567,
     "records": 10,
     "dropped": 1,
-    "duplicates": 2,
+    "duplicates": 1,
+    "in_benchmarks": 1,
+    "excluded": 0,
     "train": 6,
     "eval": 1,
     "tokens": 5000,
@@ -49,7 +51,7 @@ def test_the_card() -> None:
     assert text.startswith("---\n")
     assert '\nlanguage: ["zh"]\n' in text
     assert "| laws | CC0-1.0 | the state | gazette | zh |" in text
-    assert "| laws | 1,234,567 | 10 | 1 | 2 | 6 | 1 | 5,000 |" in text
+    assert "| laws | 1,234,567 | 10 | 1 | 1 | 1 | 0 | 6 | 1 | 5,000 |" in text
     assert "whose text and licences are in reports/pretrain/model_card.md." in text
     assert "Licences of these sources: CC0-1.0. Check them, and those of phase `pretrain`, before" in text
     assert "](" not in text  # the card goes out with exports, where nothing lies beside it
@@ -85,6 +87,20 @@ def described(root: Path, phase: str) -> tuple[dict[str, Any], dict[str, Any], l
         entries,
         croissant.describe(phase, entries, grouping, "ab" * 32),
     )
+
+
+def test_the_card_calls_a_duplicate_only_what_is_one(varied_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds an item of a benchmark, or was taken out by name, is another thing, and each has its own column."""
+    monkeypatch.chdir(varied_project)
+    rows = data_rows("packs", described(varied_project, "packs")[0])
+    for row in rows:
+        rules = [one["rule"] or "" for one in arrow.table(Path("data/dedup/packs", row["source"])).to_pylist()]
+        assert row["duplicates"] == sum(rule.endswith("_duplicate") for rule in rules)
+        assert row["in_benchmarks"] == sum(rule.startswith("decontaminate:") for rule in rules)
+        assert row["excluded"] == rules.count("excluded")
+        assert row["records"] == sum(row[name] for name in WENT)
+    (packed,) = (row for row in rows if row["source"] == "packed")
+    assert packed["in_benchmarks"] and packed["excluded"] and packed["duplicates"]
 
 
 @pytest.mark.parametrize("phase", ["docs", "packs", "talk"])
