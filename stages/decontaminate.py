@@ -8,13 +8,16 @@ Text is read as units: a word is one, and so is a Chinese character (stages/text
 punctuation do not count. A run of 13 words in common is contamination, as for GPT-3 (Brown et al., 2020, appendix C);
 of an item with more characters than words, 20, which say as much: in 1,000 instructions each, xz needs 13.9 bits for a
 word and 9.1 for a character. A shorter item must be there as a whole, and must have 8 units: fewer say nothing. Every
-hit of a hash is compared with the text before it counts.
+hit of a hash is compared with the text before it counts. No rule of `clean` has read the benchmark, so an item is
+looked for as it is and as `clean` may have left a copy of it: without invisible characters, in NFC, NFD, NFKC.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +34,8 @@ FOLDER = Path("data/benchmarks")
 WORDS, CHARACTERS = 13, 20  # units in a run that is no accident
 SHORTEST = 8  # units; every longer run is looked up by its first 8
 EVIDENCE_CHARS = 80
+# Soft hyphen, zero width space, word joiner, BOM, bidi marks: within a word, where they would cut it in two.
+INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 
 
 class Params(BaseModel):
@@ -88,6 +93,18 @@ def read(name: str, params: Params) -> Iterator[Item]:
                 yield Item(name, place, text, min(whole, len(units)) if len(units) >= SHORTEST else 0)
 
 
+def forms(item: Item) -> Iterator[Item]:
+    """Yield an item as it is, and as `clean` may have left a copy of it, where that is another text."""
+    number = len(text_units.spans(item.text)[0])
+    visible = INVISIBLE.sub("", item.text)
+    normal: list[Any] = ["NFC", "NFD", "NFKC"]
+    for text in dict.fromkeys([item.text, *(unicodedata.normalize(form, visible) for form in normal)]):
+        units = number if text == item.text else len(text_units.spans(text)[0])
+        run = units if item.run == number else min(item.run, units)  # of a short item all of it
+        if units >= SHORTEST:
+            yield item._replace(text=text, run=run)
+
+
 def _texts(row: Any, fields: list[str], place: str, name: str) -> list[str]:
     """Return the named fields of a row."""
     if not isinstance(row, dict):
@@ -105,7 +122,7 @@ class Index:
     """The runs of all items, to be looked up by hash and confirmed in the text."""
 
     def __init__(self, items: list[Item]) -> None:
-        self.items = [item for item in items if item.run]
+        self.items = [form for item in items if item.run for form in forms(item)]
         rows: dict[int, list[int]] = {}
         for row, item in enumerate(self.items):
             rows.setdefault(item.run, []).append(row)

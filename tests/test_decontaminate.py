@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import text_units
+from changing_rules import ControlCharactersRule, UnicodeRule
 from conftest import write
 from decontaminate import EVIDENCE_CHARS, SHORTEST, Hit, Index, Item, Params, read
 
@@ -60,6 +62,26 @@ def test_the_example() -> None:
     assert span in said
     assert span.startswith("which of the two rivers that meet")
     assert len(span) <= EVIDENCE_CHARS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Le dejeuner etait pre\u0302t de\u0300s le lever du soleil et la fore\u0302t pre\u0300s du cha\u0302teau",
+        "Le dejeuner etait pr\u00eat d\u00e8s le lever du so\u00adleil et la for\u00eat pr\u00e8s du cha\u200bteau",
+        "カ\u3099ラスの本はと\u3099こて\u3099す",  # shorter than a run: all of it
+        "ガラスの本はどこです",
+        "\ufeffThe first of twelve words that \ufb01nd no other file but this one here now",
+    ],
+)
+def test_a_copy_is_found_in_the_form_that_clean_gave_it(text: str) -> None:
+    """The benchmark is read as it is, while the rules of `clean` have normalised a copy of it among the documents."""
+    index = Index(items(text))
+    for form in ("NFC", "NFD", "NFKC"):
+        plain = ControlCharactersRule().apply(text).text
+        copies = [text, UnicodeRule(rule="nfc").apply(text).text, unicodedata.normalize(form, plain)]  # type: ignore[arg-type]
+        assert list(find(index, [f"Well, {copy} it was." for copy in copies])) == [0, 1, 2], form
+    assert not find(index, [text[: len(text) // 2]])
 
 
 def test_the_first_item_of_the_file_is_named() -> None:
