@@ -21,43 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lineage.questions import Lineage
-from lineage.verify import RECORDS, Digests, Stage, payload_bytes
+from lineage.verify import PAYLOAD, Digests, payload_bytes, statement, told
 
 KEY = "TERROIR_SIGNING_KEY"
-STATEMENT = "https://in-toto.io/Statement/v1"
-PROVENANCE = "https://slsa.dev/provenance/v1"
-PAYLOAD = "application/vnd.in-toto+json"
-BUILD = (
-    "https://terroir.invalid/dvc-stage/v1"  # a name, not an address: what a build of this type is says docs/lineage.md
-)
 OWN = Path(__file__).resolve().parent
-
-
-def statement(name: str, stage: Stage, digests: Digests, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the in-toto statement of a stage: its outputs as subjects, its inputs and code as dependencies."""
-
-    def described(path: str) -> list[dict[str, Any]]:
-        return [{"name": file, "digest": {"sha256": digests.known[file][0]}} for file in digests.files(path)]
-
-    subjects = [one for path in stage.outs if not path.startswith(f"{RECORDS}/") for one in described(path)]
-    commit = record.get("git") or []
-    dependencies = [one for path in stage.deps for one in described(path)]
-    if commit:
-        dependencies.append({"name": "git", "digest": {"gitCommit": commit[0]}, "annotations": {"state": commit[1]}})
-    return {
-        "_type": STATEMENT,
-        "subject": subjects,
-        "predicateType": PROVENANCE,
-        "predicate": {
-            "buildDefinition": {
-                "buildType": BUILD,
-                "externalParameters": {"stage": name, "command": stage.cmd, "parameters": stage.params},
-                "internalParameters": {"versions": record.get("versions", []), "counts": record.get("counts", [])},
-                "resolvedDependencies": dependencies,
-            },
-            "runDetails": {"builder": {"id": BUILD}},
-        },
-    }
 
 
 def envelope(content: dict[str, Any], key: Any) -> dict[str, Any]:
@@ -121,9 +88,8 @@ def pack(root: Path, target: Path) -> tuple[str, int, bool]:
             files[listing] = root / listing
     made: dict[str, bytes] = {}
     for name, stage in lock.items():
-        path = root / RECORDS / f"{name}.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        text = json.dumps(envelope(statement(name, stage, digests, record), key), indent=1, sort_keys=True) + "\n"
+        stated = envelope(statement(name, stage, digests, told(root, name)), key)
+        text = json.dumps(stated, indent=1, sort_keys=True) + "\n"
         made[f"attestations/{name}.json"] = text.encode()
     temporary = target.with_name(f".tmp-{target.name}")
     with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:

@@ -14,7 +14,7 @@ dvc.lock: every byte of every input and output is read and hashed. Then each art
     tokens -> blocks                      every block rebuilt, all ids, marks and padding compared
     blocks -> receipts                    what each training step was fed, computed anew from the blocks and the order
     model                                 tokenizer and base are those that were named; merged follows from trained
-    attestations (in a pack)              name the same digests; with --key, each is signed with it (ed25519)
+    attestations (in a pack)              say what dvc.lock, run records and digests do; with --key, each is signed
 
 It stops where a library would be needed: text of PDF, Word and HTML files, rules of cleaning beyond line ends, Unicode
 forms and white space, chat templates, encoding (ids are decoded instead), the sums of a merge. Each place where it
@@ -1723,6 +1723,11 @@ def check_model(project: Project, phase: str, report: Report) -> None:
 
 # --- Attestations: in-toto statements in DSSE envelopes, signed with ed25519 (RFC 8032)
 
+STATEMENT = "https://in-toto.io/Statement/v1"
+PROVENANCE = "https://slsa.dev/provenance/v1"
+PAYLOAD = "application/vnd.in-toto+json"
+# A name, not an address: what a build of this type is says docs/lineage.md.
+BUILD = "https://terroir.invalid/dvc-stage/v1"
 ED_P, ED_L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
 ED_D = -121665 * pow(121666, -1, ED_P) % ED_P
 Point = tuple[int, int, int, int]  # extended homogeneous coordinates
@@ -1794,6 +1799,40 @@ def public_key(path: Path) -> bytes:
     return content[12:]
 
 
+def statement(name: str, stage: Stage, digests: Digests, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the in-toto statement of a stage: its outputs as subjects, its inputs and code as dependencies."""
+
+    def described(path: str) -> list[dict[str, Any]]:
+        return [{"name": file, "digest": {"sha256": digests.known[file][0]}} for file in digests.files(path)]
+
+    subjects = [one for path in stage.outs if not path.startswith(f"{RECORDS}/") for one in described(path)]
+    commit = record.get("git") or []
+    dependencies = [one for path in stage.deps for one in described(path)]
+    if commit:
+        dependencies.append({"name": "git", "digest": {"gitCommit": commit[0]}, "annotations": {"state": commit[1]}})
+    return {
+        "_type": STATEMENT,
+        "subject": subjects,
+        "predicateType": PROVENANCE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD,
+                "externalParameters": {"stage": name, "command": stage.cmd, "parameters": stage.params},
+                "internalParameters": {"versions": record.get("versions", []), "counts": record.get("counts", [])},
+                "resolvedDependencies": dependencies,
+            },
+            "runDetails": {"builder": {"id": BUILD}},
+        },
+    }
+
+
+def told(root: Path, name: str) -> dict[str, Any]:
+    """Return the run record of a stage, empty without one."""
+    path = root / RECORDS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def check_attestations(project: Project, report: Report, key: bytes | None) -> None:
     """Each statement names the bytes that are here, and is signed with the key where one is given."""
     folder = project.root / "attestations"
@@ -1801,6 +1840,9 @@ def check_attestations(project: Project, report: Report, key: bytes | None) -> N
         if key:
             report.fail("attestations", "attestations", "a key was given, but there are none")
         return
+    known = {f"{name}.json" for name in (*project.all, *project.gone)}
+    for path in sorted(one.name for one in folder.iterdir() if one.name not in known):
+        report.fail("attestations", f"attestations/{path}", "it is of no stage that dvc.lock names")
     for name, stage in project.stages.items():
         path = f"attestations/{name}.json"
         attempt(report, "attestations", path, [], _check_attestation, project, name, stage, path, report, key)
@@ -1823,6 +1865,7 @@ def _check_attestation(project: Project, name: str, stage: Stage, path: str, rep
         raise Wrong("it names another stage, command or parameters than dvc.lock")
     records = f"{RECORDS}/"
     sides = (("subject", said["subject"], stage.outs), ("input", definition["resolvedDependencies"], stage.deps))
+    before = len(report.findings)
     for side, listed, paths in sides:
         files = {file for one in paths if not one.startswith(records) for file in project.digests.files(one)}
         named = {one["name"]: one["digest"].get("sha256") for one in listed if one["name"] != "git"}
@@ -1831,6 +1874,11 @@ def _check_attestation(project: Project, name: str, stage: Stage, path: str, rep
         for file, digest in named.items():
             if project.digests.known[file][0] != digest:
                 report.fail("attestations", file, f"it is not the file that {path} names as {side}")
+    if len(report.findings) > before:
+        return
+    made = json.loads(json.dumps(statement(name, stage, project.digests, told(project.root, name))))
+    if content["payloadType"] != PAYLOAD or said != made:
+        raise Wrong(f"it says otherwise than dvc.lock and {RECORDS}/{name}.json")
     report.ok("attestations", path, "signed with this key" if key else "its digests are those of the bytes")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -131,6 +132,40 @@ def test_an_altered_file_and_an_altered_statement_are_found(packed: Path) -> Non
     assert details == {"it is not signed with this key"}
     assert gone == {"attestations/clean@tiny_qa.json"}
     assert not [f for f in verify.verify(packed, key=key).findings if f.status == "FAILED"]
+
+
+def test_nothing_of_a_statement_can_be_altered_without_a_key_either(packed: Path) -> None:
+    """Commit, versions, counts and the kind of statement follow from the run record, which is in the pack, too."""
+    path = packed / "attestations/clean@tiny_qa.json"
+    text = path.read_text()
+
+    def failed(payload: dict[str, Any], **changes: str) -> set[tuple[str, str]]:
+        body = base64.b64encode(json.dumps(payload).encode()).decode()
+        path.write_text(json.dumps({**json.loads(text), "payload": body, **changes}))
+        found = {(f.path, f.detail) for f in verify.verify(packed).findings if f.status == "FAILED"}
+        path.write_text(text)
+        return found
+
+    def stated() -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(base64.b64decode(json.loads(text)["payload"]))
+        return said
+
+    otherwise = {(f"attestations/{path.name}", f"it says otherwise than dvc.lock and metrics/runs/{path.name}")}
+    assert not failed(stated())
+    assert failed(stated(), payloadType="text/plain") == otherwise
+    assert failed({**stated(), "_type": "https://example.org"}) == otherwise
+    for alter in (
+        lambda made: made["internalParameters"]["counts"].pop(),
+        lambda made: made["internalParameters"]["versions"].pop(),
+        lambda made: made["resolvedDependencies"][-1]["digest"].update(gitCommit="0" * 40),
+    ):
+        said = stated()
+        alter(said["predicate"]["buildDefinition"])
+        assert failed(said) == otherwise
+    stranger = path.with_name("clean@nobody.json")
+    stranger.write_text(text)
+    assert failed(stated()) == {("attestations/clean@nobody.json", "it is of no stage that dvc.lock names")}
+    stranger.unlink()
 
 
 def test_a_statement_names_stage_inputs_outputs_code_and_commit(packed: Path) -> None:
