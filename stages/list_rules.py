@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,10 @@ class BadWordsRule(ListRule):
 
     def _compiled(self) -> list[re.Pattern[str]]:
         trees: dict[bool, dict[str, Any]] = {}
-        for entry, where in _entries(self.file):
+        entries = _entries(self.file)
+        # A list whose letters are decomposed (NFD) would find nothing in a text behind the rule nfc.
+        entries += [(unicodedata.normalize("NFC", entry), where) for entry, where in entries]
+        for entry, where in entries:
             word = " ".join(_lower(entry).split())
             if len(word) > 100 or (self.action == "mask" and set(word) & set(_lower(self.mask))):
                 raise ValueError(f"{where}: a word has 100 characters at most, and none of the mask {self.mask!r}")

@@ -474,6 +474,14 @@ def test_a_blank_between_bad_words_is_any_white_space(folder: Path) -> None:
     )
 
 
+def test_a_list_with_decomposed_letters_finds_composed_words(folder: Path) -> None:
+    """The text behind the rule nfc has none. What is decomposed there is found as before."""
+    (folder / "nfd.txt").write_text("cafe\u0301\nカ\u3099ラス\n", encoding="utf-8")
+    mask = BadWordsRule(file="nfd.txt", action="mask")
+    assert mask.apply("Caf\u00e9, Caf\u00e9s, cafe, \u30acラス").text == "***, Caf\u00e9s, cafe, ***"
+    assert mask.apply("Cafe\u0301, カ\u3099ラス").text == "***, ***"
+
+
 def test_a_mask_holds_no_bad_word(folder: Path) -> None:
     (folder / "stars.txt").write_text("f*ck", encoding="utf-8")
     assert BadWordsRule(file="stars.txt").apply("what the F*CK").drop
