@@ -322,12 +322,9 @@ class Lineage:
         """Return all that is known of a row of a ledger."""
         record = source.record(row)
         place = {"file": source.path(record["file"]), source.about["unit"]: record["number"]}
-        answer: Answer = {
-            "phase": source.phase,
-            "source": source.name,
-            **place,
-            "bytes": [record["start"], record["end"]],
-        }
+        if record["start"] is not None:  # a page of a PDF has none, nor a row of Parquet
+            place["bytes"] = [record["start"], record["end"]]
+        answer: Answer = {"phase": source.phase, "source": source.name, **place}
         answer |= {"raw_id": record["raw_id"].hex(), "changes": record["changes"]}
         if record["document"] is None:
             return {**answer, "verdict": "dropped by clean", "rule": record["rule"], "evidence": record["evidence"]}

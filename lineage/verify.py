@@ -34,6 +34,7 @@ import hmac
 import io
 import json
 import re
+import signal
 import sys
 import unicodedata
 from bisect import bisect_right
@@ -2005,4 +2006,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -264,6 +264,7 @@ def test_a_canary_of_each_format_comes_back_at_its_file_and_line_and_blocks(name
     unit = {"parquet": "row", "arrow": "row", "docx": "paragraph"}.get(name, "line")
     assert (found["file"], found["source"]) == (f"data/raw/{file}", name)
     assert abs(found[unit] - number) <= (1 if name == "json" else 0)
+    assert ("bytes" in found) == (unit == "line")  # and no `None, None`
     here = lineage.why(f"data/raw/{file}", found[unit])
     assert found in here and len(here) == (12 if name == "alpaca" else 1)  # all of its records stand on one line
     assert found in lineage.why(file.removeprefix(f"{name}/"), found[unit])

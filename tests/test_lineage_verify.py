@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -759,6 +760,8 @@ def test_it_needs_nothing_but_python_and_pyarrow_and_runs_from_anywhere(project:
         finished = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert "all that was checked is as it is said" in finished.stdout
+    shell = f"{shlex.join([sys.executable, str(ROOT / 'lineage/verify.py'), '--root', str(project)])} | true"  # as `| head`, sooner
+    assert subprocess.run(shell, shell=True, capture_output=True, text=True, check=False).stderr == ""
 
 
 def test_what_params_no_longer_names_is_listed_and_not_checked(altered: Path) -> None:
