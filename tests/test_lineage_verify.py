@@ -760,7 +760,7 @@ def test_it_needs_nothing_but_python_and_pyarrow_and_runs_from_anywhere(project:
         finished = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert "all that was checked is as it is said" in finished.stdout
-    shell = f"{shlex.join([sys.executable, str(ROOT / 'lineage/verify.py'), '--root', str(project)])} | true"  # as `| head`, sooner
+    shell = f"{shlex.join([sys.executable, str(ROOT / 'lineage/verify.py'), '--root', str(project)])} | true"
     assert subprocess.run(shell, shell=True, capture_output=True, text=True, check=False).stderr == ""
 
 
