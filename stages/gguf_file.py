@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit import arrow
+from kit.base import weight_files
 from kit.tokenizer import Vocabulary
 from split_patterns import BYTE_LEVEL, LLAMA_3, QWEN_2
 
@@ -194,8 +195,6 @@ def write(merged: Path, path: Path, name: str, bits: str) -> None:
     gguf = package()
     from safetensors import safe_open
     from transformers import AutoConfig
-
-    from merge_weights import weight_files
 
     config = AutoConfig.from_pretrained(merged)
     kind = (config.architectures or ["none"])[0]

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import seen_blocks
 from kit import arrow, stage
+from kit.base import tensors, weight_files
 from kit.params import Phase, read_params
 from kit.tokenizer import Vocabulary
 
@@ -130,7 +131,7 @@ def prove(
 
 def stored_dtype(folder: Path) -> str:
     """Return the coarsest dtype among the weights of a model folder."""
-    from merge_weights import DTYPES, tensors, weight_files
+    from merge_weights import DTYPES
 
     found = {entry["dtype"] for file in weight_files(folder) for entry in tensors(file)[1].values()}
     names = {str(DTYPES[each]).removeprefix("torch.") for each in found if each in DTYPES}

@@ -13,12 +13,11 @@ A weight W becomes, as peft 0.21 computes it and to the same bits (product and s
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from kit import arrow, malloc
+from kit.base import INDEX, SINGLE, copy_bytes, tensors, weight_files, write_header
 from kit.model import new_tokens
 
 PREFIX = "base_model.model."
@@ -186,15 +186,6 @@ def pattern(patterns: dict[str, float] | None, layer: str, otherwise: float) -> 
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), otherwise)
 
 
-def tensors(file: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the data of a safetensors file begins, and its header: name -> dtype, shape, data_offsets."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return 8 + length, header
-
-
 def skeleton(folder: Path) -> Any:
     """Return the model of a config.json without memory for its weights."""
     import transformers
@@ -240,16 +231,6 @@ def grown(weight: torch.Tensor, size: int, added: dict[int, list[int]]) -> torch
     for number, pieces in added.items():
         rows[number] = rows[pieces].mean(0) if pieces else mean
     return rows.to(weight.dtype)
-
-
-def weight_files(base: Path) -> list[Path]:
-    """Return the safetensors files that make up the model of a folder."""
-    index = base / "model.safetensors.index.json"
-    names = sorted(set(arrow.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
-        if not (base / name).is_file():
-            raise ValueError(f"{base} has no {name}: weights are read from safetensors files.")
-    return [base / name for name in names]
 
 
 class Merge:
@@ -380,7 +361,7 @@ class Merge:
     def _write_file(self, path: Path, target: Path, new: list[str]) -> None:
         begin, before = self.headers[path]
         names = {stored: name for name, (place, stored) in self.place.items() if place == path}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {}
         end = 0
         for stored in [*sorted(before, key=lambda each: before[each]["data_offsets"]), *new]:
             name = names.get(stored, stored)
@@ -393,11 +374,9 @@ class Merge:
             size = length // max(1, math.prod(entry["shape"])) * math.prod(shape)
             header[stored] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [end, end + size]}
             end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         with path.open("rb") as reader, target.open("wb") as writer:
-            writer.write(len(text).to_bytes(8, "little") + text)
-            for stored in list(header)[1:]:
+            write_header(writer, header)
+            for stored in header:
                 name = names.get(stored, stored)
                 if stored not in before or self.changes(name):
                     tensor = self.value(name if self.untied else self.tied.get(name, name))
@@ -405,7 +384,7 @@ class Merge:
                         raise ValueError(f"{name}: {list(tensor.shape)} instead of {header[stored]['shape']}.")
                     writer.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
                 else:
-                    copy(reader, writer, *(begin + offset for offset in before[stored]["data_offsets"]))
+                    copy_bytes(reader, writer, *(begin + offset for offset in before[stored]["data_offsets"]))
 
     def _write_config(self, folder: Path) -> None:
         path, stored = self.place[self.input]
@@ -419,21 +398,12 @@ class Merge:
         arrow.write_json(folder / "config.json", self.config)
 
     def _write_index(self, folder: Path, new: list[str], last: str) -> None:
-        name = "model.safetensors.index.json"
-        if (self.base / name).is_file():
-            index = arrow.read_json(self.base / name)
+        if (self.base / INDEX).is_file() and not (self.base / SINGLE).is_file():
+            index = arrow.read_json(self.base / INDEX)
             index["weight_map"].update(dict.fromkeys(new, last))
             sizes = (each["data_offsets"] for path in self.headers for each in tensors(folder / path.name)[1].values())
             index["metadata"]["total_size"] = sum(end - begin for begin, end in sizes)
-            arrow.write_json(folder / name, index)
-
-
-def copy(reader: BinaryIO, writer: BinaryIO, first: int, last: int) -> None:
-    """Copy the bytes from `first` to `last`, a piece at a time."""
-    reader.seek(first)
-    while first < last:
-        writer.write(piece := reader.read(min(last - first, 2**22)))
-        first += len(piece)
+            arrow.write_json(folder / INDEX, index)
 
 
 def check_tensors(folder: Path, present: set[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from kit.model import new_tokens, read_config  # first: it says that nothing is to be fetched
+from kit.model import new_tokens  # first: it says that nothing is to be fetched
 
 # isort: split
 import torch
@@ -32,7 +32,7 @@ from transformers.integrations import moe
 import adapters
 import optimizers
 from adapter_params import Quantization
-from kit.base import check_base, has_weights
+from kit.base import check_base, has_weights, read_config
 from kit.tokenizer import Vocabulary
 from loss_head import bare, chunk_rows
 

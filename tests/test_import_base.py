@@ -7,15 +7,18 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.numpy import save
 
 import tiny
 from conftest import Runner
 from import_base import Params
+from test_text_part import composite, loaded, logits
 
 COMMIT = "4f42c91d806a19ae1a46af6c3fb5f4990d884cd6"
 
@@ -64,6 +67,8 @@ FILES = {
 class Hub(BaseHTTPRequestHandler):
     """The part of the Hub that a download by commit asks."""
 
+    sent: ClassVar[set[str]] = set()
+
     def do_HEAD(self) -> None:
         self.answer(body=False)
 
@@ -81,6 +86,7 @@ class Hub(BaseHTTPRequestHandler):
             content = json.dumps(tree).encode()
         elif path.startswith(prefix := f"/owner/name/resolve/{COMMIT}/"):
             content = FILES[path.removeprefix(prefix)]
+            self.sent.add(path.removeprefix(prefix))
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RevisionNotFound" if "/owner/name/" in path else "RepoNotFound")
@@ -103,13 +109,14 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[str]:
     """The address of a Hub on this machine with one model at one commit."""
+    Hub.sent.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-def wanted(project: Path, **changes: str) -> None:
+def wanted(project: Path, **changes: object) -> None:
     tiny.base(project / "models/configs/tiny")
     tiny.params_yaml(project, pretrain={"base": "models/configs/tiny"})
     content = json.loads((project / "params.yaml").read_text())
@@ -159,3 +166,57 @@ def test_a_model_that_is_no_base_is_refused_at_once(
     assert done.returncode == 1
     assert "\nimport_base@small: owner/name holds weights that were quantised (gptq), which can" in done.stderr
     assert not (project / "models/base/small").exists()
+    assert Hub.sent == {"config.json"}, "what its config says is known before the weights are fetched"
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "sentence"),
+    [
+        ("gemma3", {}, "owner/name is of type gemma3, which reads more than text; set bases.small.text_only to true"),
+        ("qwen3_vl", {"text_only": True}, "owner/name: transformers has no causal model of type qwen3_vl_text"),
+        ("llama", {"text_only": True}, "owner/name is a language model and has no other part; take it as it is"),
+    ],
+)
+def test_what_cannot_be_a_base_as_it_was_asked_for_is_said_before_its_weights_are_fetched(
+    project: Path,
+    run_stage: Runner,
+    hub: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    asked: dict[str, bool],
+    sentence: str,
+) -> None:
+    parts = {} if kind == "llama" else {"text_config": {}}
+    monkeypatch.setitem(FILES, "config.json", json.dumps({"model_type": kind, **parts}).encode())
+    wanted(project, **asked)
+    done = run_stage(
+        project, "import_base", "small", HF_ENDPOINT=hub, HF_HUB_CACHE=str(project / "hub"), HF_HUB_OFFLINE="0"
+    )
+    assert done.returncode == 1
+    assert f"import_base@small: {sentence}" in done.stderr and "Traceback" not in done.stderr
+    assert Hub.sent == {"config.json"}
+    assert not list((project / "models/base").iterdir())
+
+
+def test_the_language_model_of_a_model_of_several_parts(
+    project: Path,
+    run_stage: Runner,
+    hub: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    source = tmp_path_factory.mktemp("hub")
+    whole = composite("gemma3", source / "whole", max_shard_size="40KB")
+    monkeypatch.delitem(FILES, "model.safetensors")
+    for path in (source / "whole").iterdir():
+        monkeypatch.setitem(FILES, path.name, path.read_bytes())
+    wanted(project, text_only=True)
+    done = run_stage(
+        project, "import_base", "small", HF_ENDPOINT=hub, HF_HUB_CACHE=str(project / "hub"), HF_HUB_OFFLINE="0"
+    )
+    assert done.returncode == 0, done.stderr
+    base = project / "models/base/small"
+    assert torch.equal(logits(loaded(base)), logits(whole))
+    assert [path.name for path in (project / "models/base").iterdir()] == ["small"], "of the whole model nothing stays"
+    (counts,) = json.loads((project / "metrics/runs/import_base@small.json").read_text())["counts"]
+    assert counts == {"tensors": 28, "left_out": 34, "files": sum(path.is_file() for path in base.iterdir())}

@@ -27,12 +27,11 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 import numpy as np
 import pyarrow as pa
 import torch
-import transformers
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from kit.base import check_base, has_weights, read_settings
+from kit.base import check_base, has_weights, read_config
 
 IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` gives no loss
 CPU_THREADS = 2  # sums are split over the threads, so their number is part of a CPU result and is not left to the host
@@ -60,21 +59,6 @@ def objective(base: Path) -> str:
     """Return `mlm` when the config of `base` names the architecture of a masked model, else `clm`."""
     architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     return "mlm" if architectures[0].endswith("ForMaskedLM") else "clm"
-
-
-def read_config(base: Path, **given: Any) -> Any:
-    """Return the config of `base` with some keys given. Raises SystemExit when transformers makes none of it."""
-    kind = read_settings(base / "config.json")["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise SystemExit(
-            f"{base}: transformers {transformers.__version__} has no model of type {kind}, and code that lies beside "
-            "weights is never run; take another base."
-        )
-    try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=False, **given)
-    except Exception as error:  # also what a class of one model raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(f"{base}/config.json: {reason.rstrip('.')}; correct it.") from None
 
 
 def max_positions(model: Any) -> int | None:
@@ -215,7 +199,8 @@ def _check_kind(base: Path, config: Any, auto: Any) -> None:
     if type(config) not in auto._model_mapping:
         kind = "masked" if auto is AutoModelForMaskedLM else "causal"
         raise SystemExit(
-            f"{base}: transformers has no {kind} model of type {config.model_type}; set another `objective`."
+            f"{base}: transformers has no {kind} model of type {config.model_type}; set another `objective`, or take "
+            "another base."
         )
 
 
